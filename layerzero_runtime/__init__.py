@@ -1,0 +1,88 @@
+"""LayerZero's runtime: which kernel, with which configuration, for this call.
+
+Importing this package imports nothing; each public name is loaded when it is first used. `attention`, `rms_norm` and
+the other operations import torch; `select`, `explain` and `stats` do not.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from layerzero_runtime.calls.attention import attention
+    from layerzero_runtime.calls.mlp import geglu, swiglu
+    from layerzero_runtime.calls.norm import add_rms_norm, layer_norm, rms_norm
+    from layerzero_runtime.context import SelectionContext
+    from layerzero_runtime.device import DeviceSpec
+    from layerzero_runtime.dispatch import select, stats
+    from layerzero_runtime.errors import (
+        KernelExecutionError,
+        LayerZeroError,
+        NoKernelAvailableError,
+        ResultsError,
+        TableError,
+    )
+    from layerzero_runtime.explanation import explain
+    from layerzero_runtime.kernel import KernelSpec
+    from layerzero_runtime.plan import ExecutionPlan
+    from layerzero_runtime.snapshot import Snapshot
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "attention": "calls.attention",
+    "geglu": "calls.mlp",
+    "swiglu": "calls.mlp",
+    "add_rms_norm": "calls.norm",
+    "layer_norm": "calls.norm",
+    "rms_norm": "calls.norm",
+    "SelectionContext": "context",
+    "DeviceSpec": "device",
+    "select": "dispatch",
+    "stats": "dispatch",
+    "KernelExecutionError": "errors",
+    "LayerZeroError": "errors",
+    "NoKernelAvailableError": "errors",
+    "ResultsError": "errors",
+    "TableError": "errors",
+    "explain": "explanation",
+    "KernelSpec": "kernel",
+    "ExecutionPlan": "plan",
+    "Snapshot": "snapshot",
+}
+
+__all__ = [
+    "DeviceSpec",
+    "ExecutionPlan",
+    "KernelExecutionError",
+    "KernelSpec",
+    "LayerZeroError",
+    "NoKernelAvailableError",
+    "ResultsError",
+    "SelectionContext",
+    "Snapshot",
+    "TableError",
+    "add_rms_norm",
+    "attention",
+    "explain",
+    "geglu",
+    "layer_norm",
+    "rms_norm",
+    "select",
+    "stats",
+    "swiglu",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULES.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

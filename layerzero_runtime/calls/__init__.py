@@ -1,0 +1,1 @@
+"""The operations as functions on tensors. Importing this package imports torch."""

@@ -1,0 +1,102 @@
+"""`rms_norm`, `add_rms_norm`, `layer_norm`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from layerzero_runtime.calls.interception import is_plain
+from layerzero_runtime.calls.serving import serve
+from layerzero_runtime.dispatch import current_snapshot
+from layerzero_runtime.operations.norm import ADD_RMS, LAYER, LAYER_EPS, RMS, RMS_EPS
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float = RMS_EPS, offset: float = 0.0) -> Tensor:
+    """Root mean square normalisation over the last dimension: x / sqrt(mean(x^2) + eps) x (weight + offset).
+
+    Args:
+        x: (..., hidden_size).
+        weight: (hidden_size,), or None for ones.
+        eps: added to the mean square.
+        offset: added to the weight; Gemma's models store weight - 1 and take 1.0.
+
+    Returns:
+        A tensor of x's shape, as `torch.nn.functional.rms_norm` gives it.
+
+    Raises:
+        ContextError: shapes or devices do not fit together.
+        NoKernelAvailableError: no kernel accepts the call.
+    """
+    snapshot = current_snapshot()
+    key = None
+    if weight is not None and is_plain(x, weight):
+        key = ("norm.rms", x.dtype, x.get_device(), offset, weight.dtype, weight.get_device())
+        route = snapshot.fast_routes.get(key)
+        width = x.shape[-1]
+        if route is not None and weight.shape == (width,) and (elements := x.numel()):
+            route.calls.raise_by_one()
+            output: Tensor = route.functions[route.decide(elements // width, width)](x, weight, eps, offset)
+            return output
+    result: Tensor = serve(snapshot, RMS, (x, weight, eps, offset), {}, key)
+    return result
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float = RMS_EPS) -> tuple[Tensor, Tensor]:
+    """The residual stream's sum and its root mean square normalisation, out of place.
+
+    Args:
+        x: (..., hidden_size).
+        residual: same shape, dtype and device as x.
+        weight: (hidden_size,), or None for ones.
+        eps: added to the mean square.
+
+    Returns:
+        (rms_norm(x + residual), x + residual).
+
+    Raises:
+        ContextError: shapes, dtypes or devices do not fit together.
+        NoKernelAvailableError: no kernel accepts the call.
+    """
+    snapshot = current_snapshot()
+    key = None
+    if weight is not None and is_plain(x, residual, weight) and x.dtype == residual.dtype:
+        key = ("norm.add_rms", x.dtype, x.get_device(), weight.dtype, residual.get_device(), weight.get_device())
+        route = snapshot.fast_routes.get(key)
+        width = x.shape[-1]
+        if route is not None and x.shape == residual.shape and weight.shape == (width,) and (elements := x.numel()):
+            route.calls.raise_by_one()
+            outputs: tuple[Tensor, Tensor] = route.functions[route.decide(elements // width, width)](
+                x, residual, weight, eps
+            )
+            return outputs
+    result: tuple[Tensor, Tensor] = serve(snapshot, ADD_RMS, (x, residual, weight, eps), {}, key)
+    return result
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, eps: float = LAYER_EPS) -> Tensor:
+    """Layer normalisation over the last dimension.
+
+    Args:
+        x: (..., hidden_size).
+        weight: (hidden_size,), or None for ones.
+        bias: (hidden_size,), or None for zeros.
+        eps: added to the variance.
+
+    Returns:
+        A tensor of x's shape, as `torch.nn.functional.layer_norm` gives it.
+
+    Raises:
+        ContextError: shapes or devices do not fit together.
+        NoKernelAvailableError: no kernel accepts the call.
+    """
+    snapshot = current_snapshot()
+    key = None
+    if weight is not None and bias is not None and is_plain(x, weight, bias) and weight.dtype == bias.dtype:
+        key = ("norm.layer", x.dtype, x.get_device(), weight.dtype, weight.get_device(), bias.get_device())
+        route = snapshot.fast_routes.get(key)
+        width = x.shape[-1]
+        if route is not None and weight.shape == (width,) and bias.shape == (width,) and (elements := x.numel()):
+            route.calls.raise_by_one()
+            output: Tensor = route.functions[route.decide(elements // width, width)](x, weight, bias, eps)
+            return output
+    result: Tensor = serve(snapshot, LAYER, (x, weight, bias, eps), {}, key)
+    return result

@@ -1,0 +1,50 @@
+"""The way of a call that the fast path of its function does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from layerzero_runtime.calls.interception import is_intercepted
+from layerzero_runtime.operation import Operation
+from layerzero_runtime.snapshot import MAX_ROUTES, Snapshot
+
+
+def serve(
+    snapshot: Snapshot,
+    operation: Operation,
+    arguments: tuple[Any, ...],
+    features: Mapping[str, Any],
+    fast_key: tuple[Hashable, ...] | None = None,
+    default_features: Mapping[str, Any] | None = None,
+) -> Any:
+    """Serve a call whose features have to be read one by one.
+
+    Args:
+        arguments: positional arguments of the operation's kernels.
+        features: what `operation.describe` takes by keyword.
+        fast_key: where the function's fast path will find the route again.
+        default_features: fields that the default's loader needs beside `features`. The default takes intercepted and
+            empty calls, which are not described.
+
+    Raises:
+        ContextError: the arguments do not fit together.
+        NoKernelAvailableError: no registered kernel accepts the call.
+    """
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    undescribed = "intercepted" if is_intercepted(*tensors) else "empty" if _any_empty(tensors) else None
+    if undescribed:
+        snapshot.counters.raise_by_one(undescribed)
+        return snapshot.default(operation, {**features, **(default_features or {})})(*arguments)
+    context = operation.describe(*arguments, **features)
+    route = snapshot.route(operation, context, features)
+    if fast_key is not None and len(snapshot.fast_routes) < MAX_ROUTES:
+        snapshot.fast_routes[fast_key] = route
+    route.calls.raise_by_one()
+    return route.functions[route.decide(*operation.sizes(context))](*arguments)
+
+
+def _any_empty(tensors: list[Tensor]) -> bool:
+    return any(tensor.numel() == 0 for tensor in tensors)

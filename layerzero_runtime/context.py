@@ -1,0 +1,231 @@
+"""`SelectionContext`: the description of one call, all that a selection may depend on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from layerzero_runtime.errors import ContextError, ContextTypeError
+
+if TYPE_CHECKING:
+    from layerzero_runtime.device import DeviceSpec
+
+# Names of torch dtypes, as str(dtype) prints them without "torch.".
+DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
+MODES = ("eager", "graph")
+LAYOUTS = ("bhsd", "bshd")
+ALIGNMENTS = ("top_left", "bottom_right")
+MASKS = ("none", "bool", "float")
+APPROXIMATIONS = ("none", "tanh")
+
+_SIZES = (
+    "batch_size",
+    "seq_len_q",
+    "seq_len_k",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "v_head_dim",
+    "rows",
+    "hidden_size",
+)
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "dtype": DTYPES,
+    "weight_dtype": DTYPES,
+    "mode": MODES,
+    "layout": LAYOUTS,
+    "causal_alignment": ALIGNMENTS,
+    "attn_mask": MASKS,
+    "approximate": APPROXIMATIONS,
+}
+_FLAGS = ("requires_grad", "requires_deterministic", "is_contiguous", "has_weight", "has_bias")
+_NUMBERS = ("dropout_p", "scale", "offset")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectionContext:
+    """One call, described: sizes in elements, dtypes by torch's names without the prefix.
+
+    A size that the operation does not have stays None. `num_kv_heads` defaults to `num_heads`, `seq_len_k` to
+    `seq_len_q`, `v_head_dim` to `head_dim` and `weight_dtype` to `dtype`. A `scale` of 1/sqrt(head_dim) is the usual
+    one and becomes None, as in torch.
+
+    Raises:
+        ContextError: a value is not allowed.
+        ContextTypeError: a value has the wrong type.
+    """
+
+    operation: str
+    dtype: str
+    mode: str = "eager"
+    batch_size: int | None = None
+    seq_len_q: int | None = None
+    seq_len_k: int | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    v_head_dim: int | None = None
+    causal_alignment: str = "top_left"
+    layout: str = "bhsd"
+    attn_mask: str = "none"
+    dropout_p: float = 0.0
+    scale: float | None = None
+    rows: int | None = None
+    hidden_size: int | None = None
+    weight_dtype: str = ""
+    offset: float = 0.0
+    has_weight: bool = True
+    has_bias: bool = False
+    approximate: str = "none"
+    requires_grad: bool = False
+    requires_deterministic: bool = False
+    is_contiguous: bool = True
+    stride_last_dim: int = 1
+    device: DeviceSpec | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.operation, str):
+            raise ContextTypeError(f"operation must be a string, not {type(self.operation).__name__}")
+        set_field = object.__setattr__
+        if not self.weight_dtype:
+            set_field(self, "weight_dtype", self.dtype)
+        for name, allowed in _CHOICES.items():
+            _check_choice(name, getattr(self, name), allowed)
+        for name in _SIZES:
+            _check_size(name, getattr(self, name))
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ContextTypeError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ContextTypeError(f"{name} must be a number, not {value!r}")
+        if not isinstance(self.stride_last_dim, int) or isinstance(self.stride_last_dim, bool):
+            raise ContextTypeError(f"stride_last_dim must be an integer, not {self.stride_last_dim!r}")
+        if not 0.0 <= self.dropout_p <= 1.0:
+            raise ContextError(f"dropout_p is {self.dropout_p}, allowed is 0 to 1")
+        self._fill_defaults()
+
+    def _fill_defaults(self) -> None:
+        set_field = object.__setattr__
+        if self.num_kv_heads is None:
+            set_field(self, "num_kv_heads", self.num_heads)
+        if self.seq_len_k is None:
+            set_field(self, "seq_len_k", self.seq_len_q)
+        if self.v_head_dim is None:
+            set_field(self, "v_head_dim", self.head_dim)
+        if self.num_heads is not None and self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            raise ContextError(
+                f"num_heads is {self.num_heads}, which is not a multiple of num_kv_heads {self.num_kv_heads}; "
+                "grouped-query attention needs whole groups"
+            )
+        if self.scale is not None and self.head_dim is not None and is_usual_scale(self.scale, self.head_dim):
+            set_field(self, "scale", None)
+
+    @classmethod
+    def from_tensors(cls, operation: str, *arguments: Any, **features: Any) -> SelectionContext:
+        """The context of a call: the positional arguments of the operation's kernels, and by keyword what they do not
+        show (`layout`, `causal_alignment`, `approximate`, `mode`).
+
+        Raises:
+            ContextError: the operation is unknown, or the arguments do not fit together.
+        """
+        from layerzero_runtime.operations import operation_named
+
+        return operation_named(operation).describe(*arguments, **features)
+
+    @property
+    def is_causal(self) -> bool:
+        return self.operation == "attention.causal"
+
+    @property
+    def gqa_group(self) -> int | None:
+        """Query heads per key/value head."""
+        return None if self.num_heads is None or self.num_kv_heads is None else self.num_heads // self.num_kv_heads
+
+    @property
+    def batch_kv_heads(self) -> int | None:
+        """batch_size x num_kv_heads: the number of independent key/value sequences."""
+        return None if self.batch_size is None or self.num_kv_heads is None else self.batch_size * self.num_kv_heads
+
+    @property
+    def causal_geometry(self) -> str:
+        """How a causal mask lies: "square" for equal lengths (both alignments agree), else the alignment."""
+        return "square" if self.seq_len_q == self.seq_len_k else self.causal_alignment
+
+    @property
+    def score_elements(self) -> int | None:
+        """Elements of the score matrices (batch, heads, query, key), for kernels that write them out."""
+        if self.batch_size is None or self.num_heads is None or self.seq_len_q is None or self.seq_len_k is None:
+            return None
+        return self.batch_size * self.num_heads * self.seq_len_q * self.seq_len_k
+
+    @property
+    def causal_mask(self) -> str | None:
+        """The geometry of the causal mask, None where the operation has none."""
+        return self.causal_geometry if self.is_causal else None
+
+    @property
+    def mixed_weight_dtype(self) -> str | None:
+        """The weight's dtype where it is not the input's."""
+        return None if self.weight_dtype == self.dtype else self.weight_dtype
+
+    @property
+    def other_v_head_dim(self) -> int | None:
+        """The value's head dimension where it is not the key's."""
+        return None if self.v_head_dim == self.head_dim else self.v_head_dim
+
+    @property
+    def scale_is_usual(self) -> bool:
+        return self.scale is None
+
+    @property
+    def platform(self) -> str | None:
+        """The kind of device ("cpu", "cuda"), None while no device is known."""
+        return None if self.device is None else self.device.platform
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, in declaration order: a workload line without its weight."""
+        return {
+            f.name: value
+            for f in fields(self)
+            if f.name != "device" and (value := getattr(self, f.name)) != self._default_of(f.name, f.default)
+        }
+
+    def _default_of(self, name: str, declared: object) -> object:
+        derived = {
+            "num_kv_heads": self.num_heads,
+            "seq_len_k": self.seq_len_q,
+            "v_head_dim": self.head_dim,
+            "weight_dtype": self.dtype,
+        }
+        # `mode` is written out always: a line should say which clock it means.
+        return object() if name == "mode" else derived.get(name, declared)
+
+    def with_device(self, device: DeviceSpec) -> SelectionContext:
+        return replace(self, device=device)
+
+
+FIELD_NAMES = tuple(f.name for f in fields(SelectionContext) if f.name != "device")
+
+
+def is_usual_scale(scale: float, head_dim: int) -> bool:
+    """Whether a scale is attention's usual 1/sqrt(head_dim), up to the rounding of a Python float."""
+    return math.isclose(scale, 1.0 / math.sqrt(head_dim), rel_tol=1e-9)
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise ContextTypeError(f"{name} must be a string, not {value!r}")
+    if value not in allowed:
+        raise ContextError(f"{name} is {value!r}, allowed: {', '.join(allowed)}")
+
+
+def _check_size(name: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ContextTypeError(f"{name} must be an integer, not {value!r}")
+    if value < 1:
+        raise ContextError(f"{name} is {value}, a size must be at least 1")

@@ -1,0 +1,52 @@
+"""The errors that the library raises on purpose: what was wrong, the value, what is allowed, the next step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class LayerZeroError(Exception):
+    """Base of all errors raised by LayerZero."""
+
+
+class ContextError(LayerZeroError, ValueError):
+    """A field of a context has a value that is not allowed."""
+
+
+class ContextTypeError(LayerZeroError, TypeError):
+    """A field of a context has a value of the wrong type."""
+
+
+class SpecError(LayerZeroError, ValueError):
+    """A kernel's declaration contradicts itself or an existing one."""
+
+
+class NoKernelAvailableError(LayerZeroError):
+    """No registered kernel accepts the call.
+
+    Attributes:
+        rejections: for each kernel id considered, why it was refused (one sentence per violated limit).
+    """
+
+    def __init__(self, message: str, rejections: Mapping[str, tuple[str, ...]] | None = None) -> None:
+        self.rejections: dict[str, tuple[str, ...]] = dict(rejections or {})
+        lines = [message]
+        for kernel_id, reasons in self.rejections.items():
+            lines.append(f"  {kernel_id}: " + "; ".join(reasons))
+        super().__init__("\n".join(lines))
+
+
+class TableError(LayerZeroError):
+    """A generated table cannot be used: damaged, of another schema, or holding more than literals and decisions."""
+
+
+class DeviceError(LayerZeroError):
+    """A device that was asked for is not on this machine, or its driver does not answer."""
+
+
+class KernelExecutionError(LayerZeroError):
+    """A kernel failed while it was prepared or run, and nothing else could serve the call."""
+
+
+class ResultsError(LayerZeroError):
+    """A results store cannot be read or written."""

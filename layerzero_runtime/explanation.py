@@ -1,0 +1,116 @@
+"""`explain`: which bucket answers a call, by what margin, measured when, and why other kernels do not serve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.device import detect_device
+from layerzero_runtime.dispatch import current_snapshot
+from layerzero_runtime.live_selector import refusals
+from layerzero_runtime.plan import ExecutionPlan
+from layerzero_runtime.snapshot import Snapshot
+from layerzero_runtime.table import Table
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a plan is what it is.
+
+    Attributes:
+        bucket: inclusive ranges of the sizes that the entry serves, empty on a miss.
+        evidence: what speaks for the entry: measured points, speedup over the default, runner-up with its margin,
+            rounds and time of measurement; None without a hit or without the evidence file.
+        provenance: results hash, versions and dates of the table, empty without one.
+        refused: for each kernel of the operation that cannot serve the call, why.
+    """
+
+    context: SelectionContext
+    plan: ExecutionPlan
+    bucket: Mapping[str, tuple[int, int]]
+    evidence: Mapping[str, Any] | None
+    provenance: Mapping[str, Any]
+    refused: Mapping[str, tuple[str, ...]]
+
+    def __str__(self) -> str:
+        plan = self.plan
+        lines = [f"{plan.operation}: {plan.kernel_id}" + (f" {dict(plan.configuration)}" if plan.configuration else "")]
+        if not plan.available:
+            lines.append(f"  not available here: {plan.unavailable_reason}")
+        if plan.miss_reason is not None:
+            lines.append(f"  live selector, because of a miss: {plan.miss_reason}")
+        if self.bucket:
+            ranges = ", ".join(f"{name} {low} to {high}" for name, (low, high) in self.bucket.items())
+            lines.append(f"  bucket: {ranges}")
+        lines += self._evidence_lines()
+        if self.provenance:
+            versions = ", ".join(f"{name} {version}" for name, version in self.provenance["versions"].items())
+            lines.append(f"  table: {plan.table}, results {self.provenance['results']}, {versions}")
+        for kernel_id, reasons in self.refused.items():
+            lines.append(f"  refused {kernel_id}: {'; '.join(reasons)}")
+        return "\n".join(lines)
+
+    def _evidence_lines(self) -> list[str]:
+        found = self.evidence
+        if found is None:
+            return []
+        lines = []
+        if found["speedup"] is not None:
+            lines.append(f"  {found['speedup']:.2f}x the default's speed over {len(found['points'])} measured points")
+        if found["runner_up"] is not None:
+            lines.append(f"  runner-up: {found['runner_up']}, {100 * found['margin']:.1f}% slower")
+        lines.append(f"  measured {found['measured_at']}, {found['rounds']} paired rounds")
+        return lines
+
+
+def explain(context: SelectionContext) -> Explanation:
+    """Explain the selection for a described call; without a device in the context, for the detected one.
+
+    Raises:
+        ContextError: the operation is unknown or a size is missing.
+        NoKernelAvailableError: no registered kernel accepts the context.
+    """
+    if context.device is None:
+        context = context.with_device(detect_device())
+    return explain_in(current_snapshot(), context)
+
+
+def explain_in(snapshot: Snapshot, context: SelectionContext) -> Explanation:
+    """`explain` in a given snapshot; the context must name its device."""
+    plan = snapshot.select(context)
+    assert context.device is not None
+    table = snapshot.table_for(context.device)
+    found: Mapping[str, Any] = {}
+    if table is not None and plan.entry is not None:
+        static_key, leaf = plan.entry
+        leaves = _evidence_file(table).get(plan.operation, {}).get(repr(static_key))
+        found = leaves[leaf] if leaves else {}
+    refused = {
+        kernel.kernel_id: reasons
+        for kernel in snapshot.registry.candidates(context.operation)
+        if (reasons := refusals(kernel, context))
+    }
+    return Explanation(
+        context=context,
+        plan=plan,
+        bucket={name: (low, high) for name, (low, high) in found.get("bucket", {}).items()},
+        evidence=found.get("evidence"),
+        provenance={} if table is None else table.provenance,
+        refused=refused,
+    )
+
+
+def _evidence_file(table: Table) -> Mapping[str, Any]:
+    import json
+
+    if table.path is None:
+        return {}
+    try:
+        text = Path(table.path).with_name("evidence.json").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    evidence: Mapping[str, Any] = json.loads(text)
+    return evidence

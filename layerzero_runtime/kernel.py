@@ -1,0 +1,149 @@
+"""`KernelSpec`, a kernel's declaration, and `Kernel`, the declaration with the function that loads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from layerzero_runtime.context import LAYOUTS, SelectionContext
+from layerzero_runtime.errors import SpecError
+from layerzero_runtime.limits import Limit
+
+KERNEL_ID = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
+
+Configuration = Mapping[str, Any]
+KernelFunction = Callable[..., Any]
+Loader = Callable[[SelectionContext, Configuration], KernelFunction]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSpec:
+    """What a kernel computes and where it may be used. Bounds are inclusive; None means no limit.
+
+    Attributes:
+        kernel_id: dotted lower-case name, library first, such as "torch.sdpa.flash_cpu".
+        operations: names of the operations that it computes.
+        library: the distribution whose version matters for its timings.
+        version_digits: how many leading components of that version matter (torch 2.13.1 with 2: "2.13").
+        requires: names of probes (`layerzero_runtime.libraries`) that must pass before it can be loaded.
+        layouts: memory layouts that its function takes; others reach it through a transposed view.
+        max_score_elements: for kernels that write the score matrices out, their largest number of elements.
+        deterministic: equal inputs give equal bits.
+        supports_backward: gradients flow through it.
+        compiles: the first use compiles code, for seconds.
+        priority: order among the legal kernels where nothing was measured; higher goes first.
+
+    Raises:
+        SpecError: the id is malformed, a bound pair is empty, or no operation, platform or dtype is named.
+    """
+
+    kernel_id: str
+    operations: tuple[str, ...]
+    platforms: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    library: str = "torch"
+    version_digits: int = 2
+    requires: tuple[str, ...] = ("torch",)
+    layouts: tuple[str, ...] = LAYOUTS[:1]
+    min_head_dim: int | None = None
+    max_head_dim: int | None = None
+    head_dim_multiple: int = 1
+    min_seq_len: int | None = None
+    max_seq_len: int | None = None
+    max_batch_size: int | None = None
+    max_score_elements: int | None = None
+    max_hidden_size: int | None = None
+    hidden_size_multiple: int = 1
+    supports_gqa: bool = False
+    supports_attn_mask: bool = False
+    supports_dropout: bool = False
+    supports_scale: bool = True
+    supports_offset: bool = True
+    supports_mixed_weight_dtype: bool = False
+    supports_v_head_dim: bool = False
+    causal_geometries: tuple[str, ...] = ("square",)
+    requires_contiguous: bool = False
+    requires_last_dim_stride1: bool = False
+    deterministic: bool = True
+    supports_backward: bool = False
+    compiles: bool = False
+    priority: int = 50
+    extra_limits: tuple[Limit, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.kernel_id, str) or not KERNEL_ID.fullmatch(self.kernel_id):
+            raise SpecError(
+                f"kernel_id {self.kernel_id!r} must be dotted lower-case words, such as 'torch.sdpa.flash_cpu'"
+            )
+        for name in ("operations", "platforms", "dtypes", "layouts"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not value:
+                raise SpecError(f"{self.kernel_id}: {name} is {value!r}, required a tuple with at least one name")
+        for low, high in (("min_head_dim", "max_head_dim"), ("min_seq_len", "max_seq_len")):
+            bounds = getattr(self, low), getattr(self, high)
+            if None not in bounds and bounds[0] > bounds[1]:
+                raise SpecError(f"{self.kernel_id}: {low} {bounds[0]} is above {high} {bounds[1]}")
+
+    @cached_property
+    def limits(self) -> tuple[Limit, ...]:
+        """All conditions on a context but the operation, derived from the fields above."""
+        found: list[Limit] = [
+            Limit("platform", "one_of", (*self.platforms, None)),
+            Limit("dtype", "one_of", self.dtypes),
+        ]
+
+        def bound(field: str, minimum: int | None, maximum: int | None) -> None:
+            if minimum is not None:
+                found.append(Limit(field, "at_least", minimum))
+            if maximum is not None:
+                found.append(Limit(field, "at_most", maximum))
+
+        def only(field: str, unless: bool, *allowed: object) -> None:
+            if not unless:
+                found.append(Limit(field, "one_of", allowed))
+
+        bound("head_dim", self.min_head_dim, self.max_head_dim)
+        bound("seq_len_q", self.min_seq_len, self.max_seq_len)
+        bound("seq_len_k", self.min_seq_len, self.max_seq_len)
+        bound("batch_size", None, self.max_batch_size)
+        bound("score_elements", None, self.max_score_elements)
+        bound("hidden_size", None, self.max_hidden_size)
+        for field, multiple in (("head_dim", self.head_dim_multiple), ("hidden_size", self.hidden_size_multiple)):
+            if multiple != 1:
+                found.append(Limit(field, "multiple_of", multiple))
+        families = {operation.split(".")[0] for operation in self.operations}
+        if "attention" in families:
+            only("gqa_group", self.supports_gqa, 1)
+            only("attn_mask", self.supports_attn_mask, "none")
+            only("dropout_p", self.supports_dropout, 0.0)
+            only("scale_is_usual", self.supports_scale, True)
+            only("other_v_head_dim", self.supports_v_head_dim, None)
+            found.append(Limit("causal_mask", "one_of", (*self.causal_geometries, None)))
+        if "norm" in families:
+            only("offset", self.supports_offset, 0.0)
+            only("mixed_weight_dtype", self.supports_mixed_weight_dtype, None)
+        only("is_contiguous", not self.requires_contiguous, True)
+        only("stride_last_dim", not self.requires_last_dim_stride1, 1)
+        only("requires_deterministic", self.deterministic, False)
+        only("requires_grad", self.supports_backward, False)
+        return (*found, *self.extra_limits)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A declaration and its loader.
+
+    `load(context, configuration)` imports the library and returns the function to call. It may rely on the static
+    features of the context alone, never on its sizes; the function takes the arguments that `Operation.arguments` lists.
+    """
+
+    spec: KernelSpec
+    load: Loader
+    configuration: Configuration | None = None
+
+    @property
+    def kernel_id(self) -> str:
+        return self.spec.kernel_id

@@ -1,0 +1,17 @@
+"""Thin adapters, one file per library or mechanism. None imports its library before one of its kernels is loaded."""
+
+from __future__ import annotations
+
+from layerzero_runtime.kernel import Kernel
+from layerzero_runtime.kernels import torch_activation, torch_inductor, torch_matmul, torch_norm, torch_sdpa
+
+
+def builtin_kernels() -> tuple[Kernel, ...]:
+    """All kernels that come with LayerZero. To add one, add it to a file here, or add a file and name it here."""
+    return (
+        *torch_sdpa.KERNELS,
+        *torch_matmul.KERNELS,
+        *torch_norm.KERNELS,
+        *torch_activation.KERNELS,
+        *torch_inductor.KERNELS,
+    )

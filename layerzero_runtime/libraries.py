@@ -1,0 +1,84 @@
+"""Libraries and tools that kernels need: whether they are here, which version, and what to install otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+from layerzero_runtime.errors import SpecError
+
+
+@lru_cache(maxsize=256)
+def missing_requirement(requires: tuple[str, ...]) -> str | None:
+    """Why a kernel with these requirements cannot be loaded, and what to install; None if it can.
+
+    Args:
+        requires: names of probes, asked in this order; the first one that fails gives the reason.
+
+    Answers are kept for the life of the process; `missing_requirement.cache_clear()` forgets them.
+
+    Raises:
+        SpecError: a name is not that of a probe.
+    """
+    for name in requires:
+        probe = _PROBES.get(name)
+        if probe is None:
+            raise SpecError(f"requirement {name!r} is not a known probe, known probes: {', '.join(_PROBES)}")
+        reason = probe()
+        if reason is not None:
+            return reason
+    return None
+
+
+@lru_cache(maxsize=256)
+def library_version(distribution: str) -> str | None:
+    """The version of an installed distribution, such as "2.13.0+cpu" for "torch"; None if it is not installed.
+
+    A library that is imported already answers for itself; otherwise its metadata is read, without importing it. Answers
+    are kept for the life of the process; `library_version.cache_clear()` forgets them.
+    """
+    import sys
+
+    version = getattr(sys.modules.get(distribution), "__version__", None)
+    if version is not None:
+        return str(version)
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed_version
+
+    try:
+        return installed_version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _probe_torch() -> str | None:
+    import sys
+    from importlib.util import find_spec
+
+    if "torch" in sys.modules or find_spec("torch") is not None:
+        return None
+    return "torch is not installed: pip install 'layerzero-dispatch[tune]'"
+
+
+def _probe_cxx_compiler() -> str | None:
+    """What Inductor compiles its CPU kernels with: $CXX or its platform default, and the headers of Python."""
+    import os
+    import shutil
+    import sys
+    import sysconfig
+
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        return (
+            f"the C++ compiler {compiler!r} is not on PATH: install it (Debian: apt install g++), "
+            "or name another one in the environment variable CXX"
+        )
+    headers = sysconfig.get_path("include")
+    if not os.path.exists(os.path.join(headers, "Python.h")):
+        return (
+            f"there is no Python.h in {headers}: install Python's development headers (Debian: apt install python3-dev)"
+        )
+    return None
+
+
+_PROBES: dict[str, Callable[[], str | None]] = {"torch": _probe_torch, "cxx_compiler": _probe_cxx_compiler}

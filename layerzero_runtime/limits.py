@@ -1,0 +1,76 @@
+"""Limits of a kernel: one declaration behind the live check, the compile-time proof and the rejection message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["at_least", "at_most", "multiple_of", "one_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Why a limit refuses a context: a stable code, and actual against required."""
+
+    code: str
+    field: str
+    actual: Any
+    required: str
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.field} is {self.actual!r}, required {self.required}"
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A condition on one attribute of a context.
+
+    `kind` says how `bound` is read: an inclusive minimum or maximum, a divisor, or the tuple of allowed values.
+    `None` as an actual value (a feature that the operation does not have) satisfies every limit.
+    """
+
+    field: str
+    kind: Kind
+    bound: Any
+
+    @property
+    def code(self) -> str:
+        return f"{self.field.upper()}_{'NOT_' + self.kind.upper()}"
+
+    @property
+    def required(self) -> str:
+        if self.kind == "at_least":
+            return f">= {self.bound}"
+        if self.kind == "at_most":
+            return f"<= {self.bound}"
+        if self.kind == "multiple_of":
+            return f"a multiple of {self.bound}"
+        if len(self.bound) == 1:
+            return repr(self.bound[0])
+        return "one of " + ", ".join(repr(value) for value in self.bound)
+
+    def accepts(self, actual: Any) -> bool:
+        """Whether the value of the field satisfies this limit."""
+        if actual is None and self.kind != "one_of":
+            return True
+        if self.kind == "at_least":
+            return bool(actual >= self.bound)
+        if self.kind == "at_most":
+            return bool(actual <= self.bound)
+        if self.kind == "multiple_of":
+            return bool(actual % self.bound == 0)
+        return actual in self.bound
+
+    def reject(self, context: object) -> Rejection | None:
+        """The rejection of `context`, or None if it satisfies this limit."""
+        actual = getattr(context, self.field)
+        if self.accepts(actual):
+            return None
+        return Rejection(self.code, self.field, actual, self.required)
+
+
+def rejections(limits: Iterable[Limit], context: object) -> tuple[Rejection, ...]:
+    """All rejections of a context, in the order in which the limits were declared."""
+    found = (limit.reject(context) for limit in limits)
+    return tuple(rejection for rejection in found if rejection is not None)

@@ -1,0 +1,33 @@
+"""`ExecutionPlan`: the answer to a selection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Source = Literal["table", "live"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutionPlan:
+    """Which kernel serves a context, with which configuration, and where the choice comes from.
+
+    Attributes:
+        source: "table" for a measured entry, "live" for the live selector's choice on a miss.
+        available: whether the kernel's libraries are installed here.
+        unavailable_reason: what is missing, None if nothing is.
+        table: name of the table that was consulted, None if none fits the device.
+        entry: (static key, leaf) of a hit.
+        miss_reason: why no measured entry answered, None on a hit.
+    """
+
+    operation: str
+    kernel_id: str
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+    source: Source
+    available: bool = True
+    unavailable_reason: str | None = None
+    table: str | None = None
+    entry: tuple[tuple[Any, ...], int] | None = None
+    miss_reason: str | None = None

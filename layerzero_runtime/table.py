@@ -1,0 +1,103 @@
+"""`Table`: a generated lookup module, loaded and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.device import DeviceSpec
+from layerzero_runtime.errors import LayerZeroError, TableError
+from layerzero_runtime.limits import Limit
+from layerzero_runtime.operation import Operation, StaticKey
+
+SCHEMA_VERSION = 1
+MISS = -1
+
+
+@dataclass(frozen=True, slots=True)
+class TableStep:
+    """One plan of a leaf and the limits that a call must satisfy to get it."""
+
+    kernel_id: str
+    configuration: Mapping[str, Any]
+    guards: tuple[Limit, ...]
+
+    def accepts(self, context: SelectionContext) -> bool:
+        return all(limit.reject(context) is None for limit in self.guards)
+
+
+@dataclass(frozen=True, slots=True)
+class TableEntry:
+    """What a table holds for one static key: a decision function over the sizes, and each leaf's chain of plans."""
+
+    decide: Callable[..., int]
+    leaves: tuple[tuple[TableStep, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table of one device.
+
+    Attributes:
+        name: the module's name, or its folder's where it was given by path.
+        path: the module's file, beside which the evidence lies; None if it has none.
+        kernels: for each kernel id, what its entries were measured with: library, the version digits that matter, and a
+            hash of the kernel's source.
+        entries: by operation and static key.
+    """
+
+    name: str
+    path: str | None
+    device: DeviceSpec
+    provenance: Mapping[str, Any]
+    kernels: Mapping[str, Mapping[str, str]]
+    entries: Mapping[str, Mapping[StaticKey, TableEntry]]
+
+    def find(self, operation: Operation, context: SelectionContext) -> tuple[TableEntry | None, int]:
+        """The entry of the context's static key and its leaf; (None, MISS) without one, leaf MISS outside its range."""
+        entry = self.entries.get(operation.name, {}).get(operation.static_key(context))
+        if entry is None:
+            return None, MISS
+        return entry, entry.decide(*operation.sizes(context))
+
+
+def load_table(module: ModuleType) -> Table:
+    """The table that a generated module holds.
+
+    Raises:
+        TableError: the module was generated for another schema, or is not a generated table.
+    """
+    name = getattr(module, "__file__", None) or module.__name__
+    schema = getattr(module, "SCHEMA", None)
+    if schema != SCHEMA_VERSION:
+        raise TableError(
+            f"{name}: table schema is {schema!r}, this runtime reads {SCHEMA_VERSION}; "
+            "compile the results again with this version's layerzero-tune compile"
+        )
+    try:
+        plans = module.PLANS
+        entries = {
+            operation: {key: TableEntry(decide, _steps(plans, leaves)) for key, (decide, leaves) in by_key.items()}
+            for operation, by_key in module.ENTRIES.items()
+        }
+        return Table(
+            name=module.__name__,
+            path=getattr(module, "__file__", None),
+            device=DeviceSpec.from_dict(module.DEVICE),
+            provenance=module.PROVENANCE,
+            kernels=module.KERNELS,
+            entries=entries,
+        )
+    except (AttributeError, TypeError, ValueError, IndexError, LayerZeroError) as error:
+        raise TableError(f"{name}: not a generated table: {error}; compile the results again") from error
+
+
+def _steps(plans: tuple[Any, ...], leaves: tuple[Any, ...]) -> tuple[tuple[TableStep, ...], ...]:
+    def step(plan: int, guards: tuple[Any, ...]) -> TableStep:
+        kernel_id, configuration = plans[plan]
+        return TableStep(kernel_id, configuration, tuple(Limit(*guard) for guard in guards))
+
+    return tuple(tuple(step(plan, guards) for plan, guards in chain) for chain in leaves)

@@ -1,0 +1,46 @@
+"""`layerzero-tune compile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layerzero_tune.command_line.options import JsonOption, KernelsOption, registry_with, split_list
+from layerzero_tune.command_line.output import console, print_json
+from layerzero_tune.compile.emit import emit
+from layerzero_tune.compile.pipeline import compile_table
+from layerzero_tune.compile.self_check import check_emitted
+from layerzero_tune.results.store import ResultsStore
+
+
+def compile_command(
+    results: Annotated[Path, typer.Argument(help="Folder of results that run has written.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of tables; the device gets a folder of its own in it.")],
+    kernels: KernelsOption = "",
+    json: JsonOption = False,
+) -> None:
+    """Compile results into a Python lookup module, and check that it answers as meant."""
+    held = ResultsStore(results).read()
+    form = compile_table(held.rows, registry_with(split_list(kernels)))
+    folder = emit(form).write(out)
+    probes = check_emitted(form, folder)
+    buckets = sum(len(entry.leaves()) for entry in form.entries)
+    if json:
+        print_json(
+            {
+                "table": str(folder),
+                "entries": len(form.entries),
+                "buckets": buckets,
+                "probes": probes,
+                "provenance": dict(form.provenance),
+                "quarantined": [str(path) for path in held.quarantined],
+            }
+        )
+        return
+    console.print(
+        f"{folder}: {len(form.entries)} static keys, {buckets} buckets from {form.provenance['measurements']} "
+        f"measurements; the module answers as meant at {probes} probes",
+        soft_wrap=True,
+    )

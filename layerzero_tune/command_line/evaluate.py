@@ -1,0 +1,121 @@
+"""`layerzero-tune evaluate`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import typer
+
+from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.dispatch import publish_snapshot
+from layerzero_runtime.errors import ContextError, TableError
+from layerzero_tune.command_line.options import JsonOption, live_device, registry_with, use_tables
+from layerzero_tune.command_line.output import notes, print_json, print_table, progress_bar
+from layerzero_tune.evaluate import public_calls
+from layerzero_tune.evaluate.evaluation import Evaluation, evaluate
+from layerzero_tune.evaluate.gate import Gate
+from layerzero_tune.evaluate.summary import Summary, by_operation, summarise
+from layerzero_tune.measure.contest import MeasurementPolicy
+from layerzero_tune.results.store import ResultsStore
+from layerzero_tune.search.device import LiveDevice
+from layerzero_tune.worker.process import WorkerProcess
+from layerzero_tune.workload.held_out import draw_held_out
+from layerzero_tune.workload.lines import read_workload
+
+_COLUMNS = ("operation", "mode", "n", "hit rate", "efficiency", "p10", "min", "speedup", "end to end", "slower")
+
+
+def evaluate_command(
+    tables: Annotated[Path, typer.Argument(help="Folder of tables that compile has written.")],
+    results: Annotated[
+        Path, typer.Option("--results", help="Results the table was compiled from; shapes lie between them.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the measurements of the held-out shapes.")],
+    held_out: Annotated[int, typer.Option("--held-out", min=1, help="Number of shapes to draw.")] = 48,
+    workload: Annotated[Path | None, typer.Option("--workload", help="Held-out shapes from a file instead.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the draw.")] = 0,
+    gate: Annotated[
+        list[str] | None, typer.Option("--gate", help="Condition over all shapes, such as 'efficiency_geomean>=0.98'.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Measure the tables on shapes that no tuning saw; with --gate, exit with status 2 where a condition fails."""
+    gates = tuple(Gate.parse(text) for text in gate or ())
+    rows = ResultsStore(results).read().rows
+    contexts = _contexts(workload, [row.context for row in rows], held_out, seed)
+    spec = live_device("cpu")
+    use_tables(tables)
+    snapshot = publish_snapshot()
+    table = snapshot.table_for(spec)
+    if table is None or table.path is None:
+        raise TableError(f"{tables} holds no table for {spec.slug}; compile results of this device with --out {tables}")
+    table_id = hashlib.sha256(Path(table.path).read_bytes()).hexdigest()[:32]
+    start = perf_counter()
+    with WorkerProcess((public_calls.__name__,)) as worker, progress_bar() as bar:
+        device = LiveDevice(spec, registry_with((public_calls.__name__,)), MeasurementPolicy(), worker)
+        task = bar.add_task("held-out shapes", total=len(contexts))
+        found = evaluate(device, snapshot, contexts, ResultsStore(out), table_id, lambda _: bar.advance(task))
+    summaries = _summaries(found)
+    if json:
+        print_json(
+            {
+                "device": spec.to_dict(),
+                "table": table_id,
+                "provenance": dict(table.provenance),
+                "seconds": perf_counter() - start,
+                "summaries": [
+                    {"operation": operation, "mode": mode} | asdict(summary) for (operation, mode), summary in summaries
+                ],
+                "shapes": [_shape(score) for score in found.scores],
+            }
+        )
+    else:
+        print_table(f"Held-out evaluation, {len(found.scores)} shapes", _COLUMNS, map(_row, summaries))
+    failed = [text for condition in gates if (text := condition.failure(summaries[-1][1])) is not None]
+    for text in failed:
+        notes.print(f"gate failed: {text}", style="red", markup=False, soft_wrap=True)
+    if failed:
+        raise typer.Exit(2)
+
+
+def _contexts(
+    workload: Path | None, measured: Sequence[SelectionContext], held_out: int, seed: int
+) -> tuple[SelectionContext, ...]:
+    if workload is None:
+        return draw_held_out(measured, held_out, seed)
+    contexts = tuple(line.context for line in read_workload(workload))
+    tuned = sorted({context.operation for context in contexts if context in set(measured)})
+    if tuned:
+        raise ContextError(f"{workload} holds shapes that the tuning measured ({', '.join(tuned)}); leave those out")
+    return contexts
+
+
+def _summaries(found: Evaluation) -> list[tuple[tuple[str, str], Summary]]:
+    grouped = [(key, summarise(scores, found.slower)) for key, scores in by_operation(found.scores).items()]
+    return [*grouped, (("all", "all"), summarise(found.scores, found.slower))]
+
+
+def _row(item: tuple[tuple[str, str], Summary]) -> tuple[str, ...]:
+    (operation, mode), summary = item
+    end_to_end = summary.speedup_end_to_end_geomean
+    return (
+        operation,
+        mode,
+        str(summary.n),
+        f"{summary.hit_rate:.3f}",
+        f"{summary.efficiency_geomean:.3f}",
+        f"{summary.efficiency_p10:.3f}",
+        f"{summary.efficiency_min:.3f}",
+        f"{summary.speedup_vs_default_geomean:.2f}x",
+        "-" if end_to_end is None else f"{end_to_end:.2f}x",
+        str(summary.slower_than_default),
+    )
+
+
+def _shape(score: Any) -> Mapping[str, Any]:
+    return asdict(score) | {"context": score.context.to_dict()}

@@ -1,0 +1,113 @@
+"""`layerzero-tune doctor` and `layerzero-tune kernels`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from layerzero_runtime.counters import CounterGroup
+from layerzero_runtime.device import detect_device
+from layerzero_runtime.libraries import library_version, missing_requirement
+from layerzero_runtime.snapshot import Snapshot
+from layerzero_tune.command_line.options import (
+    JsonOption,
+    KernelsOption,
+    OpsOption,
+    operations_named,
+    registry_with,
+    split_list,
+)
+from layerzero_tune.command_line.output import console, print_json, print_table
+
+
+def doctor_command(
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N.")] = "auto",
+    kernels: KernelsOption = "",
+    json: JsonOption = False,
+) -> None:
+    """Show the device, its table, each library with its version, and why a kernel is not available."""
+    spec = detect_device(device)
+    registry = registry_with(split_list(kernels))
+    snapshot = Snapshot(registry, CounterGroup())
+    table = snapshot.table_for(spec)
+    libraries = {name: library_version(name) for name in sorted({kernel.spec.library for kernel in registry})}
+    unavailable = {
+        kernel.kernel_id: reason
+        for kernel in registry
+        if (reason := _unavailable_reason(kernel.spec.platforms, spec.platform, kernel.spec.requires)) is not None
+    }
+    if json:
+        print_json(
+            {
+                "device": spec.to_dict(),
+                "slug": spec.slug,
+                "table": None if table is None else {"name": table.name, "path": table.path, **table.provenance},
+                "libraries": libraries,
+                "kernels": len(registry),
+                "unavailable": unavailable,
+            }
+        )
+        return
+    console.print(f"device    {spec.name} ({spec.slug})", soft_wrap=True)
+    described = ", ".join(
+        f"{name} {value}" for name, value in spec.to_dict().items() if name not in ("name", "platform")
+    )
+    console.print(f"          {described}", soft_wrap=True)
+    if table is None:
+        console.print(
+            "table     none for this device: every call misses until one is tuned and compiled", soft_wrap=True
+        )
+    else:
+        console.print(
+            f"table     {table.name}, measured {table.provenance['measured_to']}, {table.path}", soft_wrap=True
+        )
+    print_table("", ("library", "version"), [(name, version or "not installed") for name, version in libraries.items()])
+    available = len(registry) - len(unavailable)
+    console.print(f"{available} of {len(registry)} kernels are available here", soft_wrap=True)
+    if unavailable:
+        print_table("Not available", ("kernel", "why"), list(unavailable.items()))
+
+
+def _unavailable_reason(platforms: tuple[str, ...], platform: str, requires: tuple[str, ...]) -> str | None:
+    if platform not in platforms:
+        return f"runs on {', '.join(platforms)}, the device is {platform}"
+    return missing_requirement(requires)
+
+
+def kernels_command(ops: OpsOption = "", kernels: KernelsOption = "", json: JsonOption = False) -> None:
+    """List the registered kernels with their limits."""
+    operations = operations_named(ops)
+    found = [
+        kernel
+        for kernel in registry_with(split_list(kernels))
+        if any(name in operations for name in kernel.spec.operations)
+    ]
+    if json:
+        print_json(
+            [
+                {
+                    "kernel_id": kernel.kernel_id,
+                    "operations": kernel.spec.operations,
+                    "library": kernel.spec.library,
+                    "priority": kernel.spec.priority,
+                    "limits": [
+                        {"field": limit.field, "kind": limit.kind, "bound": limit.bound} for limit in kernel.spec.limits
+                    ],
+                }
+                for kernel in found
+            ]
+        )
+        return
+    print_table(
+        f"{len(found)} kernels",
+        ("kernel", "operations", "limits"),
+        [
+            (
+                kernel.kernel_id,
+                ", ".join(name for name in kernel.spec.operations if name in operations),
+                "; ".join(f"{limit.field} {limit.required}" for limit in kernel.spec.limits),
+            )
+            for kernel in found
+        ],
+    )

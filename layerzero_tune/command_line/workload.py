@@ -1,0 +1,79 @@
+"""`layerzero-tune workload`: make and show workload files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layerzero_runtime.errors import ResultsError
+from layerzero_tune.command_line.options import JsonOption, OpsOption, operations_named, split_list
+from layerzero_tune.command_line.output import notes, print_json, print_table
+from layerzero_tune.results.atomic import write_atomically
+from layerzero_tune.workload.describe import describe_workload
+from layerzero_tune.workload.errors import WorkloadError
+from layerzero_tune.workload.lines import format_workload, merge_workloads, read_workload
+from layerzero_tune.workload.make import make_workload
+from layerzero_tune.workload.models import MODELS
+
+workload_app = typer.Typer(help="Make and show workload files.", no_args_is_help=True)
+
+
+@workload_app.command("make")
+def make_command(
+    model: Annotated[str, typer.Option("--model", help=f"Models, separated by commas: {', '.join(MODELS)}.")],
+    tp: Annotated[int, typer.Option("--tp", help="Devices that share the model by tensor parallelism.")] = 1,
+    mode: Annotated[str, typer.Option("--mode", help="eager or graph.")] = "eager",
+    dtype: Annotated[str, typer.Option("--dtype")] = "bfloat16",
+    batch_sizes: Annotated[str, typer.Option("--batch-sizes", help="Separated by commas.")] = "1,8",
+    lengths: Annotated[str, typer.Option("--lengths", help="Sequence lengths, separated by commas.")] = "128,1024,4096",
+    ops: OpsOption = "",
+    out: Annotated[Path | None, typer.Option("--out", help="File to write; standard output without it.")] = None,
+) -> None:
+    """Write the calls that serving a model makes, as JSON Lines."""
+    operations = operations_named(ops)
+    batches, sizes = _integers("--batch-sizes", batch_sizes), _integers("--lengths", lengths)
+    made = merge_workloads(*(make_workload(name, tp, mode, dtype, batches, sizes) for name in split_list(model)))
+    text = format_workload([line for line in made if line.context.operation in operations])
+    if out is None:
+        print(text, end="")
+        return
+    try:
+        write_atomically(out, text.encode())
+    except OSError as error:
+        raise ResultsError(f"cannot write {out}: {error.strerror or error}; choose another file with --out") from error
+    notes.print(f"{out}: {len(text.splitlines())} lines", soft_wrap=True)
+
+
+def _integers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in split_list(text))
+    except ValueError:
+        raise WorkloadError(f"{option} is {text!r}, required whole numbers separated by commas") from None
+
+
+@workload_app.command("show")
+def show_command(
+    file: Annotated[Path, typer.Argument(help="Workload file.")],
+    json: JsonOption = False,
+) -> None:
+    """Check a workload file and summarise it by operation and static key."""
+    summaries = describe_workload(read_workload(file))
+    if json:
+        print_json([summary.to_dict() for summary in summaries])
+        return
+    print_table(
+        str(file),
+        ("operation", "key", "lines", "weight", "sizes"),
+        [
+            (
+                summary.operation,
+                ", ".join((summary.mode, summary.dtype, *(f"{name} {value}" for name, value in summary.features))),
+                str(summary.lines),
+                f"{summary.weight:g}",
+                ", ".join(f"{name} {low} to {high}" for name, low, high in summary.ranges),
+            )
+            for summary in summaries
+        ],
+    )

@@ -1,0 +1,104 @@
+"""The intermediate form between verdicts and the generated module: immutable, independent of how it is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from layerzero_runtime.limits import Limit
+from layerzero_runtime.operation import Sizes, StaticKey
+from layerzero_tune.compile.judge import Choice
+
+Box = tuple[tuple[int, int], ...]  # inclusive range of each axis
+
+
+@dataclass(frozen=True)
+class Step:
+    """A choice and the guards that a call must pass to get it."""
+
+    choice: Choice
+    guards: tuple[Limit, ...] = ()
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Why a leaf holds its first choice, for `explain`.
+
+    Attributes:
+        points: measured sizes inside the leaf.
+        speedup: geometric mean of the default's time over the choice's, None where the default has no time.
+        runner_up: the next best choice over the leaf's points and how much slower it is, None without one.
+        rounds: paired rounds behind the choice, over all points.
+    """
+
+    points: tuple[Sizes, ...]
+    speedup: float | None
+    runner_up: str | None
+    margin: float | None
+    rounds: int
+    measured_at: str
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A bucket: its chain of plans, best first; an empty chain is a miss."""
+
+    box: Box
+    chain: tuple[Step, ...]
+    evidence: Evidence | None
+
+
+@dataclass(frozen=True)
+class Split:
+    """`low` serves sizes up to and including `edge` on the axis, `high` those above."""
+
+    axis: int
+    edge: int
+    low: Tree
+    high: Tree
+
+
+Tree = Leaf | Split
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One static key: the range that was measured, and the decisions inside it.
+
+    Attributes:
+        axes: names of all axes, in the order of the decision function's parameters.
+        free: indices of the axes that are not tied under this key.
+        bounds: inclusive measured range per axis.
+        max_product: largest product of the free sizes that was measured, None where the whole box is covered.
+    """
+
+    operation: str
+    static_key: StaticKey
+    axes: tuple[str, ...]
+    free: tuple[int, ...]
+    bounds: Box
+    max_product: int | None
+    tree: Tree
+
+    def leaves(self) -> tuple[Leaf, ...]:
+        return tuple(leaves_of(self.tree))
+
+
+@dataclass(frozen=True)
+class TableForm:
+    """A whole table before it is printed; `kernels` is what staleness is judged by."""
+
+    device: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    kernels: Mapping[str, Mapping[str, str]]
+    entries: tuple[Entry, ...]
+
+
+def leaves_of(tree: Tree) -> Iterator[Leaf]:
+    """The leaves from low sizes to high ones."""
+    if isinstance(tree, Leaf):
+        yield tree
+    else:
+        yield from leaves_of(tree.low)
+        yield from leaves_of(tree.high)

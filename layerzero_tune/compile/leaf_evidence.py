@@ -1,0 +1,40 @@
+"""The evidence of a leaf: margin over the runner-up and speedup over the default, from its verdicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from layerzero_tune.compile.form import Evidence
+from layerzero_tune.compile.judge import Choice, Verdict
+
+
+def evidence_of(choice: Choice, default: Choice, verdicts: Sequence[Verdict]) -> Evidence | None:
+    """What speaks for a choice over the measured cells of its leaf, None where it holds none."""
+    standings = [verdict.standings.get(choice) for verdict in verdicts]
+    if not standings or any(standing is None for standing in standings):
+        return None
+    own = [standing for standing in standings if standing is not None]
+    ahead = {
+        other: sum(
+            verdict.standings[other].log_ratio - standing.log_ratio
+            for verdict, standing in zip(verdicts, own, strict=True)
+        )
+        / len(verdicts)
+        for other in verdicts[0].standings
+        if other != choice and all(other in verdict.standings for verdict in verdicts)
+    }
+    runner_up = min(ahead, key=lambda other: (ahead[other], other)) if ahead else None
+    speedup: float | None = None
+    if choice == default:
+        speedup = 1.0
+    elif default in ahead:
+        speedup = math.exp(ahead[default])
+    return Evidence(
+        points=tuple(verdict.sizes for verdict in verdicts),
+        speedup=speedup,
+        runner_up=None if runner_up is None else runner_up[0],
+        margin=None if runner_up is None else math.expm1(ahead[runner_up]),
+        rounds=sum(standing.rounds for standing in own),
+        measured_at=max(verdict.measured_at for verdict in verdicts),
+    )

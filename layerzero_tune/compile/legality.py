@@ -1,0 +1,81 @@
+"""Proof of legality: what a kernel's limits mean over a whole bucket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.kernel import Kernel
+from layerzero_runtime.limits import Limit
+from layerzero_runtime.operation import Operation, Sizes
+from layerzero_tune.compile.form import Box
+
+# Fields that every static key fixes.
+_KEY_FIELDS = ("mode", "dtype", "platform")
+
+
+@dataclass(frozen=True)
+class Legality:
+    """What the limits of a kernel say about a bucket.
+
+    Attributes:
+        violated: a limit that no call of the bucket satisfies, None without one.
+        splits: (axis, edge) at which the bucket must be split, because a range limit runs through it.
+        guards: limits that the bucket does not determine, to be checked on each call.
+    """
+
+    violated: Limit | None
+    splits: tuple[tuple[int, int], ...]
+    guards: tuple[Limit, ...]
+
+
+def legality(kernel: Kernel, operation: Operation, context: SelectionContext, box: Box) -> Legality:
+    """Prove each limit over the bucket, split at it, or leave it as a guard.
+
+    `context` gives the static features, with the device of the table.
+    """
+    low = operation.with_sizes(context, tuple(bounds[0] for bounds in box))
+    high = operation.with_sizes(context, tuple(bounds[1] for bounds in box))
+    axes = {axis.name: index for index, axis in enumerate(operation.axes)}
+    determined = {*_KEY_FIELDS, *operation.static, *operation.plain, *operation.fixed}
+    splits: list[tuple[int, int]] = []
+    guards: list[Limit] = []
+    for limit in kernel.spec.limits:
+        if limit.field in determined or getattr(context, limit.field) is None:
+            if limit.reject(context) is not None:
+                return Legality(limit, (), ())
+        elif limit.field in {*operation.monotone, *axes}:
+            if limit.kind in ("at_least", "at_most"):
+                verdicts = limit.reject(low), limit.reject(high)
+                if all(verdicts):
+                    return Legality(limit, (), ())
+                if any(verdicts):
+                    axis = _axis_of(operation, limit.field, axes, context)
+                    if axis is None:
+                        guards.append(limit)
+                    else:
+                        splits.append((axis, limit.bound if limit.kind == "at_most" else limit.bound - 1))
+            elif not _is_single(low, high, limit):
+                guards.append(limit)
+        else:
+            guards.append(limit)
+    return Legality(None, tuple(splits), tuple(guards))
+
+
+def _axis_of(operation: Operation, field: str, axes: dict[str, int], context: SelectionContext) -> int | None:
+    """The axis whose size the field is, None for a product of several."""
+    if field not in axes:
+        # Under equal lengths the key length is the axis of the query length.
+        return axes.get("seq_len_q") if field == "seq_len_k" else None
+    index = axes[field]
+    return index - 1 if operation.axes[index].is_tied(context) else index
+
+
+def _is_single(low: SelectionContext, high: SelectionContext, limit: Limit) -> bool:
+    """Whether the bucket holds one value of the field, and the limit accepts it."""
+    value = getattr(low, limit.field)
+    return bool(value == getattr(high, limit.field) and limit.accepts(value))
+
+
+def sizes_in(box: Box, sizes: Sizes) -> bool:
+    return all(low <= size <= high for (low, high), size in zip(box, sizes, strict=True))

@@ -1,0 +1,107 @@
+"""The passes in order: results to verdicts, to coverage, to trees, to the form of a whole table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.device import DeviceSpec
+from layerzero_runtime.errors import ResultsError
+from layerzero_runtime.kernel import Kernel
+from layerzero_runtime.operation import StaticKey
+from layerzero_runtime.operations import operation_named
+from layerzero_tune.compile.coverage import bounds_of, max_product_of, unmeasured_cells
+from layerzero_tune.compile.form import Entry, TableForm
+from layerzero_tune.compile.judge import Verdict, judge
+from layerzero_tune.compile.tree import Cell, TreeGrower
+from layerzero_tune.identity import canonical_json
+from layerzero_tune.results.content import results_hash
+from layerzero_tune.results.measurement import Measurement
+
+
+def compile_table(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> TableForm:
+    """The table that the measurements of one device justify; equal rows give an equal form, in whatever order.
+
+    Raises:
+        ResultsError: there are no rows, they come from several devices, or a kernel in them is not registered.
+    """
+    if not rows:
+        raise ResultsError("the results hold no measurement; run layerzero-tune run first")
+    device = _single_device(rows)
+    by_id = {kernel.kernel_id: kernel for kernel in kernels}
+    unknown = sorted({row.kernel_id for row in rows} - by_id.keys())
+    if unknown:
+        raise ResultsError(
+            f"the results hold kernels that are not registered: {', '.join(unknown)}; name their module with --kernels"
+        )
+    current = _current_rows(rows, by_id)
+    entries = tuple(
+        _entry(name, static_key, verdicts, by_id, device) for (name, static_key), verdicts in judge(current).items()
+    )
+    return TableForm(
+        device=device.to_dict(),
+        provenance={
+            "results": results_hash(current),
+            "measurements": len(current),
+            "measured_from": min(row.measured_at for row in current),
+            "measured_to": max(row.measured_at for row in current),
+            "versions": dict(sorted(_newest(current).versions.items())),
+        },
+        kernels=_kernel_identities(current, by_id, entries),
+        entries=entries,
+    )
+
+
+def _single_device(rows: Sequence[Measurement]) -> DeviceSpec:
+    devices = sorted({canonical_json(dict(row.device)) for row in rows})
+    if len(devices) > 1:
+        raise ResultsError(f"the results come from {len(devices)} devices, required one: {'; '.join(devices)}")
+    return DeviceSpec.from_dict(rows[0].device)
+
+
+def _newest(rows: Iterable[Measurement]) -> Measurement:
+    return max(rows, key=lambda row: (row.measured_at, row.job_id))
+
+
+def _identity(row: Measurement, kernel: Kernel) -> Mapping[str, str]:
+    version = row.versions.get(kernel.spec.library, "")
+    return {
+        "library": kernel.spec.library,
+        "version": ".".join(version.split("+")[0].split(".")[: kernel.spec.version_digits]),
+        "source": row.source_hash,
+    }
+
+
+def _current_rows(rows: Sequence[Measurement], kernels: Mapping[str, Kernel]) -> tuple[Measurement, ...]:
+    """Rows of each kernel's newest library version and source alone: the older ones measured something else."""
+    newest: dict[str, Measurement] = {}
+    for row in rows:
+        held = newest.get(row.kernel_id)
+        newest[row.kernel_id] = row if held is None else _newest((held, row))
+    identities = {kernel_id: _identity(row, kernels[kernel_id]) for kernel_id, row in newest.items()}
+    return tuple(row for row in rows if _identity(row, kernels[row.kernel_id]) == identities[row.kernel_id])
+
+
+def _kernel_identities(
+    rows: Sequence[Measurement], kernels: Mapping[str, Kernel], entries: Sequence[Entry]
+) -> dict[str, Mapping[str, str]]:
+    used = {step.choice[0] for entry in entries for leaf in entry.leaves() for step in leaf.chain}
+    found = {row.kernel_id: _identity(row, kernels[row.kernel_id]) for row in rows}
+    defaults = used - found.keys()
+    assert not defaults, f"chains name kernels without measurements: {defaults}"
+    return {kernel_id: found[kernel_id] for kernel_id in sorted(used)}
+
+
+def _entry(
+    name: str, static_key: StaticKey, verdicts: Sequence[Verdict], kernels: Mapping[str, Kernel], device: DeviceSpec
+) -> Entry:
+    operation = operation_named(name)
+    context: SelectionContext = verdicts[0].context.with_device(device)
+    axes = tuple(axis.name for axis in operation.axes)
+    free = tuple(axes.index(axis.name) for axis in operation.axes_of(context))
+    sizes = [verdict.sizes for verdict in verdicts]
+    bounds, max_product = bounds_of(sizes), max_product_of(sizes, free)
+    cells = [Cell(verdict.sizes, verdict) for verdict in verdicts]
+    cells += [Cell(missing, None) for missing in unmeasured_cells(sizes, free, max_product)]
+    grower = TreeGrower(operation, context, kernels, free, verdicts[0].default)
+    return Entry(name, static_key, axes, free, bounds, max_product, grower.grow(cells, bounds))

@@ -1,0 +1,162 @@
+"""Growing the decision tree of one static key: the fewest buckets that give every cell an acceptable choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.kernel import Kernel
+from layerzero_runtime.operation import Operation, Sizes
+from layerzero_tune.compile.form import Box, Leaf, Split, Step, Tree, leaves_of
+from layerzero_tune.compile.judge import Choice, Verdict
+from layerzero_tune.compile.leaf_evidence import evidence_of
+from layerzero_tune.compile.legality import legality
+
+MISS: Choice = ("", "")
+# Cost, in log time, of a choice without a time at a cell, and of answering where nothing was measured.
+_UNKNOWN_COST = 2.0
+# Added where a choice is not acceptable, so that splits prefer pure sides over small differences in regret.
+_UNACCEPTABLE_COST = 0.01
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A point of the tree: measured sizes with their verdict, or unmeasured ones (None), which must miss."""
+
+    sizes: Sizes
+    verdict: Verdict | None
+
+    @property
+    def acceptable(self) -> frozenset[Choice]:
+        return frozenset({MISS}) if self.verdict is None else self.verdict.acceptable
+
+    def cost(self, choice: Choice) -> float:
+        if self.verdict is None or choice == MISS:
+            return 0.0 if self.verdict is None and choice == MISS else _UNKNOWN_COST
+        regret = min(self.verdict.regret(choice), _UNKNOWN_COST)
+        return regret if choice in self.verdict.acceptable else regret + _UNACCEPTABLE_COST
+
+
+@dataclass(frozen=True)
+class TreeGrower:
+    """What stays the same while the tree of one static key grows.
+
+    `context` has the key's static features and the table's device.
+    """
+
+    operation: Operation
+    context: SelectionContext
+    kernels: Mapping[str, Kernel]
+    free: tuple[int, ...]
+    default: Choice
+
+    def grow(self, cells: Sequence[Cell], box: Box, previous: Choice | None = None) -> Tree:
+        """The tree over a box that holds these cells; `previous` is the choice of the bucket before it."""
+        common = frozenset.intersection(*(cell.acceptable for cell in cells))
+        if common:
+            return self._leaf(cells, box, self._tie_break(common, previous))
+        axis, edge = self._best_split(cells)
+        low_box, high_box = self._divide(box, axis, edge)
+        low = self.grow([cell for cell in cells if cell.sizes[axis] <= edge], low_box, previous)
+        last = list(leaves_of(low))[-1]
+        before = last.chain[0].choice if last.chain else previous
+        high = self.grow([cell for cell in cells if cell.sizes[axis] > edge], high_box, before)
+        if isinstance(low, Leaf) and isinstance(high, Leaf) and low.chain == high.chain:
+            # Neighbours that differ in nothing are one bucket.
+            return self._leaf(cells, box, low.chain[0].choice if low.chain else MISS)
+        return Split(axis, edge, low, high)
+
+    def _tie_break(self, common: frozenset[Choice], previous: Choice | None) -> Choice:
+        """Stability: the default, then the previous bucket's choice, then the kernel's id."""
+        for choice in (self.default, previous):
+            if choice is not None and choice in common:
+                return choice
+        return min(common)
+
+    def _best_split(self, cells: Sequence[Cell]) -> tuple[int, int]:
+        """The axis and edge whose two sides cost least when each gets its one best choice."""
+        choices = sorted({choice for cell in cells for choice in cell.acceptable})
+        costs = np.array([[cell.cost(choice) for choice in choices] for cell in cells])
+        best: tuple[float, int, int] | None = None
+        split: tuple[int, int] = (0, 0)
+        for axis in self.free:
+            order = sorted(range(len(cells)), key=lambda index, axis=axis: cells[index].sizes[axis])  # type: ignore[misc]
+            low_sums = np.cumsum(costs[order], axis=0)
+            high_sums = low_sums[-1] - low_sums
+            for position in range(len(order) - 1):
+                low_size = cells[order[position]].sizes[axis]
+                high_size = cells[order[position + 1]].sizes[axis]
+                if low_size == high_size:
+                    continue
+                total = float(low_sums[position].min() + high_sums[position].min())
+                # Of equal costs the most even split, so that the tree stays shallow.
+                rank = (round(total, 9), abs(2 * (position + 1) - len(order)), axis)
+                if best is None or rank < best:
+                    best = rank
+                    sides = choices[int(low_sums[position].argmin())], choices[int(high_sums[position].argmin())]
+                    split = axis, self._edge(cells, axis, low_size, high_size, *sides)
+        assert best is not None, "cells of equal sizes are one cell"
+        return split
+
+    def _edge(self, cells: Sequence[Cell], axis: int, low: int, high: int, at_low: Choice, at_high: Choice) -> int:
+        """Where the two choices cost the same, interpolated in log space between the nearest cells of both sides."""
+        lead_low = _mean_lead(cells, axis, low, at_low, at_high)
+        lead_high = _mean_lead(cells, axis, high, at_high, at_low)
+        share = 0.5
+        if lead_low is not None and lead_high is not None and lead_low >= 0 and lead_high >= 0 and lead_low + lead_high:
+            share = lead_low / (lead_low + lead_high)
+        edge = math.floor(math.exp(math.log(low) + share * (math.log(high) - math.log(low))) + 1e-9)
+        return min(max(edge, low), high - 1)
+
+    def _divide(self, box: Box, axis: int, edge: int) -> tuple[Box, Box]:
+        """Both halves of a box; axes that are tied to the split one follow it."""
+        low, high = list(box), list(box)
+        index = axis
+        while True:
+            low[index] = (box[index][0], min(edge, box[index][1]))
+            high[index] = (max(edge + 1, box[index][0]), box[index][1])
+            index += 1
+            if index >= len(box) or index in self.free:
+                return tuple(low), tuple(high)
+
+    def _leaf(self, cells: Sequence[Cell], box: Box, choice: Choice) -> Tree:
+        """A leaf that gives the choice wherever its limits allow, split or guarded where they do not."""
+        if choice == MISS:
+            return Leaf(box, (), None)
+        found = legality(self.kernels[choice[0]], self.operation, self.context, box)
+        if found.violated is not None:
+            # The choice was measured in no cell of this box: the default serves, else it is a miss.
+            return Leaf(box, (), None) if choice == self.default else self._leaf(cells, box, self.default)
+        if found.splits:
+            axis, edge = found.splits[0]
+            low_box, high_box = self._divide(box, axis, edge)
+            low, high = (
+                self._leaf([cell for cell in cells if low <= cell.sizes[axis] <= high], half, choice)
+                for half in (low_box, high_box)
+                for low, high in (half[axis],)
+            )
+            return Split(axis, edge, low, high)
+        chain = [Step(choice, found.guards)]
+        if found.guards and choice != self.default:
+            behind = legality(self.kernels[self.default[0]], self.operation, self.context, box)
+            if behind.violated is None and not behind.splits:
+                chain.append(Step(self.default, behind.guards))
+        verdicts = [cell.verdict for cell in cells if cell.verdict is not None]
+        return Leaf(box, tuple(chain), evidence_of(choice, self.default, verdicts))
+
+
+def _mean_lead(cells: Sequence[Cell], axis: int, size: int, ahead: Choice, behind: Choice) -> float | None:
+    """Mean log time by which one choice leads the other over the measured cells at this size; None without any."""
+    leads = [
+        cell.verdict.standings[behind].log_ratio - cell.verdict.standings[ahead].log_ratio
+        for cell in cells
+        if cell.sizes[axis] == size
+        and cell.verdict is not None
+        and ahead in cell.verdict.standings
+        and behind in cell.verdict.standings
+    ]
+    return float(np.mean(leads)) if leads else None

@@ -1,0 +1,79 @@
+"""The score of one shape: what the table's choice costs beside the best and beside the default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.errors import ResultsError
+from layerzero_tune.evaluate.public_calls import PUBLIC_CALL
+from layerzero_tune.measure.statistics import SLOWER_THRESHOLD, paired_log_ratio, slower_p_value
+from layerzero_tune.results.measurement import Measurement
+
+# The interval of a remeasurement must lie above the threshold for a shape to count as slower than the default.
+CONFIRMATION_CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Score:
+    """One held-out shape.
+
+    Attributes:
+        hit: whether the table answered; on a miss `chosen` is the live selector's kernel.
+        best: the fastest kernel of the odd rounds.
+        efficiency: best time / chosen time in the even rounds, so that luck in picking the best is not rewarded.
+        speedup: default's time / chosen time in the even rounds.
+        end_to_end: default's time / time of the public call, None where it was not measured.
+        slower_p: p-value of "the choice is more than 2% slower than the default"; 1.0 where it is the default.
+    """
+
+    context: SelectionContext
+    hit: bool
+    chosen: str
+    best: str
+    default_ns: float
+    efficiency: float
+    speedup: float
+    end_to_end: float | None
+    slower_p: float
+
+
+def score(rows: Sequence[Measurement], chosen: str, hit: bool) -> Score:
+    """Score the choice on one contest's rows.
+
+    Raises:
+        ResultsError: the chosen kernel or the default has no time.
+    """
+    timed = {row.kernel_id: row.samples_ns for row in rows if row.status == "ok" and row.samples_ns}
+    default = next((row.kernel_id for row in rows if row.is_default), "")
+    for kernel_id in (chosen, default):
+        if kernel_id not in timed:
+            status = next(
+                (f"{row.status} {row.message}" for row in rows if row.kernel_id == kernel_id), "not in the contest"
+            )
+            raise ResultsError(f"{kernel_id!r} has no time at {rows[0].context.to_dict()}: {status}")
+    odd = {kernel_id: median(samples[0::2]) for kernel_id, samples in timed.items() if kernel_id != PUBLIC_CALL}
+    even = {kernel_id: median(samples[1::2]) for kernel_id, samples in timed.items()}
+    best = min(odd, key=lambda kernel_id: (odd[kernel_id], kernel_id))
+    return Score(
+        context=rows[0].context,
+        hit=hit,
+        chosen=chosen,
+        best=best,
+        default_ns=even[default],
+        efficiency=even[best] / even[chosen],
+        speedup=even[default] / even[chosen],
+        end_to_end=even[default] / even[PUBLIC_CALL] if PUBLIC_CALL in even else None,
+        slower_p=1.0 if chosen == default else slower_p_value(timed[chosen], timed[default]),
+    )
+
+
+def confirms_slower(rows: Sequence[Measurement], chosen: str) -> bool:
+    """Whether a remeasurement shows the choice above the threshold again."""
+    timed: Mapping[str, tuple[float, ...]] = {row.kernel_id: row.samples_ns for row in rows if row.samples_ns}
+    default = next(row.kernel_id for row in rows if row.is_default)
+    if chosen not in timed or default not in timed:
+        return False
+    return paired_log_ratio(timed[chosen], timed[default], confidence=CONFIRMATION_CONFIDENCE).ratio > SLOWER_THRESHOLD

@@ -1,0 +1,1 @@
+"""Measuring: inputs, correctness, the clock, contests and the statistics that judge them."""

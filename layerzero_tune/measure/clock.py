@@ -1,0 +1,67 @@
+"""The wall clock: many calls back to back, inputs rotating."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+from collections.abc import Sequence
+from time import perf_counter_ns
+
+from layerzero_runtime.kernel import KernelFunction
+from layerzero_tune.measure.inputs import Arguments
+
+# A sample of short calls is the median of this many blocks of calls, so that one interruption does not decide it.
+BLOCKS = 5
+
+
+class Rotation:
+    """Hands out the argument sets in turn, each next sample beginning where the one before ended."""
+
+    def __init__(self, sets: Sequence[Arguments]) -> None:
+        self._sets = sets
+        self._next = 0
+
+    def take(self, calls: int) -> list[Arguments]:
+        count = len(self._sets)
+        taken = [self._sets[(self._next + call) % count] for call in range(calls)]
+        self._next = (self._next + calls) % count
+        return taken
+
+
+def time_calls(function: KernelFunction, arguments: Sequence[Arguments]) -> float:
+    """Wall time in ns per call of one call for each of `arguments`, back to back, the garbage collector off.
+
+    Of a call's time, some 10 ns are the loop's own: the list of arguments is built before.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        start = perf_counter_ns()
+        for call in arguments:
+            function(*call)
+        end = perf_counter_ns()
+    finally:
+        if collecting:
+            gc.enable()
+    return (end - start) / len(arguments)
+
+
+def warm_up(function: KernelFunction, rotation: Rotation, duration_ms: float) -> float:
+    """Call for that long, at least once; the median of the later half of the calls in ns."""
+    times: list[float] = []
+    elapsed = 0.0
+    while elapsed < duration_ms * 1e6 or not times:
+        times.append(time_calls(function, rotation.take(1)))
+        elapsed += times[-1]
+    return statistics.median(times[len(times) // 2 :])
+
+
+def take_sample(
+    function: KernelFunction, rotation: Rotation, call_ns: float, duration_ms: float, blocks: int = BLOCKS
+) -> float:
+    """Time in ns per call over at least `duration_ms` of calls that take about `call_ns` each; at least one call."""
+    calls = max(1, math.ceil(duration_ms * 1e6 / max(call_ns, 1.0)))
+    blocks = min(blocks, calls)
+    per_block = math.ceil(calls / blocks)
+    return statistics.median(time_calls(function, rotation.take(per_block)) for _ in range(blocks))

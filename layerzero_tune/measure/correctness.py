@@ -1,0 +1,180 @@
+"""Correct before fast: a kernel's result against a float64 reference, before its time counts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.errors import ContextError
+from layerzero_runtime.kernel import KernelFunction
+from layerzero_runtime.operation import Operation
+from layerzero_tune.measure.inputs import RandomTensors
+from layerzero_tune.measure.sampling import Sample, draw_sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The floor of the tolerance, in unit roundoffs of the call's dtype (half of torch.finfo(dtype).eps, the largest
+# relative error of one rounding; Higham, Accuracy and Stability of Numerical Algorithms, section 2.1).
+# 16-bit types: kernels sum in float32, so that only what they store is rounded; one rounding of every result has a
+# relative L2 error below half a unit, and one more of the softmax weights or of a gate stays below one. An int8
+# attention (1.1e-2 in bfloat16) stays outside.
+# float32 and float64: there is no wider sum to hide in. exp, erf and rsqrt are good to 1 unit in the last place (2 unit
+# roundoffs), and sums in another order walk at random by about as much again.
+FLOOR_ROUNDOFFS: Mapping[str, int] = MappingProxyType({"float64": 4, "float32": 4, "float16": 1, "bfloat16": 1})
+# Beside the floor: the errors of two implementations of one accuracy differ by less than this factor.
+DEFAULT_ERROR_FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One checked call: the relative L2 error of every output, or (without errors) what is wrong with the result."""
+
+    errors: tuple[float, ...] = ()
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The output that comes closest to its tolerance or exceeds it most; `message` is empty for a right result."""
+
+    relative_error: float | None
+    tolerance: float | None
+    message: str
+
+
+def error_floor(dtype: str) -> float:
+    """The relative L2 error allowed to a kernel beside a default that has none.
+
+    Raises:
+        ContextError: no floor is defined for the dtype.
+    """
+    import torch
+
+    if dtype not in FLOOR_ROUNDOFFS:
+        raise ContextError(f"dtype is {dtype!r}, correctness is defined for: {', '.join(FLOOR_ROUNDOFFS)}")
+    return FLOOR_ROUNDOFFS[dtype] * torch.finfo(getattr(torch, dtype)).eps / 2
+
+
+def tolerances(default: Trial, dtype: str) -> tuple[float, ...]:
+    """Per output, the relative L2 error allowed: twice the default's own and the floor."""
+    return tuple(DEFAULT_ERROR_FACTOR * error + error_floor(dtype) for error in default.errors)
+
+
+def judge(trial: Trial, allowed: Sequence[float]) -> Verdict:
+    """Whether every output keeps its tolerance."""
+    if trial.fault:
+        return Verdict(None, None, trial.fault)
+    error, tolerance = max(zip(trial.errors, allowed, strict=True), key=lambda pair: pair[0] / pair[1])
+    message = f"relative error {error:.2e} above {tolerance:.2e}" if error > tolerance else ""
+    return Verdict(error, tolerance, message)
+
+
+@dataclass(frozen=True)
+class Check:
+    """The call on which all kernels of a contest are checked, and a sample of its right results in float64."""
+
+    operation: Operation
+    context: SelectionContext
+    tensors: Mapping[str, Tensor]
+    untouched: Mapping[str, Tensor]
+    sample: Sample
+    expected: tuple[Tensor, ...]
+
+    @classmethod
+    def prepare(cls, operation: Operation, context: SelectionContext, source: RandomTensors, seed: int) -> Check:
+        """Draw fresh inputs and evaluate the reference on a sample of them.
+
+        Raises:
+            ContextError: no tolerance is defined for the context's dtype.
+        """
+        import torch
+
+        error_floor(context.dtype)
+        tensors = source.draw(operation, context)
+        untouched = {name: tensor.clone() for name, tensor in tensors.items()}
+        sample = draw_sample(operation, context, tensors, random.Random(seed))
+        expected = _reference(operation, sample, torch.float64)
+        return cls(operation, context, tensors, untouched, sample, expected)
+
+    def run(self, function: KernelFunction) -> Trial:
+        """Call the function once and compare; what the function raises is raised."""
+        import torch
+
+        result = function(*self.operation.arguments(self.context, self.tensors))
+        for name, tensor in self.tensors.items():
+            if not torch.equal(tensor, self.untouched[name]):
+                tensor.copy_(self.untouched[name])
+                return Trial(fault=f"writes to its input {name}")
+        outputs = result if isinstance(result, tuple | list) else (result,)
+        if fault := self._structural_fault(outputs):
+            return fault
+        parts = tuple(self.sample.pick(output) for output in outputs)
+        trial = self._compare(parts)
+        self._spoil(*outputs, *parts)
+        return trial
+
+    def written_out(self) -> Trial:
+        """The reference evaluated in the call's dtype: what accuracy to ask for where the default gave no result."""
+        import torch
+
+        outputs = _reference(self.operation, self.sample, getattr(torch, self.context.dtype))
+        trial = self._compare(outputs)
+        self._spoil(*outputs)
+        return trial
+
+    def _spoil(self, *results: Tensor) -> None:
+        """Overwrite results with NaN before their memory is free, and may become the output of the next kernel.
+
+        A kernel that leaves elements unwritten would inherit right answers otherwise.
+        """
+        inputs = {tensor.untyped_storage().data_ptr() for tensor in self.tensors.values()}
+        for result in results:
+            if result.untyped_storage().data_ptr() not in inputs:
+                whole = result.new_empty(0).set_(result.untyped_storage())
+                whole.fill_(float("nan"))
+
+    def _structural_fault(self, outputs: Sequence[Any]) -> Trial | None:
+        import torch
+
+        shapes = self.operation.outputs(self.context)
+        if len(outputs) != len(shapes):
+            return Trial(fault=f"gives {len(outputs)} outputs, required {len(shapes)}")
+        for index, (output, shape) in enumerate(zip(outputs, shapes, strict=True)):
+            if not isinstance(output, torch.Tensor):
+                return Trial(fault=f"output {index} is a {type(output).__name__}, required a tensor")
+            if tuple(output.shape) != shape:
+                return Trial(fault=f"output {index} has shape {tuple(output.shape)}, required {shape}")
+            if output.dtype != getattr(torch, self.context.dtype):
+                dtype = str(output.dtype).removeprefix("torch.")
+                return Trial(fault=f"output {index} has dtype {dtype}, required {self.context.dtype}")
+        return None
+
+    def _compare(self, parts: Sequence[Tensor]) -> Trial:
+        import torch
+
+        errors = []
+        for index, (part, expected) in enumerate(zip(parts, self.expected, strict=True)):
+            # Where the reference has no value (a query without keys), implementations differ and none is wrong.
+            defined = ~expected.isnan()
+            found, right = part.to(torch.float64)[defined], expected[defined]
+            if undefined := int((~found.isfinite()).sum()):
+                return Trial(
+                    fault=f"output {index} is NaN or infinite in {undefined} of {found.numel()} values checked"
+                )
+            distance, size = float((found - right).norm()), float(right.norm())
+            if distance > 0.0 and size == 0.0:
+                return Trial(fault=f"output {index} is not zero where the reference is")
+            errors.append(distance / size if size else 0.0)
+        return Trial(tuple(errors))
+
+
+def _reference(operation: Operation, sample: Sample, dtype: Any) -> tuple[Tensor, ...]:
+    converted = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in sample.tensors.items()
+    }
+    return operation.reference(sample.context, *operation.arguments(sample.context, converted))

@@ -1,0 +1,229 @@
+"""A contest on the CPU: admission, correctness, then the clock."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from types import MappingProxyType
+from typing import TypeVar
+
+from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.device import detect_device
+from layerzero_runtime.errors import ContextError
+from layerzero_runtime.kernel import Kernel, KernelFunction
+from layerzero_runtime.layout import adapt_layout
+from layerzero_runtime.libraries import missing_requirement
+from layerzero_runtime.limits import rejections
+from layerzero_runtime.operations import operation_named
+from layerzero_tune.measure.clock import BLOCKS, Rotation, take_sample, time_calls, warm_up
+from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, JobOutcome
+from layerzero_tune.measure.correctness import Check, Trial, error_floor, judge, tolerances
+from layerzero_tune.measure.inputs import RandomTensors, check_measurable, rotating_inputs
+from layerzero_tune.measure.screening import finalists
+from layerzero_tune.results.measurement import Status
+
+Progress = Callable[[int | None, str], None]
+"""Called before each step with the candidate's index (None: the contest's own) and the step's name."""
+
+Result = TypeVar("Result")
+_NOTHING_SETTLED: Mapping[int, JobOutcome] = MappingProxyType({})
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+# At least two screening times, so that there is a spread to judge by.
+_MIN_SCREENINGS = 2
+
+
+def measure_contest(
+    contest: Contest,
+    kernels: Mapping[str, Kernel],
+    *,
+    settled: Mapping[int, JobOutcome] = _NOTHING_SETTLED,
+    progress: Progress = lambda candidate, step: None,
+) -> ContestOutcome:
+    """Measure the contest's candidates on this CPU, in this process.
+
+    Everything runs under `torch.inference_mode`, as the loops of serving engines do: no autograd is recorded and no
+    version counters are kept. Threads are torch's default. `settled` holds outcomes that are known already (of kernels
+    that killed an earlier process), by index; those candidates are not touched.
+
+    Raises:
+        ContextError: the point cannot be measured on a CPU: graph mode, an unknown operation or dtype, a missing size,
+            or a feature that the generated inputs lack.
+    """
+    import torch
+
+    if contest.context.mode != "eager":
+        raise ContextError(f"mode is {contest.context.mode!r}: CPUs have 'eager' only; measure graphs on a CUDA device")
+    with torch.inference_mode():
+        outcomes = _ContestRun(contest, kernels, settled, progress).run()
+    return ContestOutcome(outcomes, datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+class _ContestRun:
+    """One run of a contest: candidates drop out of `functions` as they get an outcome without a time."""
+
+    def __init__(
+        self, contest: Contest, kernels: Mapping[str, Kernel], settled: Mapping[int, JobOutcome], progress: Progress
+    ) -> None:
+        self.candidates = contest.candidates
+        self.policy = contest.policy
+        self.operation = operation_named(contest.context.operation)
+        self.operation.validate(contest.context)
+        check_measurable(contest.context)
+        error_floor(contest.context.dtype)  # raises for a dtype that has none
+        self.context = contest.context.with_device(detect_device("cpu"))
+        self.kernels = kernels
+        self.outcomes: dict[int, JobOutcome] = dict(settled)
+        self.progress = progress
+        self.seed = contest.seed
+        self.chance = random.Random(contest.seed)
+        self.functions: dict[int, KernelFunction] = {}
+
+    def run(self) -> tuple[JobOutcome, ...]:
+        entered = self._admit()
+        source = RandomTensors("cpu", self.seed)
+        self._check(entered, source)
+        self._time(source)
+        return tuple(self.outcomes[index] for index in range(len(self.candidates)))
+
+    def _admit(self) -> list[int]:
+        """Indices of the candidates that may run, the default first; outcomes for the others."""
+        admitted = []
+        for index, candidate in enumerate(self.candidates):
+            if index not in self.outcomes:
+                refusal = _refusal(candidate, self.kernels, self.context)
+                if refusal is None:
+                    admitted.append(index)
+                else:
+                    self.outcomes[index] = refusal
+        return sorted(admitted, key=lambda index: not self.candidates[index].is_default)
+
+    def _check(self, entered: list[int], source: RandomTensors) -> None:
+        """Load and check; the default, which comes first, says how accurate the others have to be."""
+        self.progress(None, "reference")
+        check = _attempt(lambda: Check.prepare(self.operation, self.context, source, self.seed))
+        if isinstance(check, JobOutcome):
+            self.outcomes.update(dict.fromkeys(entered, check))
+            return
+        allowed: tuple[float, ...] | None = None
+        for index in entered:
+            self.progress(index, "load and first call")
+            result = _attempt(partial(self._load_and_try, self.candidates[index], check))
+            if isinstance(result, JobOutcome):
+                self.outcomes[index] = result
+                continue
+            function, trial = result
+            if allowed is None:
+                usable = self.candidates[index].is_default and not trial.fault
+                allowed = tolerances(trial if usable else check.written_out(), self.context.dtype)
+            verdict = judge(trial, allowed)
+            status: Status = "wrong" if verdict.message else "ok"
+            self.outcomes[index] = JobOutcome(status, verdict.message, verdict.relative_error, verdict.tolerance)
+            if not verdict.message:
+                self.functions[index] = function
+
+    def _load_and_try(self, candidate: Candidate, check: Check) -> tuple[KernelFunction, Trial]:
+        kernel = self.kernels[candidate.kernel_id]
+        function = adapt_layout(kernel.load(self.context, candidate.configuration), kernel.spec, self.context)
+        return function, check.run(function)
+
+    def _time(self, source: RandomTensors) -> None:
+        self.progress(None, "inputs")
+        sets = _attempt(lambda: rotating_inputs(self.operation, self.context, self.policy, source))
+        if isinstance(sets, JobOutcome):
+            self.outcomes.update(dict.fromkeys(self.functions, sets))
+            return
+        rotation = Rotation(sets)
+        call_ns = {
+            index: time
+            for index in tuple(self.functions)
+            if (time := self._step(index, "warm-up", lambda f: warm_up(f, rotation, self.policy.warmup_ms))) is not None
+        }
+        slow = frozenset(index for index, time in call_ns.items() if time > self.policy.max_call_ms * 1e6)
+        screened = self._screen(rotation, {index: time for index, time in call_ns.items() if index not in slow})
+        entered = finalists(screened, self.policy.screen_margin)
+        # The default and the anchors tie contests together, whatever the screening says of them.
+        always = frozenset(i for i in self.functions if self.candidates[i].is_default or self.candidates[i].is_anchor)
+        without_rounds = any(self.candidates[index].is_default for index in slow)
+        samples = {} if without_rounds else self._final_rounds(rotation, call_ns, (entered | always) - slow)
+        for index in self.functions:
+            screen_ns = statistics.median(screened[index]) if index in screened else call_ns[index]
+            measured = tuple(samples.get(index, ()))
+            self.outcomes[index] = replace(self.outcomes[index], screen_ns=screen_ns, samples_ns=measured)
+
+    def _screen(self, rotation: Rotation, call_ns: Mapping[int, float]) -> dict[int, list[float]]:
+        """Times per candidate in ns per call, taken in turn, so that a drift of the machine falls on all of them."""
+        screen_ns = self.policy.screen_ms * 1e6
+        turns = {index: min(BLOCKS, max(_MIN_SCREENINGS, screen_ns // call)) for index, call in call_ns.items()}
+        times: dict[int, list[float]] = {index: [] for index in call_ns}
+        for turn in range(BLOCKS):
+            for index in self._shuffled(index for index in times if turn < turns[index]):
+                calls = max(1, round(screen_ns / BLOCKS / call_ns[index]))
+                time = self._step(index, "screening", partial(time_calls, arguments=rotation.take(calls)))
+                if time is not None:
+                    times[index].append(time)
+        return {index: found for index, found in times.items() if index in self.functions}
+
+    def _final_rounds(
+        self, rotation: Rotation, call_ns: Mapping[int, float], entered: frozenset[int]
+    ) -> dict[int, list[float]]:
+        """Medians of the rounds in ns per call, by candidate: one per round for each that came through all of them."""
+        samples: dict[int, list[float]] = {index: [] for index in entered}
+        for number in range(1, self.policy.rounds + 1):
+            for index in self._shuffled(samples):
+                measure = partial(
+                    take_sample, rotation=rotation, call_ns=call_ns[index], duration_ms=self.policy.round_ms
+                )
+                time = self._step(index, f"round {number}", measure)
+                if time is not None:
+                    samples[index].append(time)
+        return samples
+
+    def _step(self, index: int, name: str, action: Callable[[KernelFunction], float]) -> float | None:
+        """The time that one step of a candidate gives; None where it fails now, which takes it out, or did before."""
+        if index not in self.functions:
+            return None
+        self.progress(index, name)
+        result = _attempt(partial(action, self.functions[index]))
+        if isinstance(result, JobOutcome):
+            self.outcomes[index] = result
+            del self.functions[index]
+            return None
+        return result
+
+    def _shuffled(self, indices: Iterable[int]) -> list[int]:
+        order = sorted(indices)
+        self.chance.shuffle(order)
+        return order
+
+
+def _refusal(candidate: Candidate, kernels: Mapping[str, Kernel], context: SelectionContext) -> JobOutcome | None:
+    """Why the candidate cannot run, from declarations alone."""
+    kernel = kernels.get(candidate.kernel_id)
+    if kernel is None:
+        return JobOutcome("unavailable", f"no kernel {candidate.kernel_id!r} is registered")
+    spec = kernel.spec
+    if context.operation not in spec.operations:
+        return JobOutcome("refused", f"computes {', '.join(spec.operations)}, not {context.operation}")
+    if refused := rejections(spec.limits, context):
+        return JobOutcome("refused", "; ".join(map(str, refused)))
+    if missing := missing_requirement(spec.requires):
+        return JobOutcome("unavailable", missing)
+    return None
+
+
+def _attempt(action: Callable[[], Result]) -> Result | JobOutcome:
+    try:
+        return action()
+    except Exception as error:  # noqa: BLE001 - a kernel may raise anything; it is recorded as the job's outcome
+        return _failure(error)
+
+
+def _failure(error: Exception) -> JobOutcome:
+    lines = str(error).strip().splitlines()
+    message = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    exhausted = isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+    return JobOutcome("out_of_memory" if exhausted else "failed", message)

@@ -1,0 +1,1 @@
+"""The results store: one immutable Parquet file per finished contest."""

@@ -1,0 +1,71 @@
+"""`Measurement`, one row of the results: what one job gave in one contest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from layerzero_runtime.context import SelectionContext
+
+# Times keep 20 significant bits, a relative step of 1e-6. The least noise of any clock here is 5e-4, so nothing is
+# lost, and a million rows of 16 samples take half the space that the random low bits of a division would.
+TIME_BITS = 20
+_SPLITTER = float(2 ** (53 - TIME_BITS) + 1)
+
+Status = Literal["ok", "refused", "unavailable", "failed", "wrong", "out_of_memory", "timeout", "died"]
+STATUSES: tuple[Status, ...] = ("ok", "refused", "unavailable", "failed", "wrong", "out_of_memory", "timeout", "died")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One job in one contest, as it is stored: `screen_ns` and `samples_ns` are rounded to `TIME_BITS` when it is made.
+
+    Attributes:
+        contest_id: content hash of the contest; only times within one contest are compared.
+        job_id: content hash of point, candidate, kernel source, device, versions that matter and measurement policy.
+        context: the point (a context with its mode), without a device.
+        status: "ok", or why there is no time: refused by limits, unavailable library, failed with an exception, a wrong
+            result, out of memory, over its time limit, or its process died.
+        message: one line on a status other than "ok", else empty.
+        is_default: whether the kernel is the operation's default.
+        relative_error: relative L2 error against the float64 reference, None if not checked.
+        tolerance: the largest error allowed, None if not checked.
+        screen_ns: median time of one call in the screening round in ns, None without a time.
+        samples_ns: medians of the final rounds in ns per call; index i of every job of a contest is the same round.
+            Empty for a job that the screening ruled out.
+        device: `DeviceSpec.to_dict()` of the device.
+        versions: full version by distribution name.
+        source_hash: hash of the kernel's source.
+        policy: `MeasurementPolicy.to_dict()`.
+        measured_at: UTC time at which the contest ended, ISO 8601 with seconds.
+    """
+
+    contest_id: str
+    job_id: str
+    context: SelectionContext
+    kernel_id: str
+    configuration: Mapping[str, Any]
+    is_default: bool
+    status: Status
+    message: str
+    relative_error: float | None
+    tolerance: float | None
+    screen_ns: float | None
+    samples_ns: tuple[float, ...]
+    device: Mapping[str, Any]
+    versions: Mapping[str, str]
+    source_hash: str
+    policy: Mapping[str, Any]
+    measured_at: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples_ns", tuple(map(rounded_time, self.samples_ns)))
+        if self.screen_ns is not None:
+            object.__setattr__(self, "screen_ns", rounded_time(self.screen_ns))
+
+
+def rounded_time(ns: float) -> float:
+    """The time to the nearest float with `TIME_BITS` significant bits (Veltkamp's splitting; exact, idempotent)."""
+    scaled = ns * _SPLITTER
+    return scaled - (scaled - ns)

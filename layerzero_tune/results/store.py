@@ -1,0 +1,268 @@
+"""`ResultsStore`: a directory of immutable Parquet files, one for each finished contest until they are compacted."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from layerzero_runtime.errors import ResultsError
+from layerzero_tune.results.atomic import TEMPORARY_SUFFIX, write_atomically
+from layerzero_tune.results.content import Contest, results_hash, whole_contests
+from layerzero_tune.results.measurement import Measurement
+from layerzero_tune.results.schema import DamagedFileError, Decoder, encode, read_columns
+
+__all__ = ["Results", "ResultsStore", "results_hash"]
+
+QUARANTINE = "quarantine"
+PART_BYTES = 16 * 1024 * 1024
+# A temporary file this old belongs to a writer that was killed: writing one takes seconds at most.
+LEFTOVER_SECONDS = 3600.0
+
+_CONTEST_FILE = re.compile(r"contest-([A-Za-z0-9_][A-Za-z0-9_.-]*)\.parquet")
+_Loaded = TypeVar("_Loaded")
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a store held when it was read.
+
+    Attributes:
+        rows: every measurement once, in ascending order of (contest_id, job_id).
+        quarantined: the damaged files that this read came across, where they lie now.
+    """
+
+    rows: tuple[Measurement, ...]
+    quarantined: tuple[Path, ...]
+
+
+class ResultsStore:
+    """The results in one directory, safe under any number of readers, writers and compactions at once.
+
+    A file appears whole, by a rename, and its content never changes; so a reader sees finished contests only. No file
+    is kept open. The directory is created by the first `append`.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+
+    def append(self, rows: Sequence[Measurement]) -> Path:
+        """Write all rows of one finished contest and return its file; a contest that is already there stays as it is.
+
+        Raises:
+            ValueError: no rows, rows of several contests, a job twice, or a contest id that cannot be a file name.
+            ResultsError: the directory cannot be created or written.
+        """
+        path = self.directory / _contest_file_name(rows)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                write_atomically(path, encode(sorted(rows, key=lambda row: row.job_id)))
+        except OSError as error:
+            raise self._unwritable(error) from error
+        return path
+
+    def read(self) -> Results:
+        """All rows. A damaged file is named in a warning and moved to `quarantine/`, the others are used.
+
+        Raises:
+            ResultsError: the directory does not exist, it or a file cannot be read, or a file was written by a newer
+                release.
+        """
+        decoder = Decoder()
+        quarantined: list[Path] = []
+        files = self._visit(lambda name: self._decode(name, decoder, quarantined))
+        rows = (row for contest in whole_contests(files.values()) for row in contest)
+        return Results(tuple(rows), tuple(quarantined))
+
+    def contest_ids(self) -> frozenset[str]:
+        """The ids of the finished contests; none where the directory does not exist yet.
+
+        Contest files are not opened: a damaged one counts until `read` has set it aside.
+
+        Raises:
+            ResultsError: the directory or a compacted file cannot be read, or a newer release wrote the file.
+        """
+        if not self.directory.exists():
+            return frozenset()
+        return frozenset().union(*self._visit(self._contests_of).values())
+
+    def compact(self) -> tuple[Path, ...]:
+        """Merge contest files and small parts into parts of at most about `PART_BYTES`; the parts written, in order.
+
+        Parts above half that size are left alone. Equal rows give equal files. Killed between writing and deleting, it
+        leaves duplicates, which `read` drops and the next compaction removes.
+
+        Raises:
+            ResultsError: a file cannot be read, a newer release wrote it, or the directory cannot be written.
+        """
+        if not self.directory.exists():
+            return ()
+        decoder = Decoder()
+        try:
+            self._remove_leftovers()
+            sources: dict[str, list[Measurement]] = {}
+            for name in sorted(self._names()):
+                if not self._is_source(name):
+                    continue
+                quarantined: list[Path] = []
+                try:
+                    rows = self._decode(name, decoder, quarantined)
+                except FileNotFoundError:  # another process has just merged it
+                    continue
+                if not quarantined:
+                    sources[name] = rows
+            if len(sources) < 2:
+                return ()
+            written = []
+            for rows, data in _parts(whole_contests(sources.values())):
+                path = self.directory / f"part-{results_hash(rows)}.parquet"
+                write_atomically(path, data)
+                written.append(path)
+            for name in sources.keys() - {path.name for path in written}:
+                (self.directory / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        return tuple(written)
+
+    def _is_source(self, name: str) -> bool:
+        if _CONTEST_FILE.fullmatch(name):
+            return True
+        try:
+            return (self.directory / name).stat().st_size < PART_BYTES // 2
+        except FileNotFoundError:
+            return False
+
+    def _visit(self, load: Callable[[str], _Loaded]) -> dict[str, _Loaded]:
+        """What `load` gives for every file, as one snapshot.
+
+        A compaction may run meanwhile, and a listing made while names change can miss both the old files and the new.
+        So list again until nothing has vanished and no new part has appeared; new contests alone end the wait.
+        """
+        loaded: dict[str, _Loaded] = {}
+        before: frozenset[str] | None = None
+        while True:
+            names = self._names()
+            if before is not None and before <= names and all(map(_CONTEST_FILE.fullmatch, names - before)):
+                return loaded
+            for name in sorted(names - loaded.keys()):
+                try:
+                    loaded[name] = load(name)
+                except FileNotFoundError:  # merged or set aside since it was listed; the next listing will tell
+                    continue
+            before = names
+
+    def _names(self) -> frozenset[str]:
+        try:
+            with os.scandir(self.directory) as entries:
+                return frozenset(
+                    entry.name
+                    for entry in entries
+                    if entry.name.endswith(".parquet") and not entry.name.startswith(".") and entry.is_file()
+                )
+        except FileNotFoundError:
+            raise ResultsError(
+                f"there are no results at {self.directory}: no such directory; measure some with "
+                f"`layerzero-tune run --out {self.directory}`, or check the path"
+            ) from None
+        except NotADirectoryError:
+            raise ResultsError(f"{self.directory} is a file; results are a directory of Parquet files") from None
+        except OSError as error:
+            raise self._unreadable(self.directory, error) from error
+
+    def _bytes_of(self, name: str) -> bytes:
+        path = self.directory / name
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise self._unreadable(path, error) from error
+
+    def _decode(self, name: str, decoder: Decoder, quarantined: list[Path]) -> list[Measurement]:
+        data = self._bytes_of(name)
+        try:
+            return decoder.decode(data)
+        except DamagedFileError as error:
+            quarantined.append(self._set_aside(name, error))
+            return []
+        except ResultsError as error:
+            raise ResultsError(f"{self.directory / name}: {error}") from error
+
+    def _contests_of(self, name: str) -> frozenset[str]:
+        if match := _CONTEST_FILE.fullmatch(name):
+            return frozenset((match[1],))
+        data = self._bytes_of(name)
+        try:
+            column = read_columns(data, ["contest_id"]).column("contest_id")
+        except DamagedFileError as error:
+            _logger.warning("%s is damaged (%s); its contests count as missing", self.directory / name, error)
+            return frozenset()
+        except ResultsError as error:
+            raise ResultsError(f"{self.directory / name}: {error}") from error
+        return frozenset(column.unique().to_pylist())
+
+    def _set_aside(self, name: str, damage: DamagedFileError) -> Path:
+        """Move a damaged file out of the way, and return where it lies then."""
+        path = self.directory / name
+        target = self.directory / QUARANTINE / name
+        number = 1
+        while target.exists():
+            target = target.with_name(f"{name}.{number}")
+            number += 1
+        try:
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
+        except OSError as error:
+            _logger.warning(
+                "%s is damaged (%s) and is skipped; it could not be moved to %s: %s", path, damage, target.parent, error
+            )
+            return path
+        _logger.warning("%s is damaged (%s); it was moved to %s, the other results are used", path, damage, target)
+        return target
+
+    def _remove_leftovers(self) -> None:
+        oldest = time.time() - LEFTOVER_SECONDS
+        for path in self.directory.glob(f".*.parquet.*{TEMPORARY_SUFFIX}"):
+            try:
+                if path.stat().st_mtime < oldest:
+                    path.unlink()
+            except FileNotFoundError:  # its writer has renamed it, or another process removed it
+                continue
+
+    def _unwritable(self, error: OSError) -> ResultsError:
+        return ResultsError(
+            f"cannot write results to {self.directory}: {error.strerror or error}; "
+            "choose another directory with --out, or make this one writable"
+        )
+
+    def _unreadable(self, path: Path, error: OSError) -> ResultsError:
+        return ResultsError(f"cannot read {path}: {error.strerror or error}; make it readable, or move it elsewhere")
+
+
+def _contest_file_name(rows: Sequence[Measurement]) -> str:
+    contest_ids = {row.contest_id for row in rows}
+    if len(contest_ids) != 1:
+        raise ValueError(f"append takes the rows of one contest, got rows of {len(contest_ids)}")
+    if len({row.job_id for row in rows}) != len(rows):
+        raise ValueError(f"a job occurs twice in contest {rows[0].contest_id}")
+    name = f"contest-{rows[0].contest_id}.parquet"
+    if not _CONTEST_FILE.fullmatch(name):
+        raise ValueError(f"contest_id {rows[0].contest_id!r} must consist of letters, digits, '_', '.' and '-'")
+    return name
+
+
+def _parts(contests: list[Contest]) -> list[tuple[list[Measurement], bytes]]:
+    """Contests as files of at most `PART_BYTES`, halved until they fit; a contest is never torn apart."""
+    rows = [row for contest in contests for row in contest]
+    data = encode(rows)
+    if len(data) <= PART_BYTES or len(contests) == 1:
+        return [(rows, data)]
+    middle = len(contests) // 2
+    return [*_parts(contests[:middle]), *_parts(contests[middle:])]

@@ -1,0 +1,1 @@
+"""Which contests to measure, on which device, in which order."""

@@ -1,0 +1,140 @@
+"""Measuring devices: this machine's CPU, and a recorded one that replays results through the same pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.device import DeviceSpec
+from layerzero_runtime.errors import ResultsError
+from layerzero_runtime.kernel import Kernel
+from layerzero_runtime.libraries import library_version
+from layerzero_runtime.registry import Registry
+from layerzero_runtime.staleness import kernel_source_hash
+from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, MeasurementPolicy
+from layerzero_tune.results.measurement import Measurement
+from layerzero_tune.search.jobs import JobIdentity, contest_of, legal_candidates
+from layerzero_tune.worker.process import WorkerProcess
+
+# A contest takes a second or two; compiling its kernels first may take minutes.
+CONTEST_TIMEOUT_S = 600.0
+# More repeats of one contest than any tuning makes.
+MAX_REPEATS = 64
+
+
+class MeasuringDevice(Protocol):
+    """What a run needs of a device."""
+
+    @property
+    def spec(self) -> DeviceSpec:
+        """The device that the measurements are of."""
+
+    def contests(self, context: SelectionContext) -> tuple[Contest, ...]:
+        """The contests that the device offers for a point; empty if it has no candidate there."""
+
+    def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
+        """The rows of a finished contest, and its outcome."""
+
+
+class LiveDevice:
+    """A device of this machine, measured in a worker process."""
+
+    def __init__(self, spec: DeviceSpec, registry: Registry, policy: MeasurementPolicy, worker: WorkerProcess) -> None:
+        self.spec = spec
+        self._registry = registry
+        self._kernels: Mapping[str, Kernel] = {kernel.kernel_id: kernel for kernel in registry}
+        self._identity = JobIdentity(spec, policy)
+        self._worker = worker
+
+    def contests(self, context: SelectionContext) -> tuple[Contest, ...]:
+        candidates = self.candidates(context)
+        return (self.contest(context, candidates),) if candidates else ()
+
+    def candidates(self, context: SelectionContext) -> tuple[Candidate, ...]:
+        return legal_candidates(self._registry, context.with_device(self.spec))
+
+    def contest(self, context: SelectionContext, candidates: Iterable[Candidate], repeat: int = 0) -> Contest:
+        return contest_of(context, candidates, self._kernels, self._identity, repeat)
+
+    def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
+        outcome = self._worker.run(contest, CONTEST_TIMEOUT_S)
+        return rows_of(contest, outcome, self._kernels, self.spec), outcome
+
+
+def rows_of(
+    contest: Contest, outcome: ContestOutcome, kernels: Mapping[str, Kernel], device: DeviceSpec
+) -> tuple[Measurement, ...]:
+    """One row per candidate."""
+    libraries = sorted({kernels[candidate.kernel_id].spec.library for candidate in contest.candidates})
+    versions = {name: version for name in libraries if (version := library_version(name)) is not None}
+    return tuple(
+        Measurement(
+            contest_id=contest.contest_id,
+            job_id=job_id,
+            context=contest.context,
+            kernel_id=candidate.kernel_id,
+            configuration=candidate.configuration,
+            is_default=candidate.is_default,
+            status=job.status,
+            message=job.message,
+            relative_error=job.relative_error,
+            tolerance=job.tolerance,
+            screen_ns=job.screen_ns,
+            samples_ns=job.samples_ns,
+            device=device.to_dict(),
+            versions=versions,
+            source_hash=kernel_source_hash(kernels[candidate.kernel_id]),
+            policy=contest.policy.to_dict(),
+            measured_at=outcome.measured_at,
+        )
+        for candidate, job_id, job in zip(contest.candidates, contest.job_ids, outcome.outcomes, strict=True)
+    )
+
+
+class RecordedDevice:
+    """Recorded results in place of a clock: it offers the contests that it holds, and gives their rows unchanged.
+
+    Raises:
+        ResultsError: there are no rows, or they come from several devices.
+    """
+
+    def __init__(self, rows: Sequence[Measurement]) -> None:
+        devices = {DeviceSpec.from_dict(row.device) for row in rows}
+        if len(devices) != 1:
+            raise ResultsError(f"a recorded device needs results of one device, these hold {len(devices)}")
+        self.spec = next(iter(devices))
+        self._contests: dict[str, list[Measurement]] = {}
+        for row in sorted(rows, key=lambda row: (row.contest_id, not row.is_default, row.kernel_id, row.job_id)):
+            self._contests.setdefault(row.contest_id, []).append(row)
+        self._by_context: dict[SelectionContext, list[str]] = {}
+        for contest_id, found in self._contests.items():
+            self._by_context.setdefault(found[0].context, []).append(contest_id)
+
+    @property
+    def contexts(self) -> tuple[SelectionContext, ...]:
+        """The recorded points."""
+        return tuple(self._by_context)
+
+    def contests(self, context: SelectionContext) -> tuple[Contest, ...]:
+        return tuple(_recorded(self._contests[contest_id]) for contest_id in self._by_context.get(context, ()))
+
+    def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
+        rows = tuple(self._contests[contest.contest_id])
+        return rows, ContestOutcome((), rows[0].measured_at)
+
+
+def _recorded(rows: Sequence[Measurement]) -> Contest:
+    """The contest that gave these rows; its id is a hash, so the number of its repeat is found by trying.
+
+    Raises:
+        ResultsError: no repeat gives the recorded id.
+    """
+    candidates = tuple(Candidate(row.kernel_id, row.configuration, row.is_default) for row in rows)
+    job_ids = tuple(row.job_id for row in rows)
+    policy = MeasurementPolicy(**rows[0].policy)
+    for repeat in range(MAX_REPEATS):
+        contest = Contest(rows[0].context, candidates, job_ids, policy, repeat)
+        if contest.contest_id == rows[0].contest_id:
+            return contest
+    raise ResultsError(f"contest {rows[0].contest_id} does not follow from its jobs; measure this point again")

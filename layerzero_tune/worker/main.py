@@ -1,0 +1,81 @@
+"""The worker process: `python -m layerzero_tune.worker.main SOCKET BOARD LIFELINE MODULE...` (descriptors, kernels).
+
+It sets nothing global: threads, allocator and environment are what torch and the tuner's environment give. Its standard
+output and error are the tuner's scratch file, so that nothing a kernel prints reaches a terminal or a report.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import traceback
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+
+from layerzero_runtime.errors import LayerZeroError
+from layerzero_runtime.kernel import Kernel
+from layerzero_tune.measure.contest import ContestOutcome
+from layerzero_tune.measure.cpu import measure_contest
+from layerzero_tune.worker.kernels import load_kernels
+from layerzero_tune.worker.progress_board import ProgressBoard
+from layerzero_tune.worker.protocol import Ready, Refusal, Reply, Request
+
+
+def die_with_tuner(lifeline: int) -> None:
+    """Have this process killed once the other end of the pipe `lifeline` closes, whatever it is doing then.
+
+    The kernel of the system sends the signal, so that even a call that never gives the interpreter back ends. (Linux's
+    parent-death signal would do so too, but it fires when the thread that started this process ends.) Elsewhere than on
+    Linux an orphan ends when it has finished its contest.
+    """
+    if sys.platform == "linux":
+        import fcntl
+
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+        closed_before, _, _ = select.select([lifeline], [], [], 0)
+        if closed_before:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def answer(request: Request, kernels: Mapping[str, Kernel], board: ProgressBoard) -> ContestOutcome | Refusal:
+    try:
+        return measure_contest(request.contest, kernels, settled=request.settled, progress=board.report)
+    except LayerZeroError as error:
+        return Refusal(error)
+    except Exception:  # noqa: BLE001 - raised again in the tuner, which can tell the user
+        return Refusal(LayerZeroError(f"the worker failed at a contest:\n{traceback.format_exc()}"))
+
+
+def main(arguments: list[str]) -> None:
+    descriptors = [int(argument) for argument in arguments[:3]]
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)  # processes that a kernel starts must not keep them open
+    socket, board, lifeline = descriptors
+    die_with_tuner(lifeline)
+    with Connection(socket) as tuner:
+        try:
+            import torch  # noqa: F401 - now, so that no candidate's time limit pays for it
+
+            kernels = load_kernels(arguments[3:])
+        except LayerZeroError as error:
+            tuner.send(Refusal(error))
+            return
+        _serve(tuner, kernels, ProgressBoard(board))
+
+
+def _serve(tuner: Connection[Reply, Request], kernels: Mapping[str, Kernel], board: ProgressBoard) -> None:
+    tuner.send(Ready())
+    while True:
+        try:
+            request = tuner.recv()
+        except EOFError:
+            return
+        tuner.send(answer(request, kernels, board))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

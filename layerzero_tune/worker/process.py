@@ -1,0 +1,225 @@
+"""`WorkerProcess`: contests in a process that may die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import IO, Self
+
+from layerzero_runtime.errors import LayerZeroError
+from layerzero_tune.measure.contest import Contest, ContestOutcome, JobOutcome
+from layerzero_tune.results.measurement import Status
+from layerzero_tune.worker.progress_board import ProgressBoard, Step
+from layerzero_tune.worker.protocol import Ready, Refusal, Reply, Request
+
+# Importing torch takes 1 to 10 s, and a minute from a cold network disk.
+START_TIMEOUT_S = 120.0
+# How often the tuner looks whether a silent worker still makes steps.
+_LOOK_S = 0.25
+_MESSAGE_LENGTH = 160
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """A worker that died or was killed for its silence, and the step that it was at (None: before the first)."""
+
+    status: Status
+    message: str
+    step: Step | None
+
+
+@dataclass(frozen=True)
+class _Child:
+    """A running worker with all that is to be released after it."""
+
+    process: subprocess.Popen[bytes]
+    connection: Connection[Request, Reply]
+    board: ProgressBoard
+    lifeline: int
+    output: IO[bytes]
+
+    def wait_for_reply(self, timeout_s: float) -> Reply | _Loss:
+        """The next reply, or what became of the worker that gives none; `timeout_s` is the longest step."""
+        step, since = self.board.read(), time.monotonic()
+        before = step.number
+        while True:
+            closed = False
+            try:
+                if self.connection.poll(min(_LOOK_S, timeout_s)):
+                    return self.connection.recv()
+            except (EOFError, ConnectionError):
+                closed = True
+                with suppress(subprocess.TimeoutExpired):
+                    self.process.wait(_LOOK_S)
+            if self.process.poll() is not None and (closed or not self.connection.poll()):
+                return self._lost("died", _end_of(self.process.returncode), before)
+            if self.board.read() != step:
+                step, since = self.board.read(), time.monotonic()
+            elif time.monotonic() - since > timeout_s:
+                return self._lost("timeout", f"no progress for {timeout_s:g} s", before)
+
+    def _lost(self, status: Status, reason: str, before: int) -> _Loss:
+        step = self.board.read()
+        if step.number == before:
+            return _Loss(status, f"{reason}{self._last_words()}", None)
+        return _Loss(status, f"{reason} at {step.name}{self._last_words()}", step)
+
+    def _last_words(self) -> str:
+        """The last line that the worker printed, such as the C library's reason for an abort."""
+        end = self.output.seek(0, os.SEEK_END)
+        self.output.seek(max(0, end - 4096))
+        lines = self.output.read().decode(errors="replace").strip().splitlines()
+        return f"; last output: {lines[-1][:_MESSAGE_LENGTH]}" if lines else ""
+
+    def forget_output(self) -> None:
+        self.output.seek(0)  # the worker writes at the same offset, which it shares
+        self.output.truncate()
+
+    def kill(self) -> None:
+        """End the worker and the processes that its kernels started (its process group)."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # all of them have ended
+            self.process.poll()
+        self.process.wait()
+        self.connection.close()
+        self.board.close()
+        os.close(self.lifeline)
+        self.output.close()
+
+
+class WorkerProcess:
+    """A subprocess that measures contests one after the other and is replaced when one of them kills it.
+
+    It is started when it is first needed, or before by `start`. It runs in a process group of its own: Ctrl-C reaches
+    the tuner alone, which ends it, and it dies with the tuner however that ends. Not for several threads at once.
+
+    Args:
+        kernel_modules: importable modules with an attribute `KERNELS`, measured beside the built-in kernels.
+    """
+
+    def __init__(self, kernel_modules: tuple[str, ...] = ()) -> None:
+        self._kernel_modules = kernel_modules
+        self._child: _Child | None = None
+        self._ready = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int | None:
+        """The id of the process, None while there is none."""
+        return None if self._child is None else self._child.process.pid
+
+    def start(self) -> None:
+        """Start the process, if it does not run, without waiting until it is ready."""
+        if self._child is not None and self._child.process.poll() is not None:
+            self.close()
+        if self._child is None:
+            self._child = _spawn(self._kernel_modules)
+            self._ready = False
+
+    def close(self) -> None:
+        """End the process; a later `run` starts another."""
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
+
+    def run(self, contest: Contest, timeout_s: float) -> ContestOutcome:
+        """Measure a contest, whatever its kernels do to the process.
+
+        `timeout_s` limits each step of a candidate (loading it with the first call, which may compile; warming up; one
+        sample), not the contest. The candidate at whose step the process dies or falls silent gets the outcome "died"
+        or "timeout", and the contest is begun again without it in a fresh process.
+
+        Raises:
+            LayerZeroError: the worker cannot start, or the contest cannot be measured at all (its own subclasses).
+        """
+        settled: dict[int, JobOutcome] = {}
+        retried = False
+        while True:
+            try:
+                reply = self._ask(contest, settled, timeout_s)
+            except BaseException:  # Ctrl-C, mostly: a worker in the middle of a contest is of no use to the next
+                self.close()
+                raise
+            if isinstance(reply, Refusal):
+                raise reply.error
+            if isinstance(reply, ContestOutcome):
+                return reply
+            assert isinstance(reply, _Loss)
+            self.close()
+            lost = JobOutcome(reply.status, reply.message)
+            if reply.step is not None and reply.step.candidate is not None:
+                settled[reply.step.candidate] = lost
+            elif not retried:  # between two candidates: the damage may be an earlier contest's
+                retried = True
+            else:
+                everyone = range(len(contest.candidates))
+                outcomes = tuple(settled.get(index, lost) for index in everyone)
+                return ContestOutcome(outcomes, datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def _ask(self, contest: Contest, settled: Mapping[int, JobOutcome], timeout_s: float) -> Reply | _Loss:
+        self.start()
+        child = self._child
+        assert child is not None
+        if not self._ready:
+            greeting = child.wait_for_reply(START_TIMEOUT_S)
+            if isinstance(greeting, Refusal):
+                self.close()  # it is ending
+                return greeting
+            if not isinstance(greeting, Ready):
+                raise LayerZeroError(f"the worker process did not start: {getattr(greeting, 'message', greeting)}")
+            self._ready = True
+        child.forget_output()
+        try:
+            child.connection.send(Request(contest, settled))
+        except ConnectionError:
+            return _Loss("died", "ended before the contest began", None)
+        return child.wait_for_reply(timeout_s)
+
+
+def _spawn(kernel_modules: tuple[str, ...]) -> _Child:
+    here, there = Pipe(duplex=True)
+    lifeline_there, lifeline_here = os.pipe()
+    board = ProgressBoard.create()
+    output = tempfile.TemporaryFile()  # noqa: SIM115 - `_Child.kill` closes it
+    descriptors = (there.fileno(), board.descriptor, lifeline_there)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "layerzero_tune.worker.main", *map(str, descriptors), *kernel_modules],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        pass_fds=descriptors,
+        start_new_session=True,
+        # What can be imported here can be imported there, as with multiprocessing's spawn.
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    there.close()
+    os.close(lifeline_there)
+    return _Child(process, here, board, lifeline_here, output)
+
+
+def _end_of(returncode: int) -> str:
+    if returncode >= 0:
+        return f"exited with code {returncode}"
+    try:
+        return f"killed by {signal.Signals(-returncode).name}"
+    except ValueError:
+        return f"killed by signal {-returncode}"

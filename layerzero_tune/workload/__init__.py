@@ -1,0 +1,1 @@
+"""Workloads: which contexts to measure or evaluate, and how much each counts."""

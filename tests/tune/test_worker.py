@@ -1,0 +1,204 @@
+"""The worker process under kernels that crash, hang, exit and shout: each costs one measurement."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+import pytest
+
+from layerzero_runtime.errors import ContextError, LayerZeroError, SpecError
+from layerzero_tune.measure.contest import JobOutcome
+from layerzero_tune.worker import WorkerProcess
+from layerzero_tune.worker.kernels import load_kernels
+from layerzero_tune.worker.progress_board import ProgressBoard, Step
+from tests.tune.contests import RMS, contest
+
+TORTURE = "tests.tune.torture_kernels"
+TIMEOUT_S = 20.0
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[WorkerProcess]:
+    with WorkerProcess((TORTURE,)) as process:
+        yield process
+
+
+def statuses(worker: WorkerProcess, *names: str, timeout_s: float = TIMEOUT_S) -> list[str]:
+    return [job.status for job in run(worker, *names, timeout_s=timeout_s)]
+
+
+def run(worker: WorkerProcess, *names: str, timeout_s: float = TIMEOUT_S) -> tuple[JobOutcome, ...]:
+    return worker.run(contest(*(f"torture.{name}" for name in names)), timeout_s).outcomes
+
+
+def wait_until_gone(pid: int, timeout_s: float = 10.0) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            if (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_contests_follow_each_other_in_one_process(worker: WorkerProcess) -> None:
+    for _ in range(2):
+        assert statuses(worker, "right", "inaccurate", "raises", "speaks") == ["ok", "wrong", "failed", "ok"]
+
+
+def test_a_crash_costs_one_measurement(worker: WorkerProcess) -> None:
+    default, dead, other, exited, killed = run(worker, "right", "segfaults", "right_too", "exits", "killed")
+    assert [default.status, other.status] == ["ok", "ok"]
+    assert default.samples_ns
+    assert dead.status == exited.status == killed.status == "died"
+    assert dead.message == "killed by SIGSEGV at load and first call; last output: about to read address 0"
+    assert exited.message == "exited with code 3 at load and first call"
+    assert killed.message == "killed by SIGKILL at load and first call"
+    assert dead.samples_ns == ()
+
+
+def test_the_default_may_die_too(worker: WorkerProcess) -> None:
+    assert statuses(worker, "killed", "right", "inaccurate") == ["died", "ok", "wrong"]
+
+
+def test_a_hang_is_ended_even_while_it_holds_the_interpreter(worker: WorkerProcess) -> None:
+    start = time.monotonic()
+    default, hung = run(worker, "right", "hangs", timeout_s=1.0)
+    assert default.status == "ok"
+    assert hung.status == "timeout"
+    assert hung.message == "no progress for 1 s at load and first call"
+    assert time.monotonic() - start < 60
+
+
+def test_the_limit_is_on_steps_and_not_on_the_contest(worker: WorkerProcess) -> None:
+    """Twelve steps of more than 30 ms each in a contest whose steps may take 250 ms."""
+    run(worker, "right")
+    assert statuses(worker, "slow", "ten_times_slower", "right", timeout_s=0.25) == ["ok", "ok", "ok"]
+
+
+def test_errors_of_the_contest_itself_are_raised_and_the_worker_goes_on(worker: WorkerProcess) -> None:
+    graph = contest("torture.right", context=replace(RMS, mode="graph"))
+    with pytest.raises(ContextError, match="CPUs have 'eager' only"):
+        worker.run(graph, TIMEOUT_S)
+    assert statuses(worker, "right") == ["ok"]
+
+
+def test_a_worker_killed_between_contests_is_replaced(worker: WorkerProcess) -> None:
+    run(worker, "right")
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    assert statuses(worker, "right") == ["ok"]
+
+
+def test_ctrl_c_ends_the_worker_and_reaches_the_caller() -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with WorkerProcess((TORTURE,)) as process:
+            run(process, "right")
+            pid = process.pid
+            assert pid is not None
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+            with pytest.raises(KeyboardInterrupt):
+                run(process, "hangs", timeout_s=60.0)
+            assert wait_until_gone(pid)
+            assert statuses(process, "right") == ["ok"]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+TUNER = """
+import sys
+import time
+from layerzero_tune.worker import WorkerProcess
+from tests.tune.contests import contest
+worker = WorkerProcess(("tests.tune.torture_kernels",))
+worker.run(contest("torture.right"), 60.0)
+print(worker.pid, flush=True)
+if sys.argv[1] == "measuring":
+    worker.run(contest("torture.right", "torture.hangs"), 600.0)
+time.sleep(600.0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the signal on a closed pipe is Linux's")
+@pytest.mark.parametrize("state", ["measuring", "idle"])
+def test_no_orphan_outlives_a_killed_tuner(state: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", TUNER, state],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as tuner:
+        assert tuner.stdout is not None
+        pid = int(tuner.stdout.readline())
+        time.sleep(0.5)
+        assert not wait_until_gone(pid, 0.1)
+        tuner.kill()
+        tuner.wait()
+    assert wait_until_gone(pid)
+
+
+def test_kernels_that_cannot_be_loaded_are_named() -> None:
+    with WorkerProcess(("no_such_module",)) as process:
+        for _ in range(2):
+            with pytest.raises(SpecError, match="module 'no_such_module' of kernels cannot"):
+                run(process, "right")
+
+
+def test_a_worker_that_dies_while_it_starts_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deadly_import.py").write_text("import os; print('no licence', flush=True); os.abort()")
+    monkeypatch.syspath_prepend(tmp_path)
+    with (
+        WorkerProcess(("deadly_import",)) as process,
+        pytest.raises(LayerZeroError, match="SIGABRT; last output: no licence"),
+    ):
+        run(process, "right")
+
+
+def test_kernels_come_from_modules_and_ids_are_unique(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "torture.right" in load_kernels((TORTURE,))
+    with pytest.raises(SpecError, match=r"declares kernel 'torture\.right' again"):
+        load_kernels((TORTURE, TORTURE))
+    with pytest.raises(SpecError, match="has no KERNELS"):
+        load_kernels(("tests.tune.contests",))
+    (tmp_path / "broken_kernels.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SpecError, match="ZeroDivisionError"):
+        load_kernels(("broken_kernels",))
+
+
+def test_the_board_shows_the_last_step() -> None:
+    board = ProgressBoard.create()
+    assert board.read() == Step(0, None, "")
+    board.report(3, "round 1")
+    reader = ProgressBoard(os.dup(board.descriptor))
+    assert reader.read() == Step(1, 3, "round 1")
+    board.report(None, "x" * 100)
+    assert reader.read() == Step(2, None, "x" * 48)
+    board.close()
+    reader.close()
+
+
+def test_nothing_is_left_open() -> None:
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    with WorkerProcess((TORTURE,)) as process:
+        run(process, "right", "killed")
+    before = descriptors()
+    with WorkerProcess((TORTURE,)) as process:
+        run(process, "right", "killed")
+    assert descriptors() == before
