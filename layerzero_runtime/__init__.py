@@ -7,9 +7,13 @@ the other operations import torch; `select`, `explain` and `stats` do not.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+
+# Not typing's constant: importing typing costs more than the rest of this module. Type checkers know the name.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from layerzero_runtime.calls.attention import attention
     from layerzero_runtime.calls.mlp import geglu, swiglu
     from layerzero_runtime.calls.norm import add_rms_norm, layer_norm, rms_norm

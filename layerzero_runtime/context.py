@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.errors import ContextError, ContextTypeError
-
-if TYPE_CHECKING:
-    from layerzero_runtime.device import DeviceSpec
 
 # Names of torch dtypes, as str(dtype) prints them without "torch.".
 DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
@@ -98,13 +97,18 @@ class SelectionContext:
             if not isinstance(getattr(self, name), bool):
                 raise ContextTypeError(f"{name} must be true or false, not {getattr(self, name)!r}")
         for name in _NUMBERS:
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise ContextTypeError(f"{name} must be a number, not {value!r}")
+            if name != "scale" or self.scale is not None:
+                # As floats, so that 1 and 1.0 are written out, and hashed, alike.
+                set_field(self, name, _checked_number(name, getattr(self, name)))
         if not isinstance(self.stride_last_dim, int) or isinstance(self.stride_last_dim, bool):
             raise ContextTypeError(f"stride_last_dim must be an integer, not {self.stride_last_dim!r}")
         if not 0.0 <= self.dropout_p <= 1.0:
             raise ContextError(f"dropout_p is {self.dropout_p}, allowed is 0 to 1")
+        if self.device is not None and not isinstance(self.device, DeviceSpec):
+            raise ContextTypeError(
+                f"device must be a DeviceSpec, not {self.device!r}; detect_device(name) of layerzero_runtime.device "
+                "gives that of this machine"
+            )
         self._fill_defaults()
 
     def _fill_defaults(self) -> None:
@@ -220,6 +224,14 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ContextTypeError(f"{name} must be a string, not {value!r}")
     if value not in allowed:
         raise ContextError(f"{name} is {value!r}, allowed: {', '.join(allowed)}")
+
+
+def _checked_number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ContextTypeError(f"{name} must be a number, not {value!r}")
+    if not abs(value) <= sys.float_info.max:
+        raise ContextError(f"{name} is {value}, required a finite number")
+    return float(value)
 
 
 def _check_size(name: str, value: object) -> None:

@@ -49,8 +49,6 @@ def stats() -> dict[str, int]:
 
     Hits and misses are of the snapshot in force.
     """
-    routes = () if _snapshot is None else _snapshot.routes
-    calls = sum(route.calls.value for route in routes)
-    misses = sum(route.misses.value for route in routes)
+    calls, misses = (0, 0) if _snapshot is None else _snapshot.count_calls()
     usual = {"intercepted": 0, "empty": 0, "fallbacks": 0}
     return {"calls": calls, "hits": calls - misses, "misses": misses} | usual | dict(_counters)

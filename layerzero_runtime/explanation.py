@@ -10,7 +10,9 @@ from typing import Any
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import detect_device
 from layerzero_runtime.dispatch import current_snapshot
+from layerzero_runtime.errors import TableError
 from layerzero_runtime.live_selector import refusals
+from layerzero_runtime.operations import operation_named
 from layerzero_runtime.plan import ExecutionPlan
 from layerzero_runtime.snapshot import Snapshot
 from layerzero_runtime.table import Table
@@ -72,6 +74,7 @@ def explain(context: SelectionContext) -> Explanation:
     Raises:
         ContextError: the operation is unknown or a size is missing.
         NoKernelAvailableError: no registered kernel accepts the context.
+        TableError: the evidence beside the table is damaged.
     """
     if context.device is None:
         context = context.with_device(detect_device())
@@ -84,10 +87,14 @@ def explain_in(snapshot: Snapshot, context: SelectionContext) -> Explanation:
     assert context.device is not None
     table = snapshot.table_for(context.device)
     found: Mapping[str, Any] = {}
+    evidence = None
     if table is not None and plan.entry is not None:
         static_key, leaf = plan.entry
-        leaves = _evidence_file(table).get(plan.operation, {}).get(repr(static_key))
-        found = leaves[leaf] if leaves else {}
+        found = _evidence_of(table, plan.operation, repr(static_key), leaf)
+        first = table.entries[plan.operation][static_key].leaves[leaf][0]
+        # It speaks for the leaf's first plan; another one serves where guards refuse that, or it is stale.
+        if (first.kernel_id, first.configuration) == (plan.kernel_id, plan.configuration):
+            evidence = found.get("evidence")
     refused = {
         kernel.kernel_id: reasons
         for kernel in snapshot.registry.candidates(context.operation)
@@ -96,21 +103,31 @@ def explain_in(snapshot: Snapshot, context: SelectionContext) -> Explanation:
     return Explanation(
         context=context,
         plan=plan,
-        bucket={name: (low, high) for name, (low, high) in found.get("bucket", {}).items()},
-        evidence=found.get("evidence"),
+        bucket=_in_order_of_axes(context.operation, found.get("bucket", {})),
+        evidence=evidence,
         provenance={} if table is None else table.provenance,
         refused=refused,
     )
 
 
-def _evidence_file(table: Table) -> Mapping[str, Any]:
+def _in_order_of_axes(operation: str, bucket: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    names = (axis.name for axis in operation_named(operation).axes)
+    return {name: (bucket[name][0], bucket[name][1]) for name in names if name in bucket}
+
+
+def _evidence_of(table: Table, operation: str, static_key: str, leaf: int) -> Mapping[str, Any]:
+    """What the file beside the table says of a leaf; empty without the file."""
     import json
 
     if table.path is None:
         return {}
+    path = Path(table.path).with_name("evidence.json")
     try:
-        text = Path(table.path).with_name("evidence.json").read_text(encoding="utf-8")
+        evidence: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))[operation][static_key][leaf]
     except FileNotFoundError:
         return {}
-    evidence: Mapping[str, Any] = json.loads(text)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise TableError(
+            f"{path}: is damaged or not of this table ({type(error).__name__}: {error}); compile the results again"
+        ) from error
     return evidence

@@ -8,11 +8,28 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from layerzero_runtime.context import LAYOUTS, SelectionContext
+from layerzero_runtime.context import ALIGNMENTS, DTYPES, LAYOUTS, SelectionContext
+from layerzero_runtime.device import PLATFORMS
 from layerzero_runtime.errors import SpecError
 from layerzero_runtime.limits import Limit
 
 KERNEL_ID = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
+
+_NAMES: Mapping[str, tuple[str, ...]] = {
+    "platforms": PLATFORMS,
+    "dtypes": DTYPES,
+    "layouts": LAYOUTS,
+    "causal_geometries": ("square", *ALIGNMENTS),
+}
+_BOUND_PAIRS = (("min_head_dim", "max_head_dim"), ("min_seq_len", "max_seq_len"))
+_BOUNDS = (
+    *(name for pair in _BOUND_PAIRS for name in pair),
+    "max_batch_size",
+    "max_score_elements",
+    "max_hidden_size",
+    "head_dim_multiple",
+    "hidden_size_multiple",
+)
 
 Configuration = Mapping[str, Any]
 KernelFunction = Callable[..., Any]
@@ -37,7 +54,7 @@ class KernelSpec:
         priority: order among the legal kernels where nothing was measured; higher goes first.
 
     Raises:
-        SpecError: the id is malformed, a bound pair is empty, or no operation, platform or dtype is named.
+        SpecError: the id is malformed, a name is unknown or missing, a bound is below 1, or a pair of bounds is empty.
     """
 
     kernel_id: str
@@ -82,7 +99,17 @@ class KernelSpec:
             value = getattr(self, name)
             if not isinstance(value, tuple) or not value:
                 raise SpecError(f"{self.kernel_id}: {name} is {value!r}, required a tuple with at least one name")
-        for low, high in (("min_head_dim", "max_head_dim"), ("min_seq_len", "max_seq_len")):
+        for name, known in _NAMES.items():
+            if unknown := [value for value in getattr(self, name) if value not in known]:
+                raise SpecError(f"{self.kernel_id}: {name} has {unknown[0]!r}, allowed: {', '.join(known)}")
+        for name in _BOUNDS:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise SpecError(f"{self.kernel_id}: {name} is {value!r}, required an integer of at least 1")
+        for limit in self.extra_limits:
+            if not hasattr(SelectionContext, limit.field):
+                raise SpecError(f"{self.kernel_id}: {limit.field!r} in extra_limits is no field of a context")
+        for low, high in _BOUND_PAIRS:
             bounds = getattr(self, low), getattr(self, high)
             if None not in bounds and bounds[0] > bounds[1]:
                 raise SpecError(f"{self.kernel_id}: {low} {bounds[0]} is above {high} {bounds[1]}")
@@ -136,13 +163,13 @@ class KernelSpec:
 class Kernel:
     """A declaration and its loader.
 
-    `load(context, configuration)` imports the library and returns the function to call. It may rely on the static
-    features of the context alone, never on its sizes; the function takes the arguments that `Operation.arguments` lists.
+    `load(context, configuration)` imports the library and returns the function to call. It may rely on the device and
+    the static features of the context alone, never on its sizes; the function takes the arguments that
+    `Operation.arguments` lists.
     """
 
     spec: KernelSpec
     load: Loader
-    configuration: Configuration | None = None
 
     @property
     def kernel_id(self) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from layerzero_runtime.errors import SpecError
 
 Kind = Literal["at_least", "at_most", "multiple_of", "one_of"]
 
@@ -27,16 +29,33 @@ class Limit:
     """A condition on one attribute of a context.
 
     `kind` says how `bound` is read: an inclusive minimum or maximum, a divisor, or the tuple of allowed values.
-    `None` as an actual value (a feature that the operation does not have) satisfies every limit.
+    `None` as an actual value (a feature that the operation does not have) satisfies every bound and divisor; a tuple of
+    allowed values must list it.
+
+    Raises:
+        SpecError: the kind is unknown, or the bound does not fit it.
     """
 
     field: str
     kind: Kind
     bound: Any
 
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise SpecError(f"kind of a limit is {self.kind!r}, allowed: {', '.join(get_args(Kind))}")
+        if self.kind == "one_of":
+            fits = isinstance(self.bound, tuple) and bool(self.bound)
+        else:
+            fits = isinstance(self.bound, int | float) and (self.kind != "multiple_of" or self.bound >= 1)
+        if not fits:
+            required = {"one_of": "a tuple with at least one value", "multiple_of": "a number of at least 1"}
+            raise SpecError(
+                f"bound of {self.field} {self.kind} is {self.bound!r}, required {required.get(self.kind, 'a number')}"
+            )
+
     @property
     def code(self) -> str:
-        return f"{self.field.upper()}_{'NOT_' + self.kind.upper()}"
+        return f"{self.field.upper()}_NOT_{self.kind.upper()}"
 
     @property
     def required(self) -> str:

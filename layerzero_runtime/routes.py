@@ -34,13 +34,13 @@ class Route:
         features: Mapping[str, Any],
         table: Table | None,
         entry: TableEntry | None,
+        counters: tuple[Counter, Counter] | None = None,
     ) -> None:
         self._snapshot = snapshot
         self._operation = operation
         self._features = features
         self._table = table
-        self.calls = Counter()
-        self.misses = Counter()
+        self.calls, self.misses = counters or (Counter(), Counter())
         leaves = () if entry is None else entry.leaves
         self.decide: Callable[..., int] = _always_miss if entry is None else entry.decide
         self.functions: list[KernelFunction] = [self._first_use(index, chain) for index, chain in enumerate(leaves)]
@@ -66,9 +66,8 @@ class Route:
                 continue
             try:
                 function = self._snapshot.prepare(kernel, step.configuration, self._operation, context)
-            except KernelExecutionError as error:
+            except KernelExecutionError:
                 self._snapshot.counters.raise_by_one("fallbacks")
-                log_warning(f"{error}; the next plan of the entry serves")
                 continue
             if not step.guards and not steps:
                 return function
@@ -116,10 +115,12 @@ class Route:
         return serve_live(self._snapshot, self._operation, context)(*arguments)
 
     def _log_first_miss(self, context: SelectionContext) -> None:
-        plan = self._snapshot.select(context)
+        import json
+
+        reason = self._snapshot.select(context).miss_reason or "the plans of the entry failed to load"
         log_warning(
-            f"first miss of its kind: {plan.miss_reason or 'no current plan'}; {plan.kernel_id} serves. "
-            f"To cover it, add this line to a workload and tune: {context.to_dict()}"
+            f"first miss of its kind: {reason}; {select_live(self._snapshot.registry, context).kernel_id} serves. "
+            f"To cover it, add this line to a workload and tune: {json.dumps(context.to_dict())}"
         )
 
 
@@ -133,12 +134,11 @@ def serve_live(snapshot: Snapshot, operation: Operation, context: SelectionConte
     kernel = select_live(snapshot.registry, context)
     try:
         return snapshot.prepare(kernel, {}, operation, context)
-    except KernelExecutionError as error:
+    except KernelExecutionError:
         default = snapshot.registry.get(operation.default_kernel)
         if default is None or default is kernel:
             raise
         snapshot.counters.raise_by_one("fallbacks")
-        log_warning(f"{error}; the default {operation.default_kernel} serves")
         return snapshot.prepare(default, {}, operation, context)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from layerzero_runtime.context import SelectionContext
-from layerzero_runtime.counters import CounterGroup, log_warning
+from layerzero_runtime.counters import Counter, CounterGroup, log_warning
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.errors import KernelExecutionError
 from layerzero_runtime.kernel import Kernel, KernelFunction
@@ -40,17 +40,24 @@ class Snapshot:
         self._routes: dict[tuple[Any, ...], Route] = {}
         self._tables: dict[DeviceSpec, Table | None] = {}
         self._prepared: dict[tuple[Any, ...], KernelFunction] = {}
+        self._failed: dict[tuple[Any, ...], str] = {}
         self._stale: dict[tuple[str, str], str | None] = {}
-        self._prepare_lock = threading.RLock()
+        # What threads find out together is counted and logged once.
+        self._lock = threading.Lock()
+        self._prepare_lock = threading.Lock()
+        # Of all routes that were not kept.
+        self._other_calls, self._other_misses = Counter(), Counter()
 
     def table_for(self, device: DeviceSpec) -> Table | None:
         """The table of the device, None without one; tables that cannot be used are counted and logged once."""
         if device not in self._tables:
-            table, skipped = find_table(device)
-            for error in skipped:
-                self.counters.raise_by_one("tables_skipped")
-                log_warning(f"a table was skipped: {error}")
-            self._tables[device] = table
+            with self._lock:
+                if device not in self._tables:
+                    table, skipped = find_table(device)
+                    for error in skipped:
+                        self.counters.raise_by_one("tables_skipped")
+                        log_warning(f"a table was skipped: {error}")
+                    self._tables[device] = table
         return self._tables[device]
 
     def select(self, context: SelectionContext) -> ExecutionPlan:
@@ -119,30 +126,40 @@ class Snapshot:
         kernel = self.registry.get(step.kernel_id)
         key = (table.name, step.kernel_id)
         if key not in self._stale:
-            reason = f"{step.kernel_id} is not registered" if kernel is None else stale_reason(table, kernel)
-            if reason is not None:
-                self.counters.raise_by_one("stale_kernels")
-                log_warning(f"entries of {table.name} are not used: {reason}; tune again to renew them")
-            self._stale[key] = reason
+            with self._lock:
+                if key not in self._stale:
+                    reason = f"{step.kernel_id} is not registered" if kernel is None else stale_reason(table, kernel)
+                    if reason is not None:
+                        self.counters.raise_by_one("stale_kernels")
+                        log_warning(f"entries of {table.name} are not used: {reason}; tune again to renew them")
+                    self._stale[key] = reason
         return None if self._stale[key] else kernel
 
     def prepare(
         self, kernel: Kernel, configuration: Mapping[str, Any], operation: Operation, context: SelectionContext
     ) -> KernelFunction:
-        """The function of a kernel for the context's static features, loaded once.
+        """The function of a kernel for the context's static features, loaded once; a failure is kept and logged once.
 
         Raises:
             KernelExecutionError: its library is missing or loading it failed.
         """
-        key = (kernel.kernel_id, tuple(sorted(configuration.items())), operation.name, operation.static_key(context))
+        # A configuration may hold lists, and 1 and True are one key; their texts are neither unhashable nor equal.
+        configured = repr(sorted(configuration.items()))
+        key = (kernel.kernel_id, configured, context.device, operation.name, operation.static_key(context))
         function = self._prepared.get(key)
-        if function is None:
-            with self._prepare_lock:
-                function = self._prepared.get(key)
-                if function is None:
-                    function = _load(kernel, configuration, context)
-                    self._prepared[key] = function
-        return function
+        if function is not None:
+            return function
+        with self._prepare_lock:
+            if key not in self._prepared and key not in self._failed:
+                try:
+                    self._prepared[key] = _load(kernel, configuration, context)
+                except KernelExecutionError as error:
+                    self._failed[key] = str(error)
+                    log_warning(f"{error}; another kernel serves where there is one")
+                    raise
+        if key in self._failed:
+            raise KernelExecutionError(self._failed[key])
+        return self._prepared[key]
 
     def route(self, operation: Operation, context: SelectionContext, features: Mapping[str, Any]) -> Route:
         """The route of the context's static features; `features` are what `operation.describe` takes by keyword."""
@@ -154,9 +171,11 @@ class Snapshot:
             entry: TableEntry | None = None
             if table is not None:
                 entry = table.entries.get(operation.name, {}).get(operation.static_key(context))
-            route = Route(self, operation, dict(features), table, entry)
-            if len(self._routes) < MAX_ROUTES:
-                self._routes[key] = route
+            if len(self._routes) >= MAX_ROUTES:
+                counters = self._other_calls, self._other_misses
+                return Route(self, operation, dict(features), table, entry, counters)
+            # Of two threads that both make one, one wins and both use it: else the calls of the other were not counted.
+            route = self._routes.setdefault(key, Route(self, operation, dict(features), table, entry))
         return route
 
     def default(self, operation: Operation, features: Mapping[str, Any]) -> KernelFunction:
@@ -173,9 +192,12 @@ class Snapshot:
         context = SelectionContext(operation=operation.name, dtype="float32", **features)
         return self.prepare(kernel, {}, operation, context)
 
-    @property
-    def routes(self) -> tuple[Route, ...]:
-        return tuple(self._routes.values())
+    def count_calls(self) -> tuple[int, int]:
+        """(calls, misses) so far."""
+        routes = tuple(self._routes.values())
+        # Misses first: a call is counted before its miss, so that the two stay in order while other threads count.
+        misses = self._other_misses.value + sum(route.misses.value for route in routes)
+        return self._other_calls.value + sum(route.calls.value for route in routes), misses
 
 
 def _load(kernel: Kernel, configuration: Mapping[str, Any], context: SelectionContext) -> KernelFunction:

@@ -32,12 +32,15 @@ def _file_hash(path: str) -> str:
 
 
 def stale_reason(table: Table, kernel: Kernel) -> str | None:
-    """Why entries of this kernel no longer hold, None if they do."""
+    """Why entries of this kernel no longer hold, None if they do.
+
+    A kernel whose library is not installed is not stale but unavailable, which its plan says.
+    """
     measured = table.kernels.get(kernel.kernel_id)
     if measured is None:
         return f"{kernel.kernel_id} is not described by table {table.name}"
     version = version_that_matters(kernel)
-    if measured["version"] != version:
+    if version and measured["version"] != version:
         return (
             f"{kernel.kernel_id} was measured with {kernel.spec.library} {measured['version']}, installed is {version}"
         )

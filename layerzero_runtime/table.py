@@ -10,7 +10,7 @@ from typing import Any
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.errors import LayerZeroError, TableError
-from layerzero_runtime.limits import Limit
+from layerzero_runtime.limits import Kind, Limit
 from layerzero_runtime.operation import Operation, StaticKey
 
 SCHEMA_VERSION = 1
@@ -88,16 +88,26 @@ def load_table(module: ModuleType) -> Table:
             path=getattr(module, "__file__", None),
             device=DeviceSpec.from_dict(module.DEVICE),
             provenance=module.PROVENANCE,
-            kernels=module.KERNELS,
+            kernels={kernel_id: _identity(identity) for kernel_id, identity in module.KERNELS.items()},
             entries=entries,
         )
-    except (AttributeError, TypeError, ValueError, IndexError, LayerZeroError) as error:
+    except (AttributeError, TypeError, ValueError, LookupError, LayerZeroError) as error:
         raise TableError(f"{name}: not a generated table: {error}; compile the results again") from error
+
+
+def _identity(identity: Mapping[str, str]) -> dict[str, str]:
+    return {name: identity[name] for name in ("library", "version", "source")}
+
+
+def _guard(field: str, kind: Kind, bound: Any) -> Limit:
+    if not hasattr(SelectionContext, field):
+        raise TableError(f"{field!r} is no field of a context")
+    return Limit(field, kind, bound)
 
 
 def _steps(plans: tuple[Any, ...], leaves: tuple[Any, ...]) -> tuple[tuple[TableStep, ...], ...]:
     def step(plan: int, guards: tuple[Any, ...]) -> TableStep:
         kernel_id, configuration = plans[plan]
-        return TableStep(kernel_id, configuration, tuple(Limit(*guard) for guard in guards))
+        return TableStep(kernel_id, configuration, tuple(_guard(*guard) for guard in guards))
 
     return tuple(tuple(step(plan, guards) for plan, guards in chain) for chain in leaves)

@@ -48,36 +48,41 @@ def load_table_file(path: Path) -> Table:
 def find_table(device: DeviceSpec) -> tuple[Table | None, tuple[TableError, ...]]:
     """The first table that matches the device exactly, and the errors of tables that had to be skipped."""
     skipped: list[TableError] = []
-    folder = os.environ.get(TABLES_VARIABLE)
-    if folder:
-        path = Path(folder) / device.slug / "__init__.py"
-        if path.is_file():
-            try:
-                table = load_table_file(path)
-            except TableError as error:
-                skipped.append(error)
-            else:
-                if table.device.matches(device) == "exact":
-                    return table, tuple(skipped)
-                skipped.append(TableError(f"{path}: compiled for {table.device.slug}, this device is {device.slug}"))
-    module = _import_installed(device.slug)
-    if module is not None:
+    for load in (_load_named, _load_installed):
         try:
-            table = load_table(module)
-        except TableError as error:
-            skipped.append(error)
-        else:
+            table = load(device.slug)
+            if table is None:
+                continue
             if table.device.matches(device) == "exact":
                 return table, tuple(skipped)
+            raise TableError(
+                f"{table.path or table.name}: compiled for {table.device.slug}, this device is {device.slug}; "
+                "tune on this device, or move the table to its own device's folder"
+            )
+        except TableError as error:
+            skipped.append(error)
     return None, tuple(skipped)
 
 
-def _import_installed(slug: str) -> ModuleType | None:
+def _load_named(slug: str) -> Table | None:
+    """The device's table in the folder that the environment names, None without one."""
+    folder = os.environ.get(TABLES_VARIABLE)
+    if not folder:
+        return None
+    if not os.path.isdir(folder):
+        raise TableError(f"{TABLES_VARIABLE} is {folder!r}, which is not a folder; name one that holds tables")
+    path = Path(folder, slug, "__init__.py")
+    return load_table_file(path) if os.path.isfile(path) else None
+
+
+def _load_installed(slug: str) -> Table | None:
+    """The device's table among the installed ones, None without one."""
     name = f"{INSTALLED_PACKAGE}.{slug}"
     try:
         __import__(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and (name == missing or name.startswith(missing + ".")):
             return None
-        raise
-    return sys.modules[name]
+        raise TableError(f"{name}: cannot be imported: {type(error).__name__}: {error}; install it again") from error
+    return load_table(sys.modules[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from layerzero_runtime.context import DTYPES
@@ -16,17 +16,25 @@ if TYPE_CHECKING:
 NamedTensors = dict[str, "Tensor"]
 
 
+def check_tensors(values: Mapping[str, object]) -> None:
+    """Check that the named arguments are tensors.
+
+    Raises:
+        ContextTypeError: one is not.
+    """
+    torch = sys.modules.get("torch")
+    for name, value in values.items():
+        if torch is None or not isinstance(value, torch.Tensor):
+            raise ContextTypeError(f"{name} must be a tensor, not {type(value).__name__}")
+
+
 def dtype_name(tensor: Tensor) -> str:
     """torch's name of the dtype without the prefix.
 
     Raises:
-        ContextTypeError: the value is no tensor.
         ContextError: no kernel knows the dtype.
     """
-    dtype = getattr(tensor, "dtype", None)
-    if dtype is None:
-        raise ContextTypeError(f"expected a tensor, got {type(tensor).__name__}")
-    name = str(dtype).removeprefix("torch.")
+    name = str(tensor.dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ContextError(f"dtype is {name}, allowed: {', '.join(DTYPES)}")
     return name
@@ -69,7 +77,9 @@ def rows_by_width(tensors: NamedTensors) -> tuple[int, int]:
 
     Raises:
         ContextError: the shapes differ, or there is no dimension.
+        ContextTypeError: one is no tensor.
     """
+    check_tensors(tensors)
     shapes = {argument: tuple(tensor.shape) for argument, tensor in tensors.items()}
     shape = next(iter(shapes.values()))
     if len(set(shapes.values())) > 1:

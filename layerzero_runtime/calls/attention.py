@@ -11,6 +11,7 @@ from layerzero_runtime.dispatch import current_snapshot
 from layerzero_runtime.errors import ContextError
 from layerzero_runtime.operation import Operation
 from layerzero_runtime.operations.attention import CAUSAL, CROSS, FULL
+from layerzero_runtime.tensors import check_tensors
 
 
 def attention(
@@ -46,6 +47,7 @@ def attention(
 
     Raises:
         ContextError: an argument is not allowed, or the tensors do not fit together.
+        ContextTypeError: query, key, value or attn_mask is no tensor.
         NoKernelAvailableError: no kernel accepts the call.
     """
     snapshot = current_snapshot()
@@ -55,10 +57,10 @@ def attention(
         and scale is None
         and dropout_p == 0.0
         and layout == "bhsd"
-        and query.dim() == key.dim() == 4
         and is_plain(query, key, value)
+        and query.dim() == key.dim() == 4
         and query.dtype == key.dtype == value.dtype
-        and query.get_device() == key.get_device() == value.get_device()
+        and query.device == key.device == value.device
     ):
         batch, heads, length_q, head_dim = query.shape
         batch_k, kv_heads, length_k, head_dim_k = key.shape
@@ -75,7 +77,7 @@ def attention(
             route_key = (
                 operation.name,
                 query.dtype,
-                query.get_device(),
+                query.device,
                 head_dim,
                 heads / kv_heads,
                 square,
@@ -88,6 +90,7 @@ def attention(
                 output: Tensor = route.functions[route.decide(*sizes)](query, key, value, None, 0.0, None)
                 return output
     length, heads_at = _layout_dimensions(layout)
+    check_tensors({"query": query, "key": key, "value": value})
     operation = _operation(query, key, is_causal, enable_gqa, length, heads_at)
     features = {"layout": layout, "causal_alignment": _checked_alignment(causal_alignment)}
     # A loader asks only whether the mask is square: lengths 1 and 2 stand for any that differ.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.autograd.forward_ad as _forward
 
 _C = torch._C
 _autocast = _C._is_any_autocast_enabled
@@ -13,13 +14,14 @@ _plain_types = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def is_intercepted(*tensors: torch.Tensor) -> bool:
-    """Whether autocast, a torch function or dispatch mode, a functorch transform or a tensor subclass is at work."""
+    """Whether autocast, a mode, a transform, forward-mode differentiation or a tensor subclass is at work."""
     return (
         not _plain_types.issuperset(map(type, tensors))
         or _function_modes() > 0
         or _dispatch_modes() > 0
         or _transforms() is not None
         or _autocast()
+        or _forward._current_level >= 0
     )
 
 

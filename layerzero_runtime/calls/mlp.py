@@ -46,10 +46,11 @@ def _gated(operation: Operation, gate: Tensor, up: Tensor, features: dict[str, A
     snapshot = current_snapshot()
     key = None
     if is_plain(gate, up) and gate.dtype == up.dtype:
-        key = (operation.name, gate.dtype, gate.get_device(), up.get_device(), *features.values())
+        key = (operation.name, gate.dtype, gate.device, up.device, *features.values())
         route = snapshot.fast_routes.get(key)
-        if route is not None and gate.shape == up.shape and (elements := gate.numel()):
-            width = gate.shape[-1]
+        shape = gate.shape
+        if route is not None and shape and shape == up.shape and (elements := gate.numel()):
+            width = shape[-1]
             route.calls.raise_by_one()
             output: Tensor = route.functions[route.decide(elements // width, width)](gate, up)
             return output

@@ -29,14 +29,15 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = RMS_EPS, offset: flo
     snapshot = current_snapshot()
     key = None
     if weight is not None and is_plain(x, weight):
-        key = ("norm.rms", x.dtype, x.get_device(), offset, weight.dtype, weight.get_device())
+        key = ("norm.rms", x.dtype, x.device, offset, weight.dtype, weight.device)
         route = snapshot.fast_routes.get(key)
-        width = x.shape[-1]
-        if route is not None and weight.shape == (width,) and (elements := x.numel()):
+        shape = x.shape
+        if route is not None and shape and weight.shape == shape[-1:] and (elements := x.numel()):
+            width = shape[-1]
             route.calls.raise_by_one()
             output: Tensor = route.functions[route.decide(elements // width, width)](x, weight, eps, offset)
             return output
-    result: Tensor = serve(snapshot, RMS, (x, weight, eps, offset), {}, key)
+    result: Tensor = serve(snapshot, RMS, (x, weight, eps, offset), {}, key, {"offset": offset})
     return result
 
 
@@ -59,10 +60,17 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float 
     snapshot = current_snapshot()
     key = None
     if weight is not None and is_plain(x, residual, weight) and x.dtype == residual.dtype:
-        key = ("norm.add_rms", x.dtype, x.get_device(), weight.dtype, residual.get_device(), weight.get_device())
+        key = ("norm.add_rms", x.dtype, x.device, weight.dtype, residual.device, weight.device)
         route = snapshot.fast_routes.get(key)
-        width = x.shape[-1]
-        if route is not None and x.shape == residual.shape and weight.shape == (width,) and (elements := x.numel()):
+        shape = x.shape
+        if (
+            route is not None
+            and shape
+            and shape == residual.shape
+            and weight.shape == shape[-1:]
+            and (elements := x.numel())
+        ):
+            width = shape[-1]
             route.calls.raise_by_one()
             outputs: tuple[Tensor, Tensor] = route.functions[route.decide(elements // width, width)](
                 x, residual, weight, eps
@@ -91,10 +99,11 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, eps
     snapshot = current_snapshot()
     key = None
     if weight is not None and bias is not None and is_plain(x, weight, bias) and weight.dtype == bias.dtype:
-        key = ("norm.layer", x.dtype, x.get_device(), weight.dtype, weight.get_device(), bias.get_device())
+        key = ("norm.layer", x.dtype, x.device, weight.dtype, weight.device, bias.device)
         route = snapshot.fast_routes.get(key)
-        width = x.shape[-1]
-        if route is not None and weight.shape == (width,) and bias.shape == (width,) and (elements := x.numel()):
+        shape = x.shape
+        if route is not None and shape and weight.shape == bias.shape == shape[-1:] and (elements := x.numel()):
+            width = shape[-1]
             route.calls.raise_by_one()
             output: Tensor = route.functions[route.decide(elements // width, width)](x, weight, bias, eps)
             return output

@@ -1,8 +1,8 @@
 """Norms and gated activations compiled by Inductor, one fused loop nest for all sizes.
 
 The functions are traced and compiled directly, not through `torch.compile`: Dynamo's guards cost about 20 us per call,
-and after 8 compilations of one frame it would run the function uncompiled. What its guards would check is in the static
-key (dtypes, which tensors are present) or in the limits (contiguity, no gradients); sizes are symbolic, and a graph that
+and after 8 compilations of one frame it would run the function uncompiled. What its guards would check is in the key
+(dtypes, which tensors are present) or in the limits (contiguity, no gradients); sizes are symbolic, and a graph that
 came out specialised to some of them is refused when it is loaded.
 """
 
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DTYPES = ("float32", "float16", "bfloat16")
-_EXAMPLE_SIZE = 4096  # rows and columns of the traced example; sizes are symbolic, so it only has to be large
+# Rows and width of the traced example. Sizes are symbolic: these only have to be large, and different, because equal
+# sizes would be traced as one.
+_EXAMPLE_ROWS, _EXAMPLE_WIDTH = 2048, 4096
 _COMPILING = threading.Lock()  # the settings below are those of the process
 
 
@@ -49,8 +51,8 @@ def _compile(
     with (
         _COMPILING,
         torch.no_grad(),
-        inductor_config.patch({"cpp.dynamic_threads": True}),  # type: ignore[attr-defined]
-        shape_config.patch(backed_size_oblivious=True),
+        inductor_config.patch({"cpp.dynamic_threads": True}),
+        shape_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
     ):
         graph = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="symbolic")(*examples)
         inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
@@ -69,13 +71,13 @@ def _compile(
 def _example_rows(dtype: str) -> Tensor:
     import torch
 
-    return torch.empty(_EXAMPLE_SIZE, _EXAMPLE_SIZE, dtype=getattr(torch, dtype))
+    return torch.empty(_EXAMPLE_ROWS, _EXAMPLE_WIDTH, dtype=getattr(torch, dtype))
 
 
 def _example_width(dtype: str) -> Tensor:
     import torch
 
-    return torch.empty(_EXAMPLE_SIZE, dtype=getattr(torch, dtype))
+    return torch.empty(_EXAMPLE_WIDTH, dtype=getattr(torch, dtype))
 
 
 @lru_cache(maxsize=64)
@@ -97,9 +99,9 @@ def _normalised(rows: Tensor, eps: Tensor) -> Tensor:
 def _load_rms(context: SelectionContext, configuration: Configuration) -> KernelFunction:
     baked_offset, has_weight = context.offset, context.has_weight
 
-    def rms(x: Tensor, eps: Tensor, weight: Tensor | None = None) -> tuple[Tensor, ...]:
+    def rms(x: Tensor, eps: Tensor, *weight: Tensor) -> tuple[Tensor, ...]:
         output = _normalised(x.float(), eps)
-        return ((output if weight is None else output * (weight.float() + baked_offset)).to(x.dtype),)
+        return ((output * (weight[0].float() + baked_offset) if has_weight else output).to(x.dtype),)
 
     weights = (_example_width(context.dtype),) if has_weight else ()
     compiled = _compile(rms, _example_rows(context.dtype), _scalar(1e-6), *weights)
@@ -114,10 +116,10 @@ def _load_rms(context: SelectionContext, configuration: Configuration) -> Kernel
 def _load_add_rms(context: SelectionContext, configuration: Configuration) -> KernelFunction:
     has_weight = context.has_weight
 
-    def add_rms(x: Tensor, residual: Tensor, eps: Tensor, weight: Tensor | None = None) -> tuple[Tensor, ...]:
+    def add_rms(x: Tensor, residual: Tensor, eps: Tensor, *weight: Tensor) -> tuple[Tensor, ...]:
         total = x + residual
         output = _normalised(total.float(), eps)
-        return (output if weight is None else output * weight.float()).to(x.dtype), total
+        return (output * weight[0].float() if has_weight else output).to(x.dtype), total
 
     weights = (_example_width(context.dtype),) if has_weight else ()
     rows = _example_rows(context.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from layerzero_runtime.context import ALIGNMENTS, SelectionContext
+from layerzero_runtime.errors import ContextError
 from layerzero_runtime.kernel import Configuration, Kernel, KernelFunction, KernelSpec
 from layerzero_runtime.limits import Limit
 
@@ -35,8 +36,12 @@ def _load_sdpa(context: SelectionContext, configuration: Configuration) -> Kerne
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, scale: float | None
     ) -> Tensor:
         if attn_mask is not None:
-            # torch refuses a mask beside a causal one, and says so.
-            return attend(query, key, value, attn_mask, dropout_p, scale)
+            # torch documents a mask beside is_causal as an error and combines them on some paths; a bottom-right one
+            # it cannot take at all.
+            raise ContextError(
+                "attn_mask is given beside a bottom-right causal mask, required is one of the two: combine them into "
+                "one attn_mask and call without is_causal"
+            )
         bias = causal_lower_right(query.shape[2], key.shape[2])
         return sdpa(query, key, value, bias, dropout_p, scale=scale, enable_gqa=enable_gqa)
 
@@ -135,7 +140,8 @@ _SDPA = KernelSpec(
     priority=100,
 )
 # As in torch's own checks (sdp_utils_cpp.cpp), which a direct call skips: with another last stride the binding reads
-# the wrong elements without an error, and a key length of 0 ends the process.
+# the wrong elements without an error, and a key length of 0 ends the process. Beyond them: it applies its own causal
+# mask before the scale, so that a scale of 0 or below gives NaN (in SDPA as well).
 _FLASH_CPU = KernelSpec(
     kernel_id="torch.sdpa.flash_cpu",
     operations=_OPERATIONS,
@@ -147,6 +153,7 @@ _FLASH_CPU = KernelSpec(
     requires_last_dim_stride1=True,
     supports_backward=True,
     priority=60,
+    extra_limits=(Limit("scale", "at_least", 2.0**-126),),  # the smallest normal float32
 )
 # Without a group it is the kernel above. A square or top-left mask over folded rows could not skip the masked blocks.
 _FLASH_CPU_FOLDED = KernelSpec(

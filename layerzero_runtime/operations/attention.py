@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ContextError
 from layerzero_runtime.operation import Axis, Operation, Sizes, TensorArgument
-from layerzero_runtime.tensors import call_features, common_dtype, dtype_is_bool
+from layerzero_runtime.tensors import call_features, check_tensors, common_dtype, dtype_is_bool
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,8 @@ def _shapes(query: Tensor, key: Tensor, value: Tensor, layout: str) -> dict[str,
     if not (q[0] == k[0] == v[0] and q[3] == k[3] and k[heads] == v[heads] and k[length] == v[length]):
         raise ContextError(
             f"shapes do not fit together in layout {layout}: query {tuple(q)}, key {tuple(k)}, value {tuple(v)}; "
-            "required are equal batch sizes, equal head dimensions of query and key, equal heads and lengths of key and value"
+            "required are equal batch sizes, equal head dimensions of query and key, "
+            "and equal heads and lengths of key and value"
         )
     return {
         "batch_size": q[0],
@@ -90,6 +91,8 @@ def _describer(operation: str) -> Callable[..., SelectionContext]:
         mode: str = "eager",
     ) -> SelectionContext:
         tensors = {"query": query, "key": key, "value": value}
+        all_tensors = tensors if attn_mask is None else {**tensors, "attn_mask": attn_mask}
+        check_tensors(all_tensors)
         mask = "none" if attn_mask is None else "bool" if dtype_is_bool(attn_mask) else "float"
         return SelectionContext(
             operation=operation,
@@ -101,7 +104,7 @@ def _describer(operation: str) -> Callable[..., SelectionContext]:
             attn_mask=mask,
             dropout_p=dropout_p,
             scale=scale,
-            **call_features(tensors if attn_mask is None else {**tensors, "attn_mask": attn_mask}),
+            **call_features(all_tensors),
         )
 
     return describe

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ContextError
 from layerzero_runtime.operation import Axis, Operation, Sizes, TensorArgument
-from layerzero_runtime.tensors import call_features, common_dtype, rows_by_width
+from layerzero_runtime.tensors import call_features, check_tensors, common_dtype, rows_by_width
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,9 +51,11 @@ def _describe(
 
     Raises:
         ContextError: shapes, dtypes or devices do not fit together.
+        ContextTypeError: an argument is no tensor.
     """
     rows, hidden_size = rows_by_width(tensors)
     parameters = {name: tensor for name, tensor in (("weight", weight), ("bias", bias)) if tensor is not None}
+    check_tensors(parameters)
     for name, tensor in parameters.items():
         if tuple(tensor.shape) != (hidden_size,):
             raise ContextError(f"{name} has shape {tuple(tensor.shape)}, required ({hidden_size},)")

@@ -13,8 +13,8 @@ import typer
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.dispatch import publish_snapshot
-from layerzero_runtime.errors import ContextError, TableError
-from layerzero_tune.command_line.options import JsonOption, live_device, registry_with, use_tables
+from layerzero_runtime.errors import ContextError
+from layerzero_tune.command_line.options import JsonOption, check_writable, live_device, registry_with, use_tables
 from layerzero_tune.command_line.output import notes, print_json, print_table, progress_bar
 from layerzero_tune.evaluate import public_calls
 from layerzero_tune.evaluate.evaluation import Evaluation, evaluate
@@ -49,12 +49,11 @@ def evaluate_command(
     rows = ResultsStore(results).read().rows
     contexts = _contexts(workload, [row.context for row in rows], held_out, seed)
     spec = live_device("cpu")
-    use_tables(tables)
+    table = use_tables(tables, spec)
     snapshot = publish_snapshot()
-    table = snapshot.table_for(spec)
-    if table is None or table.path is None:
-        raise TableError(f"{tables} holds no table for {spec.slug}; compile results of this device with --out {tables}")
+    assert table.path is not None
     table_id = hashlib.sha256(Path(table.path).read_bytes()).hexdigest()[:32]
+    check_writable(out)
     start = perf_counter()
     with WorkerProcess((public_calls.__name__,)) as worker, progress_bar() as bar:
         device = LiveDevice(spec, registry_with((public_calls.__name__,)), MeasurementPolicy(), worker)
@@ -78,7 +77,7 @@ def evaluate_command(
         print_table(f"Held-out evaluation, {len(found.scores)} shapes", _COLUMNS, map(_row, summaries))
     failed = [text for condition in gates if (text := condition.failure(summaries[-1][1])) is not None]
     for text in failed:
-        notes.print(f"gate failed: {text}", style="red", markup=False, soft_wrap=True)
+        notes.print(f"gate failed: {text}", style="red", soft_wrap=True)
     if failed:
         raise typer.Exit(2)
 
@@ -89,7 +88,7 @@ def _contexts(
     if workload is None:
         return draw_held_out(measured, held_out, seed)
     contexts = tuple(line.context for line in read_workload(workload))
-    tuned = sorted({context.operation for context in contexts if context in set(measured)})
+    tuned = sorted({context.operation for context in set(measured).intersection(contexts)})
     if tuned:
         raise ContextError(f"{workload} holds shapes that the tuning measured ({', '.join(tuned)}); leave those out")
     return contexts

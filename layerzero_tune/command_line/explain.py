@@ -14,6 +14,7 @@ from layerzero_runtime.dispatch import publish_snapshot
 from layerzero_runtime.explanation import explain_in
 from layerzero_tune.command_line.options import JsonOption, use_tables
 from layerzero_tune.command_line.output import console, print_json
+from layerzero_tune.workload.lines import check_context
 
 Size = Annotated[int | None, typer.Option()]
 
@@ -51,11 +52,13 @@ def explain_command(
         for name, value in locals().items()
         if name not in ("device", "tables", "json") and value is not None
     }
-    context = SelectionContext(**given).with_device(detect_device(device))
+    spec = detect_device(device)
+    context = SelectionContext(**given).with_device(spec)
+    check_context(context)
     if tables is not None:
-        use_tables(tables)
+        use_tables(tables, spec)
     explanation = explain_in(publish_snapshot(), context)
     if json:
         print_json(asdict(explanation) | {"context": context.to_dict()})
     else:
-        console.print(str(explanation), markup=False, soft_wrap=True)
+        console.print(str(explanation), soft_wrap=True)

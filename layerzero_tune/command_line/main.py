@@ -38,8 +38,9 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except LayerZeroError as error:
-        notes.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        notes.print(f"error: {error}", style="red", soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        notes.print("interrupted; finished contests are kept, the same command continues", soft_wrap=True)
-        sys.exit(INTERRUPTED)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # what typer makes of Ctrl-C
+            notes.print("interrupted; finished contests are kept, the same command continues", soft_wrap=True)
+        raise

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated
 
 import typer
 
 from layerzero_runtime.device import DeviceSpec, detect_device
-from layerzero_runtime.errors import ContextError
+from layerzero_runtime.errors import ContextError, ResultsError, TableError
 from layerzero_runtime.operations import OPERATIONS
 from layerzero_runtime.registry import Registry
+from layerzero_runtime.table import Table
+from layerzero_runtime.table_files import TABLES_VARIABLE, load_table_file
 from layerzero_tune.worker.kernels import load_kernels
 
 RECORDED_PREFIX = "recorded:"
@@ -79,6 +82,38 @@ def results_of(text: str) -> Path | None:
     return Path(text.removeprefix(RECORDED_PREFIX)) if text.startswith(RECORDED_PREFIX) else None
 
 
-def use_tables(tables: Path) -> None:
-    """Let this process and its workers find tables there first."""
-    os.environ["LAYERZERO_TABLES"] = str(tables.resolve())
+def check_writable(folder: Path) -> None:
+    """Make the folder for results, before anything is measured that could not be kept.
+
+    Raises:
+        ResultsError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ResultsError(f"cannot write to {folder}: {error.strerror or error}; choose another --out") from error
+
+
+def use_tables(tables: Path, device: DeviceSpec) -> Table:
+    """The device's table of this folder, which this process and its workers will find first.
+
+    Raises:
+        TableError: the folder has none, or one that is damaged, of another schema or of another device.
+    """
+    path = tables / device.slug / "__init__.py"
+    if not path.is_file():
+        others = sorted(found.parent.name for found in tables.glob("*/__init__.py"))
+        raise TableError(
+            f"{tables} holds no table for {device.slug}, it has: {', '.join(others) or 'none'}; "
+            f"compile results of this device with --out {tables}"
+        )
+    table = load_table_file(path)
+    if table.device.matches(device) != "exact":
+        raise TableError(
+            f"{path} was compiled for {table.device.slug}, this device is {device.slug}; "
+            f"compile results of this device with --out {tables}"
+        )
+    os.environ[TABLES_VARIABLE] = str(tables.resolve())
+    return table

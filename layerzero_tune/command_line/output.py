@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,9 +12,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-console = Console(highlight=False)
+# Wide enough for the widest table, where no terminal says how wide it is (a pipe, a log of CI).
+_LOG_COLUMNS = 132
+
+
+def _console(*, stderr: bool) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else _LOG_COLUMNS
+    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+
+
+# Names and messages are printed as they are: brackets and colons in them are no markup.
+console = _console(stderr=False)
 # Progress and notes go beside the output, so that --json can be piped.
-notes = Console(stderr=True, highlight=False)
+notes = _console(stderr=True)
 
 
 def print_json(value: Any) -> None:
@@ -35,7 +48,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 def progress_bar() -> Progress:
     """Progress on standard error: what is under way, how many of how many, time spent and left."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

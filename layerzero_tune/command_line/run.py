@@ -16,6 +16,7 @@ from layerzero_tune.command_line.options import (
     JsonOption,
     KernelsOption,
     OpsOption,
+    check_writable,
     live_device,
     operations_named,
     registry_with,
@@ -68,6 +69,7 @@ def _workload_contexts(path: Path) -> tuple[SelectionContext, ...]:
 
 
 def _run(device: MeasuringDevice, contexts: Sequence[SelectionContext], store: ResultsStore, json: bool) -> None:
+    check_writable(store.directory)
     plan = plan_tuning(device, contexts, store)
     notes.print(
         f"{device.spec.name}: {len(plan.contests)} contests to measure, {plan.held} held already in {store.directory}",
@@ -98,7 +100,7 @@ def _run(device: MeasuringDevice, contexts: Sequence[SelectionContext], store: R
                 "preparing_s": preparing,
                 "statuses": dict(statuses),
                 "points_without_candidates": [context.to_dict() for context in plan.without_candidates],
-                "quarantined": [str(path) for path in results.quarantined],
+                "quarantined": [str(path) for path in (*plan.quarantined, *results.quarantined)],
             }
         )
         return

@@ -29,13 +29,19 @@ def max_product_of(cells: Sequence[Sizes], free: Sequence[int]) -> int | None:
 
 
 def unmeasured_cells(cells: Sequence[Sizes], free: Sequence[int], max_product: int | None) -> tuple[Sizes, ...]:
-    """Crossings of the measured grid lines, inside the bounds, that no measured cell reaches: there a table misses."""
+    """Crossings of the measured grid lines that no measured cell reaches: around them a table misses.
+
+    Those whose surroundings, halfway to the lines before, lie wholly beyond the largest product are left out: there it
+    misses anyway.
+    """
     lines = [sorted({cell[axis] for cell in cells}) for axis in free]
+    before = [dict(zip(line, (line[0], *line), strict=False)) for line in lines]
     logs = [[math.log(cell[axis]) for axis in free] for cell in cells]
     reach = math.log(REACH) + 1e-9
     found: list[Sizes] = []
     for crossing in itertools.product(*lines):
-        if max_product is not None and math.prod(crossing) > max_product:
+        nearest = math.prod(math.sqrt(size * low[size]) for size, low in zip(crossing, before, strict=True))
+        if max_product is not None and nearest >= max_product:
             continue
         at = [math.log(size) for size in crossing]
         if not any(all(abs(a - b) <= reach for a, b in zip(at, cell, strict=True)) for cell in logs):

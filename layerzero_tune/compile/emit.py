@@ -59,7 +59,7 @@ def emit(form: TableForm) -> EmittedTable:
     source = files("layerzero_tune.templates").joinpath("table.py.j2").read_text(encoding="utf-8")
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False).from_string(source)
     module = template.render(
-        device_name=device.name,
+        device_name=_plain(device.name),
         summary=_summary(form),
         provenance=form.provenance,
         schema=SCHEMA_VERSION,
@@ -71,6 +71,11 @@ def emit(form: TableForm) -> EmittedTable:
         operations=_operations(form.entries, names),
     )
     return EmittedTable(device.slug, module, _evidence(form))
+
+
+def _plain(text: str) -> str:
+    """A text that may stand in a docstring: whatever could end it or begin an escape is left out."""
+    return "".join(character for character in text if character.isprintable() and character not in '"\\')
 
 
 def _literal(value: Any) -> str:
@@ -160,17 +165,20 @@ def _operations(entries: Sequence[Entry], names: Sequence[str]) -> list[tuple[st
 
 
 def _evidence(form: TableForm) -> str:
-    """The evidence by operation, static key (its repr) and leaf, as JSON."""
-    grouped: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    """The evidence by operation, static key (its repr) and leaf, as JSON with a line for each leaf."""
+    grouped: dict[str, list[str]] = {}
     for entry in form.entries:
-        grouped.setdefault(entry.operation, {})[repr(entry.static_key)] = [
-            {
-                "bucket": _named(entry, leaf.box),
-                "evidence": None if leaf.evidence is None else asdict(leaf.evidence),
-            }
+        leaves = [
+            json.dumps({"bucket": _named(entry, leaf.box), "evidence": leaf.evidence and asdict(leaf.evidence)})
             for leaf in entry.leaves()
         ]
-    return json.dumps(grouped, indent=1, sort_keys=True) + "\n"
+        grouped.setdefault(entry.operation, []).append(f"{json.dumps(repr(entry.static_key))}: {_lines('[]', leaves)}")
+    operations = [f"{json.dumps(operation)}: {_lines('{}', keys)}" for operation, keys in grouped.items()]
+    return _lines("{}", operations) + "\n"
+
+
+def _lines(brackets: str, values: Sequence[str]) -> str:
+    return "\n".join((brackets[0], ",\n".join(values), brackets[1]))
 
 
 def leaf_at(tree: Tree, sizes: Sequence[int]) -> Leaf:

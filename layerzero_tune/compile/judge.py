@@ -11,13 +11,15 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operation import Operation, Sizes, StaticKey
 from layerzero_runtime.operations import operation_named
 from layerzero_tune.identity import canonical_json
-from layerzero_tune.measure.statistics import paired_log_ratio
+from layerzero_tune.measure.statistics import LOG_RESOLUTION, paired_log_ratio
 from layerzero_tune.results.measurement import Measurement
 
 # An entry differs from the default only where the 95% bound of the gain is above 1% (contract 4).
 MINIMUM_GAIN = 0.01
 # A choice within 0.5% of the winner counts as tied even where the interval is narrower: below what a contest repeats.
 TIE_MARGIN = 0.005
+# A screening has a few short looks: its ratios may be off by this factor either way, as times of separate runs are.
+SCREENING_DOUBT = 2.0
 
 Choice = tuple[str, str]  # (kernel id, canonical JSON of the configuration)
 
@@ -28,7 +30,8 @@ class Standing:
 
     Attributes:
         log_ratio: mean of log(time / reference's time); negative is faster.
-        low, high: 95% bootstrap interval of that mean. Both are the estimate for a choice that was only screened.
+        low, high: 95% bootstrap interval of that mean; for a choice that was only screened, `SCREENING_DOUBT` either
+            way.
         rounds: paired rounds behind it, 0 for a screening estimate.
     """
 
@@ -169,7 +172,10 @@ def _standings(contests: Mapping[str, Mapping[Choice, Measurement]], reference: 
             standings[choice] = Standing(ratio.mean_log_ratio, ratio.low, ratio.high, len(pairs[choice][0]))
         else:
             estimate = math.fsum(screened[choice]) / len(screened[choice])
-            standings[choice] = Standing(estimate, estimate, estimate, 0)
+            # Rounded as the paired ratios are: the last bits of a logarithm differ between machines.
+            estimate = round(estimate / LOG_RESOLUTION) * LOG_RESOLUTION
+            doubt = math.log(SCREENING_DOUBT)
+            standings[choice] = Standing(estimate, estimate - doubt, estimate + doubt, 0)
     return standings
 
 

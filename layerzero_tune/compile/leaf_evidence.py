@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from layerzero_tune.compile.form import Evidence
 from layerzero_tune.compile.judge import Choice, Verdict
 
+# Digits of a ratio that are written down: finer than any clock, coarser than where exponentials differ by machine.
+_DIGITS = 6
+
 
 def evidence_of(choice: Choice, default: Choice, verdicts: Sequence[Verdict]) -> Evidence | None:
     """What speaks for a choice over the measured cells of its leaf, None where it holds none."""
@@ -29,12 +32,12 @@ def evidence_of(choice: Choice, default: Choice, verdicts: Sequence[Verdict]) ->
     if choice == default:
         speedup = 1.0
     elif default in ahead:
-        speedup = math.exp(ahead[default])
+        speedup = round(math.exp(ahead[default]), _DIGITS)
     return Evidence(
         points=tuple(verdict.sizes for verdict in verdicts),
         speedup=speedup,
         runner_up=None if runner_up is None else runner_up[0],
-        margin=None if runner_up is None else math.expm1(ahead[runner_up]),
+        margin=None if runner_up is None else round(math.expm1(ahead[runner_up]), _DIGITS),
         rounds=sum(standing.rounds for standing in own),
         measured_at=max(verdict.measured_at for verdict in verdicts),
     )

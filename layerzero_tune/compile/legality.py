@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.limits import Limit
-from layerzero_runtime.operation import Operation, Sizes
+from layerzero_runtime.operation import Operation
 from layerzero_tune.compile.form import Box
 
 # Fields that every static key fixes.
@@ -55,8 +55,10 @@ def legality(kernel: Kernel, operation: Operation, context: SelectionContext, bo
                         guards.append(limit)
                     else:
                         splits.append((axis, limit.bound if limit.kind == "at_most" else limit.bound - 1))
-            elif not _is_single(low, high, limit):
+            elif getattr(low, limit.field) != getattr(high, limit.field):
                 guards.append(limit)
+            elif limit.reject(low) is not None:
+                return Legality(limit, (), ())
         else:
             guards.append(limit)
     return Legality(None, tuple(splits), tuple(guards))
@@ -69,13 +71,3 @@ def _axis_of(operation: Operation, field: str, axes: dict[str, int], context: Se
         return axes.get("seq_len_q") if field == "seq_len_k" else None
     index = axes[field]
     return index - 1 if operation.axes[index].is_tied(context) else index
-
-
-def _is_single(low: SelectionContext, high: SelectionContext, limit: Limit) -> bool:
-    """Whether the bucket holds one value of the field, and the limit accepts it."""
-    value = getattr(low, limit.field)
-    return bool(value == getattr(high, limit.field) and limit.accepts(value))
-
-
-def sizes_in(box: Box, sizes: Sizes) -> bool:
-    return all(low <= size <= high for (low, high), size in zip(box, sizes, strict=True))

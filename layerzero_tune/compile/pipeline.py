@@ -23,7 +23,7 @@ def compile_table(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> Tab
     """The table that the measurements of one device justify; equal rows give an equal form, in whatever order.
 
     Raises:
-        ResultsError: there are no rows, they come from several devices, or a kernel in them is not registered.
+        ResultsError: no row has a time, they come from several devices, or a kernel in them is not registered.
     """
     if not rows:
         raise ResultsError("the results hold no measurement; run layerzero-tune run first")
@@ -38,6 +38,12 @@ def compile_table(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> Tab
     entries = tuple(
         _entry(name, static_key, verdicts, by_id, device) for (name, static_key), verdicts in judge(current).items()
     )
+    if not entries:
+        statuses = ", ".join(sorted({row.status for row in current}))
+        raise ResultsError(
+            f"none of the {len(current)} measurements has a time ({statuses}); "
+            "layerzero-tune run lists the reasons, layerzero-tune doctor what is missing"
+        )
     return TableForm(
         device=device.to_dict(),
         provenance={
@@ -45,7 +51,7 @@ def compile_table(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> Tab
             "measurements": len(current),
             "measured_from": min(row.measured_at for row in current),
             "measured_to": max(row.measured_at for row in current),
-            "versions": dict(sorted(_newest(current).versions.items())),
+            "versions": _newest_versions(current),
         },
         kernels=_kernel_identities(current, by_id, entries),
         entries=entries,
@@ -61,6 +67,14 @@ def _single_device(rows: Sequence[Measurement]) -> DeviceSpec:
 
 def _newest(rows: Iterable[Measurement]) -> Measurement:
     return max(rows, key=lambda row: (row.measured_at, row.job_id))
+
+
+def _newest_versions(rows: Iterable[Measurement]) -> dict[str, str]:
+    """The version of each library in the newest measurement that used it."""
+    versions: dict[str, str] = {}
+    for row in sorted(rows, key=lambda row: (row.measured_at, row.job_id)):
+        versions |= row.versions
+    return dict(sorted(versions.items()))
 
 
 def _identity(row: Measurement, kernel: Kernel) -> Mapping[str, str]:
@@ -87,8 +101,6 @@ def _kernel_identities(
 ) -> dict[str, Mapping[str, str]]:
     used = {step.choice[0] for entry in entries for leaf in entry.leaves() for step in leaf.chain}
     found = {row.kernel_id: _identity(row, kernels[row.kernel_id]) for row in rows}
-    defaults = used - found.keys()
-    assert not defaults, f"chains name kernels without measurements: {defaults}"
     return {kernel_id: found[kernel_id] for kernel_id in sorted(used)}
 
 
@@ -103,5 +115,7 @@ def _entry(
     bounds, max_product = bounds_of(sizes), max_product_of(sizes, free)
     cells = [Cell(verdict.sizes, verdict) for verdict in verdicts]
     cells += [Cell(missing, None) for missing in unmeasured_cells(sizes, free, max_product)]
-    grower = TreeGrower(operation, context, kernels, free, verdicts[0].default)
+    default = verdicts[0].default
+    measured = any(default in verdict.standings for verdict in verdicts)
+    grower = TreeGrower(operation, context, kernels, free, default, measured)
     return Entry(name, static_key, axes, free, bounds, max_product, grower.grow(cells, bounds))

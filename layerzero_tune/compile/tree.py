@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +45,8 @@ class Cell:
 class TreeGrower:
     """What stays the same while the tree of one static key grows.
 
-    `context` has the key's static features and the table's device.
+    `context` has the key's static features and the table's device. `default_is_measured` says whether the default has a
+    time in any cell of the key.
     """
 
     operation: Operation
@@ -53,6 +54,7 @@ class TreeGrower:
     kernels: Mapping[str, Kernel]
     free: tuple[int, ...]
     default: Choice
+    default_is_measured: bool
 
     def grow(self, cells: Sequence[Cell], box: Box, previous: Choice | None = None) -> Tree:
         """The tree over a box that holds these cells; `previous` is the choice of the bucket before it."""
@@ -65,10 +67,7 @@ class TreeGrower:
         last = list(leaves_of(low))[-1]
         before = last.chain[0].choice if last.chain else previous
         high = self.grow([cell for cell in cells if cell.sizes[axis] > edge], high_box, before)
-        if isinstance(low, Leaf) and isinstance(high, Leaf) and low.chain == high.chain:
-            # Neighbours that differ in nothing are one bucket.
-            return self._leaf(cells, box, low.chain[0].choice if low.chain else MISS)
-        return Split(axis, edge, low, high)
+        return self._merged(Split(axis, edge, low, high), cells)
 
     def _tie_break(self, common: frozenset[Choice], previous: Choice | None) -> Choice:
         """Stability: the default, then the previous bucket's choice, then the kernel's id."""
@@ -130,7 +129,8 @@ class TreeGrower:
         found = legality(self.kernels[choice[0]], self.operation, self.context, box)
         if found.violated is not None:
             # The choice was measured in no cell of this box: the default serves, else it is a miss.
-            return Leaf(box, (), None) if choice == self.default else self._leaf(cells, box, self.default)
+            serves = choice != self.default and self._default_stands_in(cells)
+            return self._leaf(cells, box, self.default) if serves else Leaf(box, (), None)
         if found.splits:
             axis, edge = found.splits[0]
             low_box, high_box = self._divide(box, axis, edge)
@@ -140,13 +140,38 @@ class TreeGrower:
                 for low, high in (half[axis],)
             )
             return Split(axis, edge, low, high)
+        verdicts = [cell.verdict for cell in cells if cell.verdict is not None]
         chain = [Step(choice, found.guards)]
-        if found.guards and choice != self.default:
+        if found.guards and choice != self.default and self._default_stands_in(cells):
             behind = legality(self.kernels[self.default[0]], self.operation, self.context, box)
             if behind.violated is None and not behind.splits:
                 chain.append(Step(self.default, behind.guards))
-        verdicts = [cell.verdict for cell in cells if cell.verdict is not None]
         return Leaf(box, tuple(chain), evidence_of(choice, self.default, verdicts))
+
+    def _default_stands_in(self, cells: Sequence[Cell]) -> bool:
+        """Whether the default may serve where a choice is illegal: it has a time wherever these cells were measured."""
+        return self.default_is_measured and all(
+            self.default in cell.verdict.standings for cell in cells if cell.verdict is not None
+        )
+
+    def _merged(self, tree: Split, cells: Sequence[Cell]) -> Tree:
+        """The same decisions with neighbours along the tree's axis that differ in nothing made one bucket."""
+        axis = tree.axis
+        edges: list[int] = []
+        parts: list[Tree] = []
+        for edge, part in _parts_along(tree, axis):
+            before = parts[-1] if parts else None
+            if isinstance(before, Leaf) and isinstance(part, Leaf) and before.chain == part.chain:
+                box = tuple((low, high) for (low, _), (_, high) in zip(before.box, part.box, strict=True))
+                inside = [cell for cell in cells if _lies_in(cell, box)]
+                one = self._leaf(inside, box, part.chain[0].choice if part.chain else MISS)
+                if isinstance(one, Leaf) and one.chain == part.chain:
+                    parts[-1] = one
+                    continue
+            if edge is not None:
+                edges.append(edge)
+            parts.append(part)
+        return _balanced(axis, edges, parts)
 
 
 def _mean_lead(cells: Sequence[Cell], axis: int, size: int, ahead: Choice, behind: Choice) -> float | None:
@@ -159,4 +184,26 @@ def _mean_lead(cells: Sequence[Cell], axis: int, size: int, ahead: Choice, behin
         and ahead in cell.verdict.standings
         and behind in cell.verdict.standings
     ]
-    return float(np.mean(leads)) if leads else None
+    return math.fsum(leads) / len(leads) if leads else None
+
+
+def _parts_along(tree: Tree, axis: int, edge: int | None = None) -> Iterator[tuple[int | None, Tree]]:
+    """The subtrees that splits on this axis separate, from low sizes to high ones, each with the edge before it."""
+    if isinstance(tree, Split) and tree.axis == axis:
+        yield from _parts_along(tree.low, axis, edge)
+        yield from _parts_along(tree.high, axis, tree.edge)
+    else:
+        yield edge, tree
+
+
+def _balanced(axis: int, edges: Sequence[int], parts: Sequence[Tree]) -> Tree:
+    """A tree of least depth over the parts; there is one edge between each two."""
+    if not edges:
+        return parts[0]
+    middle = len(edges) // 2
+    low = _balanced(axis, edges[:middle], parts[: middle + 1])
+    return Split(axis, edges[middle], low, _balanced(axis, edges[middle + 1 :], parts[middle + 1 :]))
+
+
+def _lies_in(cell: Cell, box: Box) -> bool:
+    return all(low <= size <= high for size, (low, high) in zip(cell.sizes, box, strict=True))

@@ -12,9 +12,6 @@ from layerzero_tune.evaluate.public_calls import PUBLIC_CALL
 from layerzero_tune.measure.statistics import SLOWER_THRESHOLD, paired_log_ratio, slower_p_value
 from layerzero_tune.results.measurement import Measurement
 
-# The interval of a remeasurement must lie above the threshold for a shape to count as slower than the default.
-CONFIRMATION_CONFIDENCE = 0.95
-
 
 @dataclass(frozen=True)
 class Score:
@@ -71,9 +68,12 @@ def score(rows: Sequence[Measurement], chosen: str, hit: bool) -> Score:
 
 
 def confirms_slower(rows: Sequence[Measurement], chosen: str) -> bool:
-    """Whether a remeasurement shows the choice above the threshold again."""
+    """Whether a remeasurement puts the choice above the threshold again.
+
+    The first measurement was significant; this one tells a slow choice from a disturbed contest.
+    """
     timed: Mapping[str, tuple[float, ...]] = {row.kernel_id: row.samples_ns for row in rows if row.samples_ns}
     default = next(row.kernel_id for row in rows if row.is_default)
     if chosen not in timed or default not in timed:
         return False
-    return paired_log_ratio(timed[chosen], timed[default], confidence=CONFIRMATION_CONFIDENCE).ratio > SLOWER_THRESHOLD
+    return paired_log_ratio(timed[chosen], timed[default]).ratio > SLOWER_THRESHOLD

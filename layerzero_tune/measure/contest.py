@@ -85,9 +85,16 @@ class JobOutcome:
 
 @dataclass(frozen=True)
 class ContestOutcome:
-    """The outcomes beside the contest's candidates, the UTC time at which it ended (ISO 8601), and the seconds that
-    loading, compiling and checking its kernels took before the clock began."""
+    """What a contest gave.
+
+    Attributes:
+        outcomes: beside the contest's candidates.
+        measured_at: UTC time at which it ended, ISO 8601.
+        preparation_s: seconds that loading, compiling and checking its kernels took before the clock began.
+        contention: as in `Measurement`.
+    """
 
     outcomes: tuple[JobOutcome, ...]
     measured_at: str
     preparation_s: float = 0.0
+    contention: float = 0.0

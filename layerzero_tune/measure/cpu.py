@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from time import perf_counter
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from layerzero_runtime.libraries import missing_requirement
 from layerzero_runtime.limits import rejections
 from layerzero_runtime.operations import operation_named
 from layerzero_tune.measure.clock import BLOCKS, Rotation, take_sample, time_calls, warm_up
+from layerzero_tune.measure.contention import MAX_ATTEMPTS, MAX_SHARE, ProcessorTime, others_share
 from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, JobOutcome
 from layerzero_tune.measure.correctness import Check, Trial, error_floor, judge, tolerances
 from layerzero_tune.measure.inputs import RandomTensors, check_measurable, rotating_inputs
@@ -32,8 +34,10 @@ Progress = Callable[[int | None, str], None]
 Result = TypeVar("Result")
 _NOTHING_SETTLED: Mapping[int, JobOutcome] = MappingProxyType({})
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
-# At least two screening times, so that there is a spread to judge by.
+# With the time of the warm-up these are three, of which one may be disturbed.
 _MIN_SCREENINGS = 2
+# A candidate so many times slower than the best is settled by two looks; more would cost as much as all the others.
+_HOPELESS = 4.0
 
 
 def measure_contest(
@@ -58,8 +62,10 @@ def measure_contest(
     if contest.context.mode != "eager":
         raise ContextError(f"mode is {contest.context.mode!r}: CPUs have 'eager' only; measure graphs on a CUDA device")
     with torch.inference_mode():
-        outcomes = _ContestRun(contest, kernels, settled, progress).run()
-    return ContestOutcome(outcomes, datetime.now(UTC).isoformat(timespec="seconds"))
+        run = _ContestRun(contest, kernels, settled, progress)
+        outcomes = run.run()
+    ended = datetime.now(UTC).isoformat(timespec="seconds")
+    return ContestOutcome(outcomes, ended, run.preparation_s, run.contention)
 
 
 class _ContestRun:
@@ -81,12 +87,17 @@ class _ContestRun:
         self.seed = contest.seed
         self.chance = random.Random(contest.seed)
         self.functions: dict[int, KernelFunction] = {}
+        self.first_call_ns: dict[int, float] = {}
+        self.preparation_s = 0.0
+        self.contention = 0.0
 
     def run(self) -> tuple[JobOutcome, ...]:
+        start = perf_counter()
         entered = self._admit()
         source = RandomTensors("cpu", self.seed)
         self._check(entered, source)
-        self._time(source)
+        self.preparation_s = perf_counter() - start
+        self._time_undisturbed(source)
         return tuple(self.outcomes[index] for index in range(len(self.candidates)))
 
     def _admit(self) -> list[int]:
@@ -124,41 +135,65 @@ class _ContestRun:
             self.outcomes[index] = JobOutcome(status, verdict.message, verdict.relative_error, verdict.tolerance)
             if not verdict.message:
                 self.functions[index] = function
+                self.first_call_ns[index] = trial.call_ns
 
     def _load_and_try(self, candidate: Candidate, check: Check) -> tuple[KernelFunction, Trial]:
         kernel = self.kernels[candidate.kernel_id]
         function = adapt_layout(kernel.load(self.context, candidate.configuration), kernel.spec, self.context)
         return function, check.run(function)
 
-    def _time(self, source: RandomTensors) -> None:
+    def _time_undisturbed(self, source: RandomTensors) -> None:
+        """Time the candidates, again where other processes took much of the machine meanwhile."""
         self.progress(None, "inputs")
         sets = _attempt(lambda: rotating_inputs(self.operation, self.context, self.policy, source))
         if isinstance(sets, JobOutcome):
             self.outcomes.update(dict.fromkeys(self.functions, sets))
             return
-        rotation = Rotation(sets)
+        for _ in range(MAX_ATTEMPTS):
+            start = ProcessorTime.now()
+            self._time(Rotation(sets))
+            self.contention = others_share(start, ProcessorTime.now())
+            if self.contention <= MAX_SHARE:
+                return
+
+    def _time(self, rotation: Rotation) -> None:
         call_ns = {
             index: time
             for index in tuple(self.functions)
             if (time := self._step(index, "warm-up", lambda f: warm_up(f, rotation, self.policy.warmup_ms))) is not None
         }
         slow = frozenset(index for index, time in call_ns.items() if time > self.policy.max_call_ms * 1e6)
-        screened = self._screen(rotation, {index: time for index, time in call_ns.items() if index not in slow})
-        entered = finalists(screened, self.policy.screen_margin)
+        screened = self._screen(rotation, call_ns, slow | self._hopeless(call_ns))
+        entered = finalists(screened, self.policy.screen_margin) - slow
         # The default and the anchors tie contests together, whatever the screening says of them.
         always = frozenset(i for i in self.functions if self.candidates[i].is_default or self.candidates[i].is_anchor)
         without_rounds = any(self.candidates[index].is_default for index in slow)
-        samples = {} if without_rounds else self._final_rounds(rotation, call_ns, (entered | always) - slow)
+        samples = {} if without_rounds else self._final_rounds(rotation, call_ns, entered | (always - slow))
         for index in self.functions:
-            screen_ns = statistics.median(screened[index]) if index in screened else call_ns[index]
-            measured = tuple(samples.get(index, ()))
-            self.outcomes[index] = replace(self.outcomes[index], screen_ns=screen_ns, samples_ns=measured)
+            self.outcomes[index] = replace(
+                self.outcomes[index],
+                screen_ns=statistics.median(screened[index]),
+                samples_ns=tuple(samples.get(index, ())),
+            )
 
-    def _screen(self, rotation: Rotation, call_ns: Mapping[int, float]) -> dict[int, list[float]]:
-        """Times per candidate in ns per call, taken in turn, so that a drift of the machine falls on all of them."""
+    def _hopeless(self, call_ns: Mapping[int, float]) -> frozenset[int]:
+        """The candidates that were far from the best in their first call and while they warmed up."""
+        fastest = {index: min(time, self.first_call_ns[index]) for index, time in call_ns.items()}
+        return frozenset(index for index, time in fastest.items() if time > _HOPELESS * min(fastest.values()))
+
+    def _screen(
+        self, rotation: Rotation, call_ns: Mapping[int, float], settled: frozenset[int]
+    ) -> dict[int, list[float]]:
+        """Times per candidate in ns per call: that of the warm-up and, where this is not `settled`, some more.
+
+        They are taken in turn, so that a drift of the machine falls on all candidates.
+        """
         screen_ns = self.policy.screen_ms * 1e6
-        turns = {index: min(BLOCKS, max(_MIN_SCREENINGS, screen_ns // call)) for index, call in call_ns.items()}
-        times: dict[int, list[float]] = {index: [] for index in call_ns}
+        turns = {
+            index: 0 if index in settled else min(BLOCKS, max(_MIN_SCREENINGS, screen_ns // call))
+            for index, call in call_ns.items()
+        }
+        times = {index: [call] for index, call in call_ns.items()}
         for turn in range(BLOCKS):
             for index in self._shuffled(index for index in times if turn < turns[index]):
                 calls = max(1, round(screen_ns / BLOCKS / call_ns[index]))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # about 5 ms on two cores.
 SAMPLED_VALUES = 1 << 18
 # Keys and values are copied to float64 whole for each head sampled: at most this many elements of each.
-SAMPLED_KEY_VALUES = 1 << 22
+SAMPLED_KEY_VALUES = 1 << 20
 MAX_HEADS = 8
 MIN_HEADS = 2
 MIN_ROWS = 4

@@ -17,7 +17,8 @@ class KernelWins:
     Attributes:
         points: cells (static key and sizes) at which it has a time.
         wins: cells at which it is the best choice; a tie that holds the default is the default's.
-        largest_gain: the default's time over this kernel's where that is largest among its wins, None without one.
+        largest_gain: the default's time over this kernel's where that is largest among its wins; None without a win, or
+            where the default has no time at any.
     """
 
     operation: str
@@ -31,6 +32,7 @@ class KernelWins:
 def kernel_wins(rows: Iterable[Measurement]) -> tuple[KernelWins, ...]:
     """One line per operation, dtype and kernel, in that order."""
     points: dict[tuple[str, str, str], int] = {}
+    wins: dict[tuple[str, str, str], int] = {}
     gains: dict[tuple[str, str, str], list[float]] = {}
     for (operation, static_key), verdicts in judge(rows).items():
         dtype = str(static_key[1])
@@ -38,10 +40,12 @@ def kernel_wins(rows: Iterable[Measurement]) -> tuple[KernelWins, ...]:
             for kernel_id, _ in verdict.standings:
                 points[operation, dtype, kernel_id] = points.get((operation, dtype, kernel_id), 0) + 1
             winner = verdict.default if verdict.default in verdict.tied else verdict.best
+            key = (operation, dtype, winner[0])
+            wins[key] = wins.get(key, 0) + 1
             default = verdict.standings.get(verdict.default)
-            lead = 0.0 if default is None else default.log_ratio - verdict.standings[winner].log_ratio
-            gains.setdefault((operation, dtype, winner[0]), []).append(lead)
+            if default is not None:
+                gains.setdefault(key, []).append(default.log_ratio - verdict.standings[winner].log_ratio)
     return tuple(
-        KernelWins(*key, points[key], len(gains.get(key, ())), math.exp(max(gains[key])) if key in gains else None)
+        KernelWins(*key, points[key], wins.get(key, 0), math.exp(max(gains[key])) if key in gains else None)
         for key in sorted(points)
     )

@@ -39,6 +39,7 @@ class Measurement:
         source_hash: hash of the kernel's source.
         policy: `MeasurementPolicy.to_dict()`.
         measured_at: UTC time at which the contest ended, ISO 8601 with seconds.
+        contention: share of the machine's processor time that other processes took while the contest was timed.
     """
 
     contest_id: str
@@ -58,6 +59,7 @@ class Measurement:
     source_hash: str
     policy: Mapping[str, Any]
     measured_at: str
+    contention: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "samples_ns", tuple(map(rounded_time, self.samples_ns)))

@@ -30,6 +30,7 @@ _TYPES: dict[str, pa.DataType] = {
     "tolerance": pa.float64(),
     "screen_ns": pa.float64(),
     "samples_ns": _TIMES,
+    "contention": pa.float64(),
 }
 _NULLABLE = ("relative_error", "tolerance", "screen_ns")
 COLUMNS = tuple(field.name for field in fields(Measurement))
@@ -46,6 +47,7 @@ _ENCODINGS = {
     "tolerance": "BYTE_STREAM_SPLIT",
     "screen_ns": "BYTE_STREAM_SPLIT",
     "samples_ns.list.element": "BYTE_STREAM_SPLIT",
+    "contention": "BYTE_STREAM_SPLIT",
 }
 
 

@@ -87,6 +87,7 @@ def rows_of(
             source_hash=kernel_source_hash(kernels[candidate.kernel_id]),
             policy=contest.policy.to_dict(),
             measured_at=outcome.measured_at,
+            contention=outcome.contention,
         )
         for candidate, job_id, job in zip(contest.candidates, contest.job_ids, outcome.outcomes, strict=True)
     )
@@ -128,11 +129,17 @@ def _recorded(rows: Sequence[Measurement]) -> Contest:
     """The contest that gave these rows; its id is a hash, so the number of its repeat is found by trying.
 
     Raises:
-        ResultsError: no repeat gives the recorded id.
+        ResultsError: its measurement policy is unknown, or no repeat gives the recorded id.
     """
     candidates = tuple(Candidate(row.kernel_id, row.configuration, row.is_default) for row in rows)
     job_ids = tuple(row.job_id for row in rows)
-    policy = MeasurementPolicy(**rows[0].policy)
+    try:
+        policy = MeasurementPolicy(**rows[0].policy)
+    except TypeError as error:
+        raise ResultsError(
+            f"contest {rows[0].contest_id} has a measurement policy that this release does not know ({error}); "
+            "measure this point again"
+        ) from error
     for repeat in range(MAX_REPEATS):
         contest = Contest(rows[0].context, candidates, job_ids, policy, repeat)
         if contest.contest_id == rows[0].contest_id:

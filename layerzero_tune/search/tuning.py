@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_tune.measure.contest import Contest
@@ -14,11 +15,13 @@ from layerzero_tune.search.device import MeasuringDevice
 
 @dataclass(frozen=True)
 class TuningPlan:
-    """What a run will do: contests to measure, how many the store holds already, and points without any candidate."""
+    """What a run will do: contests to measure, how many the store holds already, points without any candidate, and the
+    damaged files that were set aside, whose contests count as missing."""
 
     contests: tuple[Contest, ...]
     held: int
     without_candidates: tuple[SelectionContext, ...]
+    quarantined: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,7 @@ def plan_tuning(device: MeasuringDevice, contexts: Sequence[SelectionContext], s
     Raises:
         ResultsError: the store cannot be read.
     """
-    if store.directory.exists():
-        store.read()  # sets damaged files aside, so that their contests count as missing
+    quarantined = store.read().quarantined if store.directory.exists() else ()
     done = store.contest_ids()
     offered = {context: device.contests(context) for context in dict.fromkeys(contexts)}
     contests = {contest.contest_id: contest for found in offered.values() for contest in found}
@@ -45,6 +47,7 @@ def plan_tuning(device: MeasuringDevice, contexts: Sequence[SelectionContext], s
         contests=tuple(contest for contest_id, contest in contests.items() if contest_id not in done),
         held=len(contests.keys() & done),
         without_candidates=tuple(context for context, found in offered.items() if not found),
+        quarantined=quarantined,
     )
 
 

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from layerzero_runtime import table_files
+from layerzero_runtime.device import detect_device
+from layerzero_runtime.dispatch import publish_snapshot
+from layerzero_runtime.snapshot import Snapshot
+from layerzero_tune.compile.form import TableForm
+from tests.runtime.synthetic_table import write_table
 
 SOURCE = Path(__file__).parent / "fake_nvml.cpp"
 
@@ -26,3 +35,36 @@ def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def old_nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, of a driver that does not know all functions."""
     return _compile(tmp_path_factory.mktemp("old_nvml"), "-DOLD")
+
+
+@pytest.fixture(scope="session")
+def synthetic_tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TableForm]:
+    """A folder with a table of this machine's CPU, and the form it was printed from."""
+    folder = tmp_path_factory.mktemp("tables")
+    return folder, write_table(folder, detect_device("cpu"))
+
+
+@contextmanager
+def tables_in_force(folder: Path | None) -> Iterator[Snapshot]:
+    """A snapshot with the tables of a folder and no installed ones; with no tables at all for None."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table_files, "INSTALLED_PACKAGE", "no_installed_tables")
+        patch.delenv(table_files.TABLES_VARIABLE, raising=False)
+        if folder is not None:
+            patch.setenv(table_files.TABLES_VARIABLE, str(folder))
+        yield publish_snapshot()
+    publish_snapshot()
+
+
+@pytest.fixture(scope="module")
+def shared_snapshot(synthetic_tables: tuple[Path, TableForm]) -> Iterator[Snapshot]:
+    """One snapshot with the synthetic table, for all tests of a module."""
+    with tables_in_force(synthetic_tables[0]) as snapshot:
+        yield snapshot
+
+
+@pytest.fixture
+def snapshot(synthetic_tables: tuple[Path, TableForm]) -> Iterator[Snapshot]:
+    """A fresh snapshot with the synthetic table."""
+    with tables_in_force(synthetic_tables[0]) as snapshot:
+        yield snapshot

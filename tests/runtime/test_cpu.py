@@ -102,6 +102,10 @@ def test_levels_are_told_apart_by_their_own_flags(position: int) -> None:
         assert instruction_set(flags - {flag}) != name
 
 
+def test_matrix_instructions_without_the_vector_ones_are_not_enough() -> None:
+    assert instruction_set(["avx2", "fma", "amx_tile", "amx_bf16"]) == "avx2"
+
+
 def test_this_machine() -> None:
     found = detect_processor()
     assert found.name

@@ -68,6 +68,7 @@ def variant(device: DeviceSpec, **changes: Any) -> DeviceSpec:
         (H100, H100_PCIE, "approximate"),
         (H100, H200, "approximate"),
         (H100, A100, None),
+        (A100, DeviceSpec("cuda", "NVIDIA A10", compute_capability=(8, 6)), "approximate"),
         (A100, DeviceSpec("cuda", "A100-SXM4-40GB"), "exact"),
         (DeviceSpec("cuda", "A100-SXM4-40GB"), DeviceSpec("cuda", "NVIDIA A100-PG509-200"), "exact"),
         (MI300X, DeviceSpec("rocm", "AMD Instinct MI300X VF"), "exact"),

@@ -92,9 +92,7 @@ def test_a_wrong_row_at_the_end_is_found(context: SelectionContext, data: st.Dat
 
     check = prepare(context)
     trial = check.run(wrong)
-    if torch.isfinite(check.expected[0]).any() and not trial.fault:
-        last_is_defined = bool(torch.isfinite(check.expected[0][..., -1, :]).any())
-        assert bool(judge(trial, tolerances(check.written_out(), context.dtype)).message) == last_is_defined
+    assert judge(trial, tolerances(check.written_out(), context.dtype)).message
 
 
 CAUSAL = SelectionContext(
@@ -110,24 +108,30 @@ CAUSAL = SelectionContext(
 
 
 @pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
-@pytest.mark.parametrize("lengths", [(20, 33), (33, 20)])
+@pytest.mark.parametrize("lengths", [(20, 33), (33, 20), (300, 600)])
 def test_the_other_alignment_is_wrong(alignment: str, lengths: tuple[int, int]) -> None:
     context = replace(CAUSAL, causal_alignment=alignment, seq_len_q=lengths[0], seq_len_k=lengths[1])
     other = replace(context, causal_alignment={"top_left": "bottom_right", "bottom_right": "top_left"}[alignment])
     check = prepare(context)
+    assert len(check.sample.tensors["query"][0, 0]) < lengths[0] or lengths[0] < 300
     assert not judge(check.run(whole_reference(context)), [error_floor("float32")]).message
     assert judge(check.run(whole_reference(other)), [1e-3]).message
 
 
-def test_queries_without_keys_are_nobodys_fault() -> None:
-    """With more queries than keys and the mask at the bottom right, implementations give NaN or zero: both pass."""
+def test_queries_without_keys_give_zeros() -> None:
+    """With more queries than keys and the mask at the bottom right, the first rows have no keys."""
     context = replace(CAUSAL, causal_alignment="bottom_right", seq_len_q=33, seq_len_k=20)
     check = prepare(context)
-    reference = whole_reference(context)
-    for undefined in (0.0, float("nan")):
-        trial = check.run(lambda *arguments, value=undefined: reference(*arguments)[0].nan_to_num(value))
-        assert trial.fault == ""
-        assert judge(trial, [error_floor("float32")]).message == ""
+    right = whole_reference(context)
+    assert judge(check.run(right), [error_floor("float32")]).message == ""
+    for value, found in ((float("nan"), "NaN or infinite"), (1.0, "relative error")):
+
+        def wrong(*arguments: Any, value: float = value) -> torch.Tensor:
+            (output,) = right(*arguments)
+            output[:, :, 0] = value
+            return output
+
+        assert found in judge(check.run(wrong), [1e-2]).message
 
 
 def test_swapped_key_heads_are_wrong() -> None:
@@ -185,6 +189,13 @@ def test_written_inputs_are_found_and_restored() -> None:
     assert check.run(right).fault == ""
 
 
+def test_a_result_that_is_an_input_does_no_harm() -> None:
+    context = SelectionContext(operation="norm.add_rms", dtype="bfloat16", rows=8, hidden_size=32)
+    check = prepare(context)
+    assert judge(check.run(lambda x, residual, *rest: (x, residual)), (1e-2, 1e-2)).message
+    assert check.run(whole_reference(context)).fault == ""
+
+
 def test_every_output_has_its_own_tolerance() -> None:
     context = SelectionContext(operation="norm.add_rms", dtype="float32", rows=8, hidden_size=32)
     right = whole_reference(context)
@@ -197,7 +208,7 @@ def test_every_output_has_its_own_tolerance() -> None:
     default = check.run(right)
     verdict = judge(check.run(second_wrong), tolerances(default, "float32"))
     assert "relative error 1.00e-03" in verdict.message
-    assert judge(Trial((1e-5, 3e-3)), (1e-2, 2e-3)).relative_error == 3e-3
+    assert judge(Trial((5e-3, 3e-3)), (1e-2, 2e-3)).relative_error == 3e-3
 
 
 def test_a_dtype_without_a_floor_is_refused() -> None:

@@ -1,0 +1,119 @@
+"""Requirements of kernels: found, missing, forgotten; versions without importing the library."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from layerzero_runtime.errors import SpecError
+from layerzero_runtime.libraries import library_version, missing_requirement
+
+
+@pytest.fixture(autouse=True)
+def _fresh_probes() -> Iterator[None]:
+    missing_requirement.cache_clear()
+    library_version.cache_clear()
+    yield
+    missing_requirement.cache_clear()
+    library_version.cache_clear()
+
+
+def run_python(code: str, **environment: str) -> str:
+    """What a fresh interpreter prints; `-I` is left out so that the package under test is found as it is here."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+    )
+    return done.stdout.strip()
+
+
+def test_nothing_required_is_never_missing() -> None:
+    assert missing_requirement(()) is None
+
+
+def test_installed_torch_is_found_without_importing_it() -> None:
+    code = (
+        "import sys; from layerzero_runtime.libraries import missing_requirement, library_version;"
+        "print(missing_requirement(('torch',)), library_version('torch'), 'torch' in sys.modules)"
+    )
+    assert run_python(code) == f"None {version('torch')} False"
+
+
+def test_importing_the_module_imports_none_of_the_slow_standard_library() -> None:
+    code = (
+        "import sys; before = set(sys.modules); import layerzero_runtime.libraries;"
+        "print({'importlib.metadata', 'sysconfig', 'shutil', 'subprocess'} & (set(sys.modules) - before))"
+    )
+    assert run_python(code) == "set()"
+
+
+def test_torch_not_installed_names_the_extra(tmp_path: Path) -> None:
+    # Without site-packages there is no torch.
+    code = (
+        "import sys; sys.path = [p for p in sys.path if 'site-packages' not in p];"
+        "from layerzero_runtime.libraries import missing_requirement, library_version;"
+        "print(missing_requirement(('torch', 'cxx_compiler')), '|', library_version('torch'))"
+    )
+    assert run_python(code) == "torch is not installed: pip install 'layerzero-dispatch[tune]' | None"
+
+
+def test_compiler_not_on_path_is_named_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    reason = missing_requirement(("cxx_compiler",))
+    assert reason is not None
+    assert "C++ compiler" in reason
+    assert "CXX" in reason
+    assert "install" in reason
+
+
+def test_compiler_named_by_cxx_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "my-c++"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "my-c++")
+    assert missing_requirement(("cxx_compiler",)) is None
+    missing_requirement.cache_clear()
+    monkeypatch.setenv("CXX", "other-c++")
+    assert "'other-c++'" in str(missing_requirement(("cxx_compiler",)))
+
+
+def test_missing_headers_of_python_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    reason = missing_requirement(("cxx_compiler",))
+    assert reason is not None
+    assert "Python.h" in reason
+
+
+def test_answers_are_kept_until_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert missing_requirement(("cxx_compiler",)) is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert missing_requirement(("cxx_compiler",)) is None
+    missing_requirement.cache_clear()
+    assert missing_requirement(("cxx_compiler",)) is not None
+
+
+def test_unknown_probe_is_an_error_that_lists_the_known_ones() -> None:
+    with pytest.raises(SpecError, match=r"'fortran'.*torch, cxx_compiler"):
+        missing_requirement(("fortran",))
+
+
+def test_version_of_an_imported_library_is_its_own_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytest, "__version__", "1.2.3+local")
+    assert library_version("pytest") == "1.2.3+local"
+
+
+def test_version_of_what_is_not_installed_is_none() -> None:
+    assert library_version("no-such-distribution") is None

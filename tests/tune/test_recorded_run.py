@@ -1,0 +1,193 @@
+"""A run over the recorded device: killed or interrupted anywhere, the same command continues to the same results."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerzero_runtime.errors import ResultsError
+from layerzero_tune.compile.emit import EmittedTable, emit
+from layerzero_tune.compile.pipeline import compile_table
+from layerzero_tune.results.measurement import Measurement
+from layerzero_tune.results.store import ResultsStore
+from layerzero_tune.search.device import RecordedDevice
+from layerzero_tune.search.tuning import FinishedContest, plan_tuning, tune
+from tests.tune.command import start
+from tests.tune.command import tune as tune_command
+from tests.tune.recordings import record, recorded_rows
+from tests.tune.synthetic_results import ALL_KERNELS, contest_rows, norm
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded results folder, and what an uninterrupted run over it compiles to."""
+
+    folder: Path
+    contests: int
+    table: EmittedTable
+
+    def arguments(self, out: Path) -> tuple[object, ...]:
+        return ("run", "--device", f"recorded:{self.folder}", "--out", out, "--json")
+
+
+def table_of(results: Path) -> EmittedTable:
+    return emit(compile_table(ResultsStore(results).read().rows, ALL_KERNELS))
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
+    folder = tmp_path_factory.mktemp("recorded")
+    contests = record(folder / "results")
+    made = Recording(folder / "results", contests, table_of(folder / "results"))
+    whole = tune_command(*made.arguments(folder / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    assert json.loads(whole.stdout)["contests_measured"] == contests
+    assert ResultsStore(folder / "whole").read().rows == recorded_rows()
+    assert table_of(folder / "whole") == made.table
+    return made
+
+
+def stop_after(count: int, recording: Recording, out: Path, signal_number: int) -> tuple[int, str, str]:
+    """Signal the run once it has stored so many contests; its exit status, output and standard error."""
+    process = start(*recording.arguments(out))
+    try:
+        while process.poll() is None and len(contest_files(out)) < count:
+            time.sleep(0.001)
+        process.send_signal(signal_number)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, output, errors
+
+
+def contest_files(out: Path) -> dict[str, int]:
+    """The stored contests' files by name, with the time at which each was written."""
+    if not out.exists():
+        return {}
+    return {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(out) if entry.name.startswith("contest-")}
+
+
+def rerun(recording: Recording, out: Path) -> dict[str, Any]:
+    done = tune_command(*recording.arguments(out))
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+@pytest.mark.parametrize("count", [1, 40, 120])
+def test_a_killed_run_continues_where_it_was(recording: Recording, tmp_path: Path, count: int) -> None:
+    status, output, _ = stop_after(count, recording, tmp_path / "out", signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    assert output == ""
+    stored = contest_files(tmp_path / "out")
+    assert count <= len(stored) < recording.contests
+    report = rerun(recording, tmp_path / "out")
+    assert report["contests_held"] == len(stored)
+    assert report["contests_measured"] == recording.contests - len(stored)
+    assert report["quarantined"] == []
+    assert ResultsStore(tmp_path / "out").read().rows == recorded_rows()
+    assert table_of(tmp_path / "out") == recording.table
+    assert rerun(recording, tmp_path / "out")["contests_measured"] == 0
+
+
+def test_ctrl_c_says_that_finished_contests_are_kept(recording: Recording, tmp_path: Path) -> None:
+    status, output, errors = stop_after(20, recording, tmp_path / "out", signal.SIGINT)
+    assert status == 130
+    assert output == ""
+    assert "interrupted; finished contests are kept, the same command continues" in errors
+    assert "Traceback" not in errors
+    kept = ResultsStore(tmp_path / "out").contest_ids()
+    assert 20 <= len(kept) < recording.contests
+    assert not list((tmp_path / "out").glob(".*.tmp"))
+    assert rerun(recording, tmp_path / "out")["contests_held"] == len(kept)
+    assert table_of(tmp_path / "out") == recording.table
+
+
+def test_a_damaged_file_is_reported_and_its_contest_measured_again(recording: Recording, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stop_after(5, recording, out, signal.SIGKILL)
+    stored = sorted(contest_files(out))
+    damaged = out / stored[2]
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    done = tune_command(*recording.arguments(out))
+    assert done.returncode == 0
+    report = json.loads(done.stdout)
+    assert report["contests_held"] == len(stored) - 1
+    assert report["quarantined"] == [str(out / "quarantine" / stored[2])]
+    assert f"{damaged} is damaged" in done.stderr
+    assert ResultsStore(out).read().rows == recorded_rows()
+
+
+def test_only_the_operations_asked_for_are_replayed(recording: Recording, tmp_path: Path) -> None:
+    done = tune_command(*recording.arguments(tmp_path / "out"), "--ops", "norm.rms,mlp")
+    assert done.returncode == 0, done.stderr
+    rows = ResultsStore(tmp_path / "out").read().rows
+    asked = ("norm.rms", "mlp.swiglu", "mlp.geglu")
+    assert rows == tuple(row for row in recorded_rows() if row.context.operation in asked)
+    assert {row.context.operation for row in rows} == set(asked)
+
+
+# The same in this process.
+
+
+def rows_at(*sizes: int, repeat: int = 0) -> list[Measurement]:
+    times = {"torch.rms_norm": 2.0, "torch.rms_norm.fused": 1.0}
+    return [row for size in sizes for row in contest_rows(norm(size), times, repeat=repeat)]
+
+
+def test_what_is_stored_before_a_failure_stays(tmp_path: Path) -> None:
+    """Ctrl-C after the third contest keeps the three, and the next run's plan has the rest."""
+    device = RecordedDevice(rows_at(1, 2, 3, 4))
+    store = ResultsStore(tmp_path)
+    plan = plan_tuning(device, device.contexts, store)
+    assert len(plan.contests) == 4
+    seen: list[FinishedContest] = []
+
+    def interrupt(finished: FinishedContest) -> None:
+        seen.append(finished)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(device, plan, store, interrupt)
+    again = plan_tuning(device, device.contexts, store)
+    assert again.held == 3
+    assert again.contests == plan.contests[3:]
+    tune(device, again, store)
+    assert len(list(tmp_path.glob("part-*.parquet"))) == 1
+    assert plan_tuning(device, device.contexts, store).contests == ()
+
+
+def test_a_recorded_device_offers_what_it_holds_and_nothing_else(tmp_path: Path) -> None:
+    rows = [*rows_at(8), *rows_at(8, repeat=3), *rows_at(64)]
+    device = RecordedDevice(rows[::-1])
+    assert len(device.contests(norm(8))) == 2
+    assert sorted(contest.repeat for contest in device.contests(norm(8))) == [0, 3]
+    plan = plan_tuning(device, [norm(8), norm(9), norm(8)], ResultsStore(tmp_path / "none"))
+    assert len(plan.contests) == 2
+    assert plan.without_candidates == (norm(9),)
+    for contest in plan.contests:
+        found, _ = device.measure(contest)
+        assert list(found) == [row for row in rows if row.contest_id == contest.contest_id]
+        assert found[0].is_default
+
+
+def test_recordings_that_cannot_be_replayed_are_refused() -> None:
+    with pytest.raises(ResultsError, match="these hold 0"):
+        RecordedDevice([])
+    other = replace(rows_at(2)[0], device={"platform": "cpu", "name": "Other CPU"})
+    with pytest.raises(ResultsError, match="these hold 2"):
+        RecordedDevice([*rows_at(1), other])
+    partial = RecordedDevice(rows_at(1)[:1])
+    with pytest.raises(ResultsError, match="does not follow from its jobs; measure this point again"):
+        partial.contests(norm(1))
+    older = RecordedDevice([replace(row, policy={"rounds": 3, "trials": 7}) for row in rows_at(1)])
+    with pytest.raises(ResultsError, match="policy that this release does not know"):
+        older.contests(norm(1))
