@@ -65,6 +65,7 @@ class Operation:
         default_kernel: id of what the user would have called without us.
         flops: floating-point operations of one call.
         reference: the same arguments in float64 to results in float64 (a tuple), written apart from every kernel.
+        misfit: why the sizes of a context make it another operation, None if they do not.
     """
 
     name: str
@@ -81,16 +82,20 @@ class Operation:
     default_kernel: str
     flops: Callable[[SelectionContext], int]
     reference: Callable[..., tuple[Any, ...]]
+    misfit: Callable[[SelectionContext], str | None] = lambda context: None
 
     def validate(self, context: SelectionContext) -> None:
-        """Check that the context gives every size that this operation needs.
+        """Check that the context describes a call of this operation.
 
         Raises:
-            ContextError: a size is missing.
+            ContextError: a size is missing, or the sizes make it a call of another operation.
         """
         missing = [name for name in self.required if getattr(context, name) is None]
         if missing:
             raise ContextError(f"{self.name} needs {', '.join(missing)}; required: {', '.join(self.required)}")
+        misfit = self.misfit(context)
+        if misfit is not None:
+            raise ContextError(misfit)
 
     def static_key(self, context: SelectionContext) -> StaticKey:
         """(mode, dtype, static features..., ((name, value) of every feature that is not plain))."""

@@ -20,7 +20,9 @@ def measured_section() -> str:
 def _table(path: Path) -> str:
     evaluation = json.loads(path.read_text(encoding="utf-8"))
     device, versions = evaluation["device"], evaluation["provenance"]["versions"]
-    traits = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in device.items() if name not in ("name", "platform"))
+    traits = ", ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in device.items() if name not in ("name", "platform")
+    )
     lines = [
         f"{device['name']} ({traits}); {', '.join(f'{name} {version}' for name, version in versions.items())}; "
         f"{len(evaluation['shapes'])} held-out shapes, measured {evaluation['measured_to'][:10]}; "

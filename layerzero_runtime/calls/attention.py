@@ -93,10 +93,15 @@ def attention(
     check_tensors({"query": query, "key": key, "value": value})
     operation = _operation(query, key, is_causal, enable_gqa, length, heads_at)
     features = {"layout": layout, "causal_alignment": _checked_alignment(causal_alignment)}
-    # A loader asks only whether the mask is square: lengths 1 and 2 stand for any that differ.
-    lengths = {"seq_len_q": 1, "seq_len_k": 1 if query.shape[length] == key.shape[length] else 2}
+    # A loader asks only whether lengths and heads are equal: 1 and 2 stand for any that differ.
+    sizes_alike = {
+        "seq_len_q": 1,
+        "seq_len_k": 1 if query.shape[length] == key.shape[length] else 2,
+        "num_kv_heads": 1,
+        "num_heads": 1 if query.shape[heads_at] == key.shape[heads_at] else 2,
+    }
     arguments = (query, key, value, attn_mask, dropout_p, scale)
-    result: Tensor = serve(snapshot, operation, arguments, features, route_key, lengths)
+    result: Tensor = serve(snapshot, operation, arguments, features, route_key, sizes_alike)
     return result
 
 

@@ -11,6 +11,9 @@ from layerzero_runtime.calls.interception import is_intercepted
 from layerzero_runtime.operation import Operation
 from layerzero_runtime.snapshot import MAX_ROUTES, Snapshot
 
+# Types of devices, as torch names them, that `detect_device` knows.
+DESCRIBED_DEVICES = ("cpu", "cuda")
+
 
 def serve(
     snapshot: Snapshot,
@@ -27,15 +30,15 @@ def serve(
         features: what `operation.describe` takes by keyword.
         fast_key: where the function's fast path will find the route again.
         default_features: fields that the default's loader needs beside `features`. The default takes intercepted and
-            empty calls, which are not described.
+            empty calls and those on devices that cannot be described; what they lack, torch itself reports.
 
     Raises:
         ContextError: the arguments do not fit together.
         NoKernelAvailableError: no registered kernel accepts the call.
     """
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    undescribed = "intercepted" if is_intercepted(*tensors) else "empty" if _any_empty(tensors) else None
-    if undescribed:
+    undescribed = _why_undescribed(tensors)
+    if undescribed is not None:
         snapshot.counters.raise_by_one(undescribed)
         return snapshot.default(operation, {**features, **(default_features or {})})(*arguments)
     context = operation.describe(*arguments, **features)
@@ -46,5 +49,12 @@ def serve(
     return route.functions[route.decide(*operation.sizes(context))](*arguments)
 
 
-def _any_empty(tensors: list[Tensor]) -> bool:
-    return any(tensor.numel() == 0 for tensor in tensors)
+def _why_undescribed(tensors: list[Tensor]) -> str | None:
+    """The counter of calls like this one, which no context describes; None for the others."""
+    if is_intercepted(*tensors):
+        return "intercepted"
+    if any(tensor.numel() == 0 for tensor in tensors):
+        return "empty"
+    if tensors and all(tensor.device.type not in DESCRIBED_DEVICES for tensor in tensors):
+        return "other_devices"
+    return None

@@ -21,24 +21,40 @@ from layerzero_runtime.kernel import Configuration, Kernel, KernelFunction, Kern
 if TYPE_CHECKING:
     from torch import Tensor
 
+_RowFunction = Callable[..., "tuple[Tensor, ...]"]
+
 _DTYPES = ("float32", "float16", "bfloat16")
 # Rows and width of the traced example. Sizes are symbolic: these only have to be large, and different, because equal
 # sizes would be traced as one.
 _EXAMPLE_ROWS, _EXAMPLE_WIDTH = 2048, 4096
-_COMPILING = threading.Lock()  # the settings below are those of the process
+_PARALLEL_ELEMENTS = 32768  # below, loops are serial: torch's own grain size (at::internal::GRAIN_SIZE)
+_COMPILING = threading.Lock()  # Inductor's settings are those of the process
 
 
-def _compile(
-    function: Callable[..., tuple[Tensor, ...]], *examples: Tensor
-) -> Callable[[list[Any]], tuple[Tensor, ...]]:
-    """Compile a function of tensors for all sizes of its example's dimensions; takes from half a second to five.
+def _compile(function: _RowFunction, *examples: Tensor) -> Callable[[list[Any]], tuple[Tensor, ...]]:
+    """Compile a function of tensors for all sizes of its example's dimensions; takes from one second to ten.
 
     Returns:
-        A function of the list of tensors, which gives a tuple.
+        A function of the list of tensors, which gives a tuple; the first tensor's size decides whether it is parallel.
 
     Raises:
         KernelExecutionError: the compiled code would hold for some sizes only.
     """
+    # Left to itself, Inductor decides from the example's sizes whether the loops are parallel, or takes what an earlier
+    # process with other sizes left in its cache. A parallel loop over few elements costs more than it saves: 2 us on an
+    # idle machine, a whole time slice where another process has the core that a thread is waiting for.
+    serial = _compile_loops(function, examples, {"cpp.threads": 1})
+    parallel = _compile_loops(function, examples, {"cpp.dynamic_threads": True})
+
+    def run(tensors: list[Any]) -> tuple[Tensor, ...]:
+        return (serial if tensors[0].numel() < _PARALLEL_ELEMENTS else parallel)(tensors)
+
+    return run
+
+
+def _compile_loops(
+    function: _RowFunction, examples: tuple[Tensor, ...], settings: dict[str, Any]
+) -> Callable[[list[Any]], tuple[Tensor, ...]]:
     import torch
     import torch._inductor.config as inductor_config
     from torch._inductor.compile_fx import compile_fx_inner
@@ -46,12 +62,11 @@ def _compile(
     from torch.fx.experimental import _config as shape_config
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    # Without dynamic_threads the example's sizes, or those of an earlier process whose code lies in Inductor's cache,
-    # would decide whether the loops are parallel. backed_size_oblivious traces sizes 0 and 1 like any other.
     with (
         _COMPILING,
         torch.no_grad(),
-        inductor_config.patch({"cpp.dynamic_threads": True}),
+        inductor_config.patch(settings),
+        # Traces sizes 0 and 1 like any other.
         shape_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
     ):
         graph = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="symbolic")(*examples)

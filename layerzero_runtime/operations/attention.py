@@ -169,6 +169,15 @@ _PLAIN = {
 _REQUIRED = ("batch_size", "seq_len_q", "seq_len_k", "num_heads", "num_kv_heads", "head_dim")
 
 
+def _misfit(context: SelectionContext) -> str | None:
+    lengths = f"seq_len_q {context.seq_len_q} and seq_len_k {context.seq_len_k}"
+    if context.operation == "attention.full" and context.seq_len_q != context.seq_len_k:
+        return f"attention.full has equal lengths, not {lengths}; unequal ones are attention.cross"
+    if context.operation == "attention.cross" and context.seq_len_q == context.seq_len_k:
+        return f"attention.cross has unequal lengths, not {lengths}; equal ones are attention.full"
+    return None
+
+
 def _declare(name: str, static: tuple[str, ...], axes: tuple[Axis, ...]) -> Operation:
     return Operation(
         name=name,
@@ -185,6 +194,7 @@ def _declare(name: str, static: tuple[str, ...], axes: tuple[Axis, ...]) -> Oper
         default_kernel="torch.sdpa",
         flops=_flops,
         reference=reference,
+        misfit=_misfit,
     )
 
 

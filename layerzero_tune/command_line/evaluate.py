@@ -59,6 +59,7 @@ def evaluate_command(
         device = LiveDevice(spec, registry_with((public_calls.__name__,)), MeasurementPolicy(), worker)
         task = bar.add_task("held-out shapes", total=len(contexts))
         found = evaluate(device, snapshot, contexts, ResultsStore(out), table_id, lambda _: bar.advance(task))
+    measuring_s = perf_counter() - start - found.preparation_s
     summaries = _summaries(found)
     if json:
         print_json(
@@ -66,7 +67,9 @@ def evaluate_command(
                 "device": spec.to_dict(),
                 "table": table_id,
                 "provenance": dict(table.provenance),
-                "seconds": perf_counter() - start,
+                "measured_to": found.measured_to,
+                "measuring_s": measuring_s,
+                "preparing_s": found.preparation_s,
                 "summaries": [
                     {"operation": operation, "mode": mode} | asdict(summary) for (operation, mode), summary in summaries
                 ],
@@ -74,6 +77,11 @@ def evaluate_command(
             }
         )
     else:
+        notes.print(
+            f"measured {len(found.scores)} held-out shapes in {measuring_s:.0f} s, beside {found.preparation_s:.0f} s "
+            "of loading and compiling kernels",
+            soft_wrap=True,
+        )
         print_table(f"Held-out evaluation, {len(found.scores)} shapes", _COLUMNS, map(_row, summaries))
     failed = [text for condition in gates if (text := condition.failure(summaries[-1][1])) is not None]
     for text in failed:

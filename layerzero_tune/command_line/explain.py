@@ -12,9 +12,9 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import detect_device
 from layerzero_runtime.dispatch import publish_snapshot
 from layerzero_runtime.explanation import explain_in
+from layerzero_runtime.operations import operation_named
 from layerzero_tune.command_line.options import JsonOption, use_tables
 from layerzero_tune.command_line.output import console, print_json
-from layerzero_tune.workload.lines import check_context
 
 Size = Annotated[int | None, typer.Option()]
 
@@ -54,7 +54,7 @@ def explain_command(
     }
     spec = detect_device(device)
     context = SelectionContext(**given).with_device(spec)
-    check_context(context)
+    operation_named(context.operation).validate(context)
     if tables is not None:
         use_tables(tables, spec)
     explanation = explain_in(publish_snapshot(), context)

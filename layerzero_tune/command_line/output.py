@@ -54,6 +54,7 @@ def progress_bar() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=notes,
+        refresh_per_second=2,  # drawing takes processor time from what is measured
     )
 
 

@@ -116,8 +116,8 @@ class TreeGrower:
         low, high = list(box), list(box)
         index = axis
         while True:
-            low[index] = (box[index][0], min(edge, box[index][1]))
-            high[index] = (max(edge + 1, box[index][0]), box[index][1])
+            low[index] = (box[index][0], edge)
+            high[index] = (edge + 1, box[index][1])
             index += 1
             if index >= len(box) or index in self.free:
                 return tuple(low), tuple(high)

@@ -18,10 +18,18 @@ from layerzero_tune.search.device import LiveDevice
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of all shapes, and those that a remeasurement confirmed to be slower than the default."""
+    """What the held-out shapes gave.
+
+    Attributes:
+        slower: those scores that a remeasurement confirmed to be slower than the default.
+        measured_to: the latest contest's time, UTC.
+        preparation_s: seconds that loading and compiling kernels took, of contests measured in this call.
+    """
 
     scores: tuple[Score, ...]
     slower: frozenset[Score]
+    measured_to: str
+    preparation_s: float
 
 
 def evaluate(
@@ -45,11 +53,17 @@ def evaluate(
         for row in store.read().rows:
             held.setdefault(row.contest_id, []).append(row)
 
+    used: list[Measurement] = []
+    preparation_s = 0.0
+
     def measured(contest: Contest) -> Sequence[Measurement]:
+        nonlocal preparation_s
         if contest.contest_id not in held:
-            rows, _ = device.measure(contest)
+            rows, outcome = device.measure(contest)
             store.append(rows)
             held[contest.contest_id] = list(rows)
+            preparation_s += outcome.preparation_s
+        used.extend(held[contest.contest_id])
         return held[contest.contest_id]
 
     scores: list[Score] = []
@@ -66,7 +80,7 @@ def evaluate(
         and confirms_slower(measured(_contest(device, found.context, found.chosen, table_id, repeat=1)), found.chosen)
     )
     store.compact()
-    return Evaluation(tuple(scores), slower)
+    return Evaluation(tuple(scores), slower, max((row.measured_at for row in used), default=""), preparation_s)
 
 
 def _contest(device: LiveDevice, context: SelectionContext, chosen: str, table_id: str, repeat: int) -> Contest:

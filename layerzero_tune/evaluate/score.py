@@ -63,7 +63,7 @@ def score(rows: Sequence[Measurement], chosen: str, hit: bool) -> Score:
         efficiency=even[best] / even[chosen],
         speedup=even[default] / even[chosen],
         end_to_end=even[default] / even[PUBLIC_CALL] if PUBLIC_CALL in even else None,
-        slower_p=1.0 if chosen == default else slower_p_value(timed[chosen], timed[default]),
+        slower_p=slower_p_value(timed[chosen], timed[default]),
     )
 
 

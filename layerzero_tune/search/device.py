@@ -17,8 +17,8 @@ from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.search.jobs import JobIdentity, contest_of, legal_candidates
 from layerzero_tune.worker.process import WorkerProcess
 
-# A contest takes a second or two; compiling its kernels first may take minutes.
-CONTEST_TIMEOUT_S = 600.0
+# The longest step of one candidate: a call takes seconds at most, compiling a kernel may take minutes.
+STEP_TIMEOUT_S = 600.0
 # More repeats of one contest than any tuning makes.
 MAX_REPEATS = 64
 
@@ -58,7 +58,7 @@ class LiveDevice:
         return contest_of(context, candidates, self._kernels, self._identity, repeat)
 
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
-        outcome = self._worker.run(contest, CONTEST_TIMEOUT_S)
+        outcome = self._worker.run(contest, STEP_TIMEOUT_S)
         return rows_of(contest, outcome, self._kernels, self.spec), outcome
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
+from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import SpecError
-from layerzero_runtime.kernel import Kernel
+from layerzero_runtime.kernel import Configuration, Kernel, KernelFunction, Loader
 from layerzero_runtime.kernels import builtin_kernels
+from layerzero_runtime.operations import operation_named
+from layerzero_tune.identity import canonical_json
 
 
 def load_kernels(modules: Iterable[str] = ()) -> dict[str, Kernel]:
@@ -27,7 +33,28 @@ def load_kernels(modules: Iterable[str] = ()) -> dict[str, Kernel]:
     return kernels
 
 
+def with_loads_remembered(kernels: Mapping[str, Kernel]) -> dict[str, Kernel]:
+    """The same kernels, each loaded once per combination of static features: a load may compile for seconds, and relies
+    on nothing else."""
+    return {kernel_id: replace(kernel, load=_remembered(kernel.load)) for kernel_id, kernel in kernels.items()}
+
+
+def _remembered(load: Loader) -> Loader:
+    functions: dict[tuple[Any, ...], KernelFunction] = {}
+
+    def remembered(context: SelectionContext, configuration: Configuration) -> KernelFunction:
+        static_key = operation_named(context.operation).static_key(context)
+        key = (context.operation, static_key, canonical_json(dict(configuration)))
+        if key not in functions:
+            functions[key] = load(context, configuration)
+        return functions[key]
+
+    return remembered
+
+
 def _kernels_of(module: str) -> tuple[Kernel, ...]:
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as with `python -m`: a module in the current folder, which a console script leaves out
     try:
         found = getattr(importlib.import_module(module), "KERNELS", None)
     except Exception as error:

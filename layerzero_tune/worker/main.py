@@ -18,7 +18,7 @@ from layerzero_runtime.errors import LayerZeroError
 from layerzero_runtime.kernel import Kernel
 from layerzero_tune.measure.contest import ContestOutcome
 from layerzero_tune.measure.cpu import measure_contest
-from layerzero_tune.worker.kernels import load_kernels
+from layerzero_tune.worker.kernels import load_kernels, with_loads_remembered
 from layerzero_tune.worker.progress_board import ProgressBoard
 from layerzero_tune.worker.protocol import Ready, Refusal, Reply, Request
 
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> None:
         try:
             import torch  # noqa: F401 - now, so that no candidate's time limit pays for it
 
-            kernels = load_kernels(arguments[3:])
+            kernels = with_loads_remembered(load_kernels(arguments[3:]))
         except LayerZeroError as error:
             tuner.send(Refusal(error))
             return

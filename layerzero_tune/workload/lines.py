@@ -122,22 +122,8 @@ def parse_line(text: str) -> WorkloadLine:
         if isinstance(value, float) and not math.isfinite(value):
             raise WorkloadError(f"{field} is not a finite number")
     context = SelectionContext(**given)
-    check_context(context)
-    return WorkloadLine(context, weight)
-
-
-def check_context(context: SelectionContext) -> None:
-    """Check that a call with these sizes is a call of the named operation.
-
-    Raises:
-        ContextError: the operation is unknown, a size is missing, or the lengths make it another operation.
-    """
     operation_named(context.operation).validate(context)
-    lengths = f"seq_len_q {context.seq_len_q} and seq_len_k {context.seq_len_k}"
-    if context.operation == "attention.full" and context.seq_len_q != context.seq_len_k:
-        raise ContextError(f"attention.full has equal lengths, not {lengths}; unequal ones are attention.cross")
-    if context.operation == "attention.cross" and context.seq_len_q == context.seq_len_k:
-        raise ContextError(f"attention.cross has unequal lengths, not {lengths}; equal ones are attention.full")
+    return WorkloadLine(context, weight)
 
 
 def format_workload(lines: Sequence[WorkloadLine]) -> str:

@@ -68,3 +68,10 @@ def snapshot(synthetic_tables: tuple[Path, TableForm]) -> Iterator[Snapshot]:
     """A fresh snapshot with the synthetic table."""
     with tables_in_force(synthetic_tables[0]) as snapshot:
         yield snapshot
+
+
+@pytest.fixture(scope="module", params=["with_table", "without_table"])
+def served(request: pytest.FixtureRequest, synthetic_tables: tuple[Path, TableForm]) -> Iterator[Snapshot]:
+    """The snapshot in force: its tests run with a table and without."""
+    with tables_in_force(synthetic_tables[0] if request.param == "with_table" else None) as snapshot:
+        yield snapshot

@@ -82,8 +82,8 @@ def allowed_error(call: Call, expected: tuple[torch.Tensor, ...], reference: tup
     """Twice the default's own error and a floor, a higher one where few elements make both errors a matter of luck."""
     fewest = min(exact.numel() for exact in reference)
     own_error = relative_error(expected, reference)
-    # The default is no judge of itself: its error is bounded apart.
-    assert own_error < 10.0 * FLOORS[call.context.dtype]
+    # The default is no judge of itself: its error is bounded apart, at a few roundings even of summed-up gradients.
+    assert own_error < 50.0 * FLOORS[call.context.dtype]
     return 2.0 * own_error + FLOORS[call.context.dtype] * (1.0 + 4.0 / math.sqrt(fewest))
 
 
@@ -149,7 +149,8 @@ def row_calls(draw: st.DrawFn, operation: str, dtype: str) -> Call:
     features: dict[str, str] = {}
     eps = draw(st.sampled_from((1e-6, 1e-5, 0.5)))
     if operation == "norm.rms":
-        arguments = (rows(), vector(1.0), eps, draw(st.sampled_from((0.0, 0.0, 1.0))))
+        x, weight = rows(), vector(1.0)
+        arguments = (x, weight, eps, 0.0 if weight is None else draw(st.sampled_from((0.0, 0.0, 1.0))))
     elif operation == "norm.add_rms":
         arguments = (rows(), rows(), vector(1.0), eps)
     elif operation == "norm.layer":

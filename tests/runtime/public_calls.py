@@ -66,7 +66,7 @@ def public(operation: Operation, arguments: tuple[Any, ...], features: Mapping[s
         query, key, value, mask, dropout, scale = arguments
         causal = operation.name == "attention.causal"
         return lz.attention(query, key, value, mask, dropout, causal, scale, True, **features)
-    functions = {
+    functions: dict[str, Any] = {
         "norm.rms": lz.rms_norm,
         "norm.add_rms": lz.add_rms_norm,
         "norm.layer": lz.layer_norm,

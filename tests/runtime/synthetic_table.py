@@ -46,7 +46,7 @@ class Region:
     @property
     def context(self) -> SelectionContext:
         """The static features, with sizes that mean nothing."""
-        sizes = {"rows": 1, "hidden_size": 1}
+        sizes: dict[str, Any] = {"rows": 1, "hidden_size": 1}
         if self.operation.startswith("attention"):
             group = self.features["group"]
             cross = self.features.get("causal_alignment") is not None or self.operation == "attention.cross"

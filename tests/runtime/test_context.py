@@ -82,9 +82,9 @@ def test_flags_take_true_and_false_alone(field: str) -> None:
 
 @pytest.mark.parametrize("field", ["dropout_p", "scale", "offset"])
 def test_numbers_are_checked(field: str) -> None:
-    for value in ("0.1", True, [0.1]):
+    for wrong in ("0.1", True, [0.1]):
         with pytest.raises(ContextTypeError, match=f"{field} must be a number"):
-            attention(**{field: value})
+            attention(**{field: wrong})
     for value in (math.nan, math.inf, -math.inf, 10**400):
         with pytest.raises(ContextError, match=f"{field} is .*, required a finite number"):
             attention(**{field: value})
@@ -152,14 +152,14 @@ def test_a_device_is_no_part_of_equality() -> None:
 @st.composite
 def contexts(draw: st.DrawFn) -> Context:
     """Any context that may be made, whatever its operation needs."""
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Any] = {}
     for name in SIZES:
         if draw(st.booleans()):
             sizes[name] = draw(st.integers(1, 2**40))
     if "num_kv_heads" in sizes and "num_heads" in sizes:
         sizes["num_heads"] *= sizes["num_kv_heads"]
     number = st.floats(-1e9, 1e9)
-    values = {
+    values: dict[str, st.SearchStrategy[Any]] = {
         "dtype": st.sampled_from(DTYPES),
         "weight_dtype": st.sampled_from(("", *DTYPES)),
         "mode": st.sampled_from(MODES),
@@ -174,7 +174,7 @@ def contexts(draw: st.DrawFn) -> Context:
         "has_bias": st.booleans(),
         "stride_last_dim": st.integers(-4, 4),
     }
-    chosen = {name: draw(strategy) for name, strategy in values.items()}
+    chosen: dict[str, Any] = {name: draw(strategy) for name, strategy in values.items()}
     return Context(operation=draw(st.sampled_from(("attention.causal", "norm.layer", "x"))), **sizes, **chosen)
 
 

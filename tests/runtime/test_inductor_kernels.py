@@ -24,7 +24,7 @@ def compiled_rms() -> tuple[Kernel, Call]:
 
 
 @settings(deadline=None)
-@given(rows=st.integers(1, 70), width=st.integers(1, 200), eps=st.floats(1e-8, 1.0))
+@given(rows=st.integers(1, 500), width=st.integers(1, 200), eps=st.floats(1e-8, 1.0))
 def test_one_compilation_serves_every_size_and_eps(rows: int, width: int, eps: float) -> None:
     kernel = KERNELS["torch.inductor.rms_norm"]
     arguments = (tensor((rows, width), "float32"), tensor((width,), "float32"), eps, 0.0)
@@ -59,18 +59,28 @@ def test_compiled_function_takes_parameters_where_no_gradient_is_recorded(compil
         torch.testing.assert_close(call.run(kernel)[0], output)
 
 
-def test_loops_are_parallel_whatever_the_example() -> None:
+@pytest.mark.parametrize("example", [(2, 3), (2048, 4096)])
+def test_loops_are_compiled_serial_and_parallel_whatever_the_example(example: tuple[int, int]) -> None:
     # By default Inductor would decide from the example's sizes, and from any cached code for the same graph.
-    def doubled(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (x * 2,)
-
     with fresh_cache():
-        _, (code,) = run_and_get_code(lambda: _compile(doubled, torch.empty(2, 3)))
-    assert "#pragma omp parallel" in code
+        _, codes = run_and_get_code(lambda: _compile(doubled, torch.empty(example)))
+    assert ["#pragma omp parallel" in code for code in codes] == [False, True]
+
+
+@pytest.mark.parametrize("kernel_id", [kernel_id for kernel_id in KERNELS if kernel_id.startswith("torch.inductor")])
+def test_serial_and_parallel_code_give_equal_bits(kernel_id: str) -> None:
+    # 33 x 129 elements are computed serially, 33 times as many in parallel.
+    kernel = KERNELS[kernel_id]
+    call = plain_call(kernel.spec.operations[0], "bfloat16")
+    repeated = tuple(a.repeat(33, 1) if isinstance(a, torch.Tensor) and a.dim() == 2 else a for a in call.arguments)
+    for few, many in zip(call.run(kernel), Call(call.context, repeated).run(kernel), strict=True):
+        assert torch.equal(many, few.repeat(33, 1))
 
 
 def test_the_number_of_threads_changes_no_bit(compiled_rms: tuple[Kernel, Call]) -> None:
     kernel, call = compiled_rms
+    x = tensor((512, 129), "float32")
+    call = Call(call.context, (x, *call.arguments[1:]))
     threads = torch.get_num_threads()
     (expected,) = call.run(kernel)
     try:
@@ -79,6 +89,10 @@ def test_the_number_of_threads_changes_no_bit(compiled_rms: tuple[Kernel, Call])
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(output, expected)
+
+
+def doubled(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (x * 2,)
 
 
 def doubled_if_tall(x: torch.Tensor) -> tuple[torch.Tensor, ...]:

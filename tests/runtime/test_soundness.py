@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+import layerzero_runtime as lz
 from layerzero_runtime import dispatch
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.counters import CounterGroup
@@ -242,3 +243,27 @@ def test_guards_read_the_call(shared_snapshot: Snapshot) -> None:
         else:
             assert other == plan
     assert guarded >= 3
+
+
+def test_a_fast_path_does_not_take_calls_of_another_kind(shared_snapshot: Snapshot) -> None:
+    """A call that hits, then the same with one feature that was not measured: it must be a miss at once."""
+    x, weight, query = torch.randn(8, 128), torch.randn(128), torch.randn(1, 2, 16, 16)
+    half = weight.bfloat16()
+    pairs: tuple[tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]], ...] = (
+        (lz.rms_norm, (x.bfloat16(), half), (x.bfloat16(), weight)),
+        (lz.rms_norm, (x, weight), (x, None)),
+        (lz.add_rms_norm, (x, x, weight), (x, x, weight.double())),
+        (lz.layer_norm, (x, weight, weight), (x, weight.double(), weight.double())),
+        (lz.attention, (query, query, query), (query, query, query[..., :8])),
+        (lz.attention, (query, query, query), (query, query, query, torch.ones(16, 16).bool())),
+        (lz.attention, (query, query, query), (query, query, query, None, 0.5)),
+        (lz.attention, (query, query, query), (query, query, query, None, 0.0, False, 0.5)),
+    )
+    for function, hit, other in pairs:
+        for arguments, misses in ((hit, 0), (hit, 0), (other, 1), (hit, 0), (other, 1)):
+            before = lz.stats()["misses"]
+            try:
+                function(*arguments)
+            except RuntimeError:
+                assert other is arguments  # torch does not take every mixture of dtypes
+            assert lz.stats()["misses"] == before + misses, (function.__name__, misses)

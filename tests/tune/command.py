@@ -1,16 +1,25 @@
-"""The installed `layerzero-tune`, as a process of its own."""
+"""`layerzero-tune` as it was installed, in a process of its own; and in this one, where starting one costs too much."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerzero_runtime import dispatch
+from layerzero_runtime.table_files import TABLES_VARIABLE
+from layerzero_tune.command_line.main import main
 
 EXECUTABLE = str(Path(sys.executable).with_name("layerzero-tune"))
 ROOT = Path(__file__).parents[2]
 # Modules of kernels that the tests name are imported from the project's root; no table but the test's own is found.
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("LAYERZERO_TABLES", "COLUMNS")} | {
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in (TABLES_VARIABLE, "COLUMNS")} | {
     "PYTHONPATH": str(ROOT)
 }
 
@@ -27,13 +36,46 @@ def tune(*arguments: object, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
+def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
     """Start a command whose output can be read when it has ended."""
     return subprocess.Popen(
         [EXECUTABLE, *map(str, arguments)],
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    status: int
+    output: str
+    errors: str
+
+    @property
+    def json(self) -> Any:
+        assert self.status == 0, self.errors
+        return json.loads(self.output)
+
+
+class CommandsHere:
+    """Commands run in this process; what they set in it is restored with `monkeypatch`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+        monkeypatch.setenv(TABLES_VARIABLE, "")
+        monkeypatch.setattr(dispatch, "_snapshot", None)
+
+    def __call__(self, *arguments: object) -> Ended:
+        self._monkeypatch.setattr("sys.argv", ["layerzero-tune", *map(str, arguments)])
+        self._capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        output, errors = self._capsys.readouterr()
+        assert isinstance(end.value.code, int)
+        return Ended(end.value.code, output, errors)

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from layerzero_tune.results.store import ResultsStore
+from tests.tune.command import CommandsHere
 from tests.tune.measurements import make_contest
+from tests.tune.recordings import record
 
 
 @pytest.fixture
@@ -17,3 +19,17 @@ def store(tmp_path: Path) -> ResultsStore:
     for number in range(5):
         store.append(make_contest(number))
     return store
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandsHere:
+    """`layerzero-tune` in this process."""
+    return CommandsHere(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="session")
+def recorded_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of `recordings.recorded_rows`, to read only."""
+    folder = tmp_path_factory.mktemp("recorded") / "results"
+    record(folder)
+    return folder

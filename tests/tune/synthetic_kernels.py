@@ -26,6 +26,15 @@ def _attention(
     return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale, enable_gqa=grouped)
 
 
+def _causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, scale: float | None
+) -> Any:
+    from torch.nn.functional import scaled_dot_product_attention
+
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, True, scale=scale, enable_gqa=grouped)
+
+
 def _kernel(name: str, function: Callable[..., Any], *operations: str, **spec: Any) -> Kernel:
     def load(context: SelectionContext, configuration: Configuration) -> KernelFunction:
         return function
@@ -51,7 +60,8 @@ EVEN = _kernel("even", _rms_norm, "norm.rms", hidden_size_multiple=128)
 DENSE = _kernel("dense", _rms_norm, "norm.rms", requires_last_dim_stride1=True)
 FUSED = _kernel("fused", _attention, *_ATTENTION)
 BOUNDED = _kernel("bounded", _attention, *_ATTENTION, min_seq_len=20, max_seq_len=600)
+CAUSAL = _kernel("causal", _causal_attention, "attention.causal", max_seq_len=600)
 SINGLE = _kernel("single", _attention, *_ATTENTION, max_batch_size=2)
 SMALL_SCORES = _kernel("small_scores", _attention, *_ATTENTION, max_score_elements=2**20)
 
-KERNELS = (LEAN, WIDE, NARROW, EVEN, DENSE, FUSED, BOUNDED, SINGLE, SMALL_SCORES)
+KERNELS = (LEAN, WIDE, NARROW, EVEN, DENSE, FUSED, BOUNDED, CAUSAL, SINGLE, SMALL_SCORES)

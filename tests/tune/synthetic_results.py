@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -113,13 +114,20 @@ def contest_rows(
     return rows
 
 
-def measured(contexts: Iterable[SelectionContext], model: CostModel, noise: float = 0.0) -> list[Measurement]:
-    """One contest per context, one second after the other."""
-    return [
-        row
-        for second, context in enumerate(contexts)
-        for row in contest_rows(context, model(context), noise=noise, second=second)
-    ]
+def measured(
+    contexts: Iterable[SelectionContext], model: CostModel, noise: float = 0.0, screen: float = math.inf
+) -> list[Measurement]:
+    """One contest per context, one second after the other; kernels `screen` times as slow as the best do not enter the
+    rounds, unless they are the default."""
+    rows = []
+    for second, context in enumerate(contexts):
+        times = model(context)
+        best = min((time for time in times.values() if not isinstance(time, str)), default=0.0)
+        default = operation_named(context.operation).default_kernel
+        slow = [name for name, time in times.items() if not isinstance(time, str) and time > screen * best]
+        screened = [name for name in slow if name != default]
+        rows += contest_rows(context, times, noise=noise, second=second, screened=screened)
+    return rows
 
 
 def grid(make: Callable[..., SelectionContext], *axes: Sequence[int]) -> list[SelectionContext]:

@@ -17,7 +17,7 @@ from layerzero_tune.compile.emit import emit
 from layerzero_tune.compile.pipeline import compile_table
 from layerzero_tune.results.store import ResultsStore
 from tests.tune.command import tune
-from tests.tune.recordings import record, recorded_rows
+from tests.tune.recordings import recorded_rows
 from tests.tune.synthetic_results import ALL_KERNELS
 
 TABLE = emit(compile_table(recorded_rows(), ALL_KERNELS))
@@ -85,10 +85,6 @@ def test_a_machine_whose_logarithms_end_in_another_bit_compiles_the_same(
 
 def test_another_time_gives_another_table() -> None:
     rows = list(recorded_rows())
-    rows[0] = replace(rows[0], samples_ns=tuple(2.0 * time for time in rows[0].samples_ns))
+    timed = next(index for index, row in enumerate(rows) if row.samples_ns)
+    rows[timed] = replace(rows[timed], samples_ns=tuple(2.0 * time for time in rows[timed].samples_ns))
     assert emit(compile_table(rows, ALL_KERNELS)).module != TABLE.module
-
-
-def test_recording_is_itself_reproducible(results: Path, tmp_path: Path) -> None:
-    record(tmp_path / "again")
-    assert ResultsStore(tmp_path / "again").read().rows == ResultsStore(results).read().rows

@@ -42,9 +42,8 @@ def with_winner(contexts: Sequence[Context], winner: str, default: float | Statu
     def model(context: Context) -> Times:
         legal = all(limit.reject(context) is None for limit in limits)
         name = operation_named(context.operation).default_kernel
-        return {name: default, "synthetic.lean" if context.rows else "synthetic.fused": 5000.0} | (
-            {winner: 500.0} if legal else {}
-        )
+        loser = {"norm.rms": {"synthetic.lean": 5000.0}}.get(context.operation, {})
+        return {name: default} | loser | ({winner: 500.0} if legal else {})
 
     return measured(contexts, model)
 
@@ -103,16 +102,25 @@ def test_what_a_bucket_does_not_determine_is_a_guard_with_the_default_behind(
 
 
 def test_a_product_that_a_bucket_exceeds_is_a_guard() -> None:
-    """Three axes: a bucket over all of them holds 64 x 64 x 64 scores, and 64 x 64 x 1024."""
-    rows = with_winner(
-        [cross(1, 32, 1024), cross(64, 32, 64), cross(1, 64, 1024), cross(64, 64, 64)], SMALL_SCORES.kernel_id
-    )
+    """The winner's bucket reaches halfway to 2048 keys; 64 x 64 x 362 scores are more than the limit of 2**20."""
+    table = table_of(compiled(with_winner(grid(cross, (32, 64), (32, 64), (64, 2048)), SMALL_SCORES.kernel_id)))
+    assert served(table, cross(64, 64, 256)) == "synthetic.small_scores"
+    assert served(table, cross(64, 64, 257)) == "torch.sdpa"
+    assert served(table, cross(32, 64, 362)) == "synthetic.small_scores"
+    assert served(table, cross(32, 64, 363)) == "torch.sdpa"
+
+
+def test_lengths_that_are_tied_are_split_together() -> None:
+    """Under a square mask the key length has no axis of its own."""
+
+    def square(batch_kv_heads: int, length: int) -> Context:
+        return replace(full(batch_kv_heads, length), operation="attention.causal")
+
+    rows = with_winner(grid(square, (8, 16), (64, 512, 1024)), "synthetic.causal")
+    boxes = [leaf.box for leaf in only_entry(rows).leaves()]
+    assert boxes == [((8, 16), (64, 600), (64, 600)), ((8, 16), (601, 1024), (601, 1024))]
     table = table_of(compiled(rows))
-    assert served(table, cross(16, 64, 256)) == "synthetic.small_scores"
-    for context in (cross(16, 64, 255), cross(64, 64, 64), cross(16, 64, 1024), cross(17, 64, 1024)):
-        scores = context.score_elements
-        assert scores is not None
-        assert served(table, context) in (None, "synthetic.small_scores" if scores <= 2**20 else "torch.sdpa")
+    assert [served(table, square(8, length)) for length in (600, 601)] == ["synthetic.causal", "torch.sdpa"]
 
 
 @pytest.mark.parametrize("status", ["failed", "out_of_memory", "wrong"])
@@ -125,13 +133,23 @@ def test_a_default_without_a_time_stands_behind_no_guard(status: Status) -> None
 
 
 def test_a_default_that_was_never_measured_serves_nowhere() -> None:
-    """Results without any row of the default: nothing stands behind `even`'s guard."""
-    rows = with_winner(grid(norm, (1, 16), (512, 4096)), "synthetic.even")
-    form = compiled([row for row in rows if not row.is_default])
-    assert {step.choice[0] for entry in form.entries for leaf in entry.leaves() for step in leaf.chain} == {
-        "synthetic.even"
-    }
-    assert served(table_of(form), norm(4, 1300)) is None
+    """Neither behind a guard, nor beyond `narrow`'s limit of 2000 up to where its bucket ends."""
+    rows = [row for row in with_winner(grid(norm, (1, 16), (512, 4096)), "synthetic.even") if not row.is_default]
+    assert served(table_of(compiled(rows)), norm(4, 1300)) is None
+    rows = [row for row in with_winner(grid(norm, (1, 16), (1024, 4096)), "synthetic.narrow") if not row.is_default]
+    table = table_of(compiled(rows))
+    found = [served(table, norm(4, size)) for size in (2000, 2001, 2048, 2049)]
+    assert found == ["synthetic.narrow", None, None, "synthetic.lean"]
+
+
+def test_a_default_that_failed_in_some_cells_of_a_bucket_stands_behind_none_of_its_guards() -> None:
+    def model(context: Context) -> Times:
+        assert context.rows is not None
+        return {"torch.rms_norm": 1000.0 if context.rows < 16 else "out_of_memory", "synthetic.even": 500.0}
+
+    table = table_of(compiled(measured(grid(norm, (1, 4, 16, 64), (1024, 2048)), model)))
+    assert served(table, norm(8, 1280)) == "synthetic.even"
+    assert served(table, norm(64, 1300)) is None
 
 
 def test_a_winner_that_has_become_illegal_gives_way_to_the_default() -> None:

@@ -192,6 +192,13 @@ def test_ties_go_to_the_default_then_the_previous_bucket_then_the_id(
     assert [step.choice for step in leaf.chain] == [chosen]
 
 
+def test_the_bucket_before_is_the_one_in_ascending_order() -> None:
+    """Few rows go to `wide`; of many rows the narrow ones tie, and take over what the bucket before them has."""
+    acceptable = {(1, 64): {WIDE}, (1, 4096): {WIDE}, (64, 64): {LEAN, WIDE}, (64, 4096): {DEFAULT}}
+    tree = grown([Cell(sizes, verdict_at(sizes, frozenset(choices))) for sizes, choices in acceptable.items()])
+    assert [step.choice for step in leaf_at(tree, (64, 64)).chain] == [WIDE]
+
+
 ACCEPTABLE = st.sampled_from(
     [frozenset({DEFAULT}), frozenset({LEAN}), frozenset({WIDE}), frozenset({LEAN, WIDE}), None]
 )

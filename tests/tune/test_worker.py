@@ -8,17 +8,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 import pytest
 
+from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ContextError, LayerZeroError, SpecError
 from layerzero_tune.measure.contest import JobOutcome
 from layerzero_tune.worker import WorkerProcess
-from layerzero_tune.worker.kernels import load_kernels
+from layerzero_tune.worker.kernels import load_kernels, with_loads_remembered
 from layerzero_tune.worker.progress_board import ProgressBoard, Step
 from tests.tune.contests import BRIEF, RMS, contest
 
@@ -210,3 +211,20 @@ def test_nothing_is_left_open() -> None:
     with WorkerProcess((TORTURE,)) as process:
         run(process, "right", "killed")
     assert descriptors() == before
+
+
+def test_a_kernel_is_loaded_once_per_static_features() -> None:
+    loads: list[tuple[str, int | None]] = []
+
+    def load(context: SelectionContext, configuration: Mapping[str, object]) -> Callable[..., object]:
+        loads.append((context.dtype, context.rows))
+        return lambda *arguments: context.dtype
+
+    kernel = replace(load_kernels()["torch.rms_norm"], load=load)
+    (remembered,) = with_loads_remembered({"torch.rms_norm": kernel}).values()
+    small = SelectionContext(operation="norm.rms", dtype="float32", rows=2, hidden_size=8)
+    first = remembered.load(small, {})
+    assert remembered.load(replace(small, rows=3), {}) is first
+    assert remembered.load(small, {"block": 2}) is not first
+    assert remembered.load(replace(small, dtype="bfloat16", weight_dtype="bfloat16"), {})() == "bfloat16"
+    assert loads == [("float32", 2), ("float32", 2), ("bfloat16", 2)]

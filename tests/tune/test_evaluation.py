@@ -1,0 +1,125 @@
+"""The evaluation of a table: what it selects is timed once, and what looks slow once more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.counters import CounterGroup
+from layerzero_runtime.errors import ResultsError
+from layerzero_runtime.kernels import builtin_kernels
+from layerzero_runtime.libraries import library_version
+from layerzero_runtime.registry import Registry
+from layerzero_runtime.snapshot import Snapshot
+from layerzero_runtime.staleness import kernel_source_hash
+from layerzero_tune.compile.emit import emit
+from layerzero_tune.evaluate.evaluation import Evaluation, evaluate
+from layerzero_tune.evaluate.public_calls import KERNELS, PUBLIC_CALL
+from layerzero_tune.measure.contest import Contest, ContestOutcome, JobOutcome, MeasurementPolicy
+from layerzero_tune.results.measurement import Measurement
+from layerzero_tune.results.store import ResultsStore
+from layerzero_tune.search.device import LiveDevice, rows_of
+from layerzero_tune.worker.process import WorkerProcess
+from tests.tune.synthetic_results import DEVICE, Times, compiled, grid, measured, norm
+
+DEFAULT, FUSED, VECTOR = "torch.rms_norm", "torch.rms_norm.fused", "torch.rms_norm.vector_norm"
+BUILTIN = {kernel.kernel_id: kernel for kernel in (*builtin_kernels(), *KERNELS)}
+
+
+class ScriptedDevice(LiveDevice):
+    """A clock that says what it is told: ns by kernel id, in the first contest of a point and in a second."""
+
+    def __init__(self, first: Times, second: Times) -> None:
+        super().__init__(DEVICE, Registry(BUILTIN.values()), MeasurementPolicy(), WorkerProcess())
+        self.times = (first, second)
+        self.measured: list[Contest] = []
+
+    def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
+        self.measured.append(contest)
+        wobble = (1.0, 1.001, 0.999, 1.002, 0.998, 1.0)
+        jobs = []
+        for candidate in contest.candidates:
+            time = self.times[contest.repeat].get(candidate.kernel_id, 3000.0)
+            if isinstance(time, str):
+                jobs.append(JobOutcome(time, "as scripted"))
+            else:
+                jobs.append(JobOutcome("ok", "", 0.0, 1.0, time, tuple(time * factor for factor in wobble)))
+        outcome = ContestOutcome(tuple(jobs), "2026-03-02T00:00:00+00:00")
+        return rows_of(contest, outcome, BUILTIN, DEVICE), outcome
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Snapshot:
+    """A snapshot with a table that gives `fused` for norms of 1 to 64 rows."""
+
+    def model(context: SelectionContext) -> Times:
+        return {DEFAULT: 2000.0, FUSED: 1000.0}
+
+    rows = [
+        replace(
+            row,
+            versions={"torch": library_version("torch") or ""},
+            source_hash=kernel_source_hash(BUILTIN[row.kernel_id]),
+        )
+        for row in measured(grid(norm, (1, 8, 64), (512, 1024)), model)
+    ]
+    emit(compiled(rows)).write(tmp_path / "tables")
+    monkeypatch.setenv("LAYERZERO_TABLES", str(tmp_path / "tables"))
+    return Snapshot(Registry(builtin_kernels()), CounterGroup())
+
+
+def evaluated(device: ScriptedDevice, snapshot: Snapshot, results: Path) -> Evaluation:
+    return evaluate(device, snapshot, [norm(3), norm(20), norm(100)], ResultsStore(results), "a" * 32)
+
+
+def test_every_shape_is_measured_and_scored(snapshot: Snapshot, tmp_path: Path) -> None:
+    device = ScriptedDevice({DEFAULT: 2000.0, FUSED: 1000.0, VECTOR: 800.0, PUBLIC_CALL: 1250.0}, {})
+    found = evaluated(device, snapshot, tmp_path / "held-out")
+    assert [(score.chosen, score.hit) for score in found.scores] == [(FUSED, True), (FUSED, True), (DEFAULT, False)]
+    assert [score.efficiency for score in found.scores] == pytest.approx([0.8, 0.8, 0.4])
+    assert [score.speedup for score in found.scores] == pytest.approx([2.0, 2.0, 1.0])
+    assert [score.end_to_end for score in found.scores] == pytest.approx([1.6, 1.6, 1.6])
+    assert found.slower == frozenset()
+    first, _, last = device.measured
+    anchors = {candidate.kernel_id for candidate in first.candidates if candidate.is_anchor}
+    assert anchors == {FUSED, PUBLIC_CALL}, "what is chosen is timed whatever the screening says"
+    assert [candidate.is_default for candidate in last.candidates if candidate.kernel_id == DEFAULT] == [True]
+    assert {candidate.kernel_id for candidate in first.candidates} > {DEFAULT, FUSED, VECTOR, PUBLIC_CALL}
+
+
+def test_contests_that_are_held_are_not_measured_again(snapshot: Snapshot, tmp_path: Path) -> None:
+    times: Times = {DEFAULT: 2000.0, FUSED: 1000.0}
+    first = evaluated(ScriptedDevice(times, {}), snapshot, tmp_path / "held-out")
+    again = ScriptedDevice({}, {})
+    assert evaluated(again, snapshot, tmp_path / "held-out") == first
+    assert again.measured == []
+    other = ScriptedDevice(times, {})
+    evaluate(other, snapshot, [norm(3)], ResultsStore(tmp_path / "held-out"), "b" * 32)
+    assert len(other.measured) == 1, "the public call through another table is another job"
+
+
+@pytest.mark.parametrize(("second_time", "slower"), [(1100.0, 2), (1010.0, 0)])
+def test_shapes_that_look_slower_are_measured_once_more(
+    snapshot: Snapshot, tmp_path: Path, second_time: float, slower: int
+) -> None:
+    device = ScriptedDevice({DEFAULT: 1000.0, FUSED: 1100.0}, {DEFAULT: 1000.0, FUSED: second_time})
+    found = evaluated(device, snapshot, tmp_path / "held-out")
+    assert [contest.repeat for contest in device.measured] == [0, 0, 0, 1, 1]
+    assert len(found.slower) == slower
+    assert all(score.slower_p < 0.01 for score in found.scores[:2])
+
+
+def test_within_two_percent_is_not_slower(snapshot: Snapshot, tmp_path: Path) -> None:
+    device = ScriptedDevice({DEFAULT: 1000.0, FUSED: 1015.0}, {})
+    assert evaluated(device, snapshot, tmp_path / "held-out").slower == frozenset()
+    assert [contest.repeat for contest in device.measured] == [0, 0, 0]
+
+
+def test_a_choice_that_fails_ends_the_evaluation_but_keeps_its_contests(snapshot: Snapshot, tmp_path: Path) -> None:
+    device = ScriptedDevice({DEFAULT: 1000.0, FUSED: "died"}, {})
+    with pytest.raises(ResultsError, match=r"'torch\.rms_norm\.fused' has no time at .*died as scripted"):
+        evaluated(device, snapshot, tmp_path / "held-out")
+    assert len(ResultsStore(tmp_path / "held-out").contest_ids()) == 1
