@@ -1,0 +1,1 @@
+"""Generated lookup modules, one folder per device; installed as `layerzero_tables`."""
