@@ -24,7 +24,7 @@ from layerzero_tune.measure.contest import MeasurementPolicy
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.device import LiveDevice
 from layerzero_tune.worker.process import WorkerProcess
-from layerzero_tune.workload.held_out import draw_held_out
+from layerzero_tune.workload.draw import draw_between
 from layerzero_tune.workload.lines import read_workload
 
 _COLUMNS = ("operation", "mode", "n", "hit rate", "efficiency", "p10", "min", "speedup", "end to end", "slower")
@@ -94,7 +94,7 @@ def _contexts(
     workload: Path | None, measured: Sequence[SelectionContext], held_out: int, seed: int
 ) -> tuple[SelectionContext, ...]:
     if workload is None:
-        return draw_held_out(measured, held_out, seed)
+        return draw_between(measured, held_out, seed)
     contexts = tuple(line.context for line in read_workload(workload))
     tuned = sorted({context.operation for context in set(measured).intersection(contexts)})
     if tuned:

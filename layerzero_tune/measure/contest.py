@@ -28,7 +28,7 @@ class MeasurementPolicy:
 
     warmup_ms: float = 5.0
     screen_ms: float = 10.0
-    round_ms: float = 10.0
+    round_ms: float = 6.0
     rounds: int = 10
     screen_margin: float = 0.03
     max_call_ms: float = 2000.0

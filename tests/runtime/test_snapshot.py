@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -125,6 +126,7 @@ def test_a_kernel_is_loaded_once_however_many_threads_ask(snapshot: Snapshot) ->
 
     def load(context: SelectionContext, configuration: Configuration) -> KernelFunction:
         loads.append(threading.get_ident())
+        time.sleep(0.05)  # long enough for the others to come
         return lambda gate, up: silu(gate) * up
 
     spec = KernelSpec(

@@ -1,4 +1,4 @@
-"""Held-out shapes: calls that no tuning measured, inside what it covered."""
+"""Drawing shapes between measured ones: probes for a tuning, held-out shapes for an evaluation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HIDDEN_MULTIPLE = 64
 _ATTEMPTS = 200
 
 
-def draw_held_out(measured: Iterable[SelectionContext], count: int, seed: int) -> tuple[SelectionContext, ...]:
+def draw_between(measured: Iterable[SelectionContext], count: int, seed: int) -> tuple[SelectionContext, ...]:
     """`count` contexts, spread evenly over the static keys of the measured ones.
 
     Each lies between two measured neighbours of its key, log-uniformly on each axis, and repeats no measured point. Its
@@ -42,7 +42,7 @@ def draw_held_out(measured: Iterable[SelectionContext], count: int, seed: int) -
     while len(drawn) < count:
         if not open_keys:
             raise WorkloadError(
-                f"only {len(drawn)} of {count} held-out shapes fit between the measured points; measure more of them"
+                f"only {len(drawn)} of {count} shapes fit between the measured points; measure more of them"
             )
         for key in tuple(open_keys):
             if len(drawn) == count:

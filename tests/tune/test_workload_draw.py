@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operations import operation_named
+from layerzero_tune.workload.draw import NEIGHBOUR_FACTOR, draw_between
 from layerzero_tune.workload.errors import WorkloadError
-from layerzero_tune.workload.held_out import NEIGHBOUR_FACTOR, draw_held_out
 from tests.tune.recordings import recorded_rows
 from tests.tune.synthetic_results import compiled, cross, full, grid, norm, served, table_of
 
@@ -44,7 +44,7 @@ def check_between_neighbours(context: SelectionContext, measured: tuple[Selectio
 
 
 def test_shapes_are_new_calls_between_what_was_measured() -> None:
-    drawn = draw_held_out(MEASURED, 200, seed=1)
+    drawn = draw_between(MEASURED, 200, seed=1)
     assert len(set(drawn)) == len(drawn) == 200
     assert not set(drawn) & set(MEASURED)
     for context in drawn:
@@ -54,34 +54,34 @@ def test_shapes_are_new_calls_between_what_was_measured() -> None:
 
 def test_shapes_are_spread_evenly_over_the_keys() -> None:
     keys = {key_of(context) for context in MEASURED}
-    counts = Counter(map(key_of, draw_held_out(MEASURED, 2 * len(keys) + 5, seed=0)))
+    counts = Counter(map(key_of, draw_between(MEASURED, 2 * len(keys) + 5, seed=0)))
     assert counts.keys() == keys
     assert set(counts.values()) == {2, 3}
 
 
 def test_hidden_sizes_are_multiples_of_64_and_heads_are_split_anew() -> None:
-    drawn = draw_held_out(MEASURED, 200, seed=2)
+    drawn = draw_between(MEASURED, 200, seed=2)
     widths = {context.hidden_size for context in drawn if context.hidden_size}
     assert len(widths) > 10
     assert all(width % 64 == 0 for width in widths)
     heads = {(context.num_heads, context.num_kv_heads) for context in drawn if context.num_heads}
     assert len(heads) > 5
     assert {q // (kv or 1) for q, kv in heads} == {4}
-    odd = draw_held_out(grid(norm, (1, 16), (100, 1000)), 20, seed=0)
+    odd = draw_between(grid(norm, (1, 16), (100, 1000)), 20, seed=0)
     assert any((context.hidden_size or 0) % 64 for context in odd), "sizes that were odd already stay so"
 
 
 def test_equal_seeds_draw_equal_shapes_whatever_the_order() -> None:
     shuffled = [*MEASURED, *MEASURED[:7]]
     random.Random(3).shuffle(shuffled)
-    assert draw_held_out(shuffled, 48, seed=5) == draw_held_out(MEASURED, 48, seed=5)
-    assert draw_held_out(MEASURED, 48, seed=6) != draw_held_out(MEASURED, 48, seed=5)
+    assert draw_between(shuffled, 48, seed=5) == draw_between(MEASURED, 48, seed=5)
+    assert draw_between(MEASURED, 48, seed=6) != draw_between(MEASURED, 48, seed=5)
 
 
 def test_a_table_answers_nearly_all_of_them() -> None:
     """The tables of a preset know what lies between its points: 98% here, 95% is asked of a release."""
     table = table_of(compiled(recorded_rows()))
-    drawn = draw_held_out(MEASURED, 400, seed=0)
+    drawn = draw_between(MEASURED, 400, seed=0)
     assert sum(served(table, context) is not None for context in drawn) >= 0.98 * len(drawn)
 
 
@@ -97,30 +97,30 @@ def test_a_table_answers_nearly_all_of_them() -> None:
 def test_without_room_between_points_the_error_says_how_many_fit(
     measured: list[SelectionContext], count: int, fitting: int
 ) -> None:
-    with pytest.raises(WorkloadError, match=f"only {fitting} of {count} held-out shapes fit between"):
-        draw_held_out(measured, count, seed=0)
+    with pytest.raises(WorkloadError, match=f"only {fitting} of {count} shapes fit between"):
+        draw_between(measured, count, seed=0)
 
 
 def test_lengths_that_would_make_another_operation_are_not_drawn() -> None:
-    drawn = draw_held_out(grid(cross, (4, 8), (20, 24), (22, 26)), 60, seed=0)
+    drawn = draw_between(grid(cross, (4, 8), (20, 24), (22, 26)), 60, seed=0)
     assert all(context.seq_len_q != context.seq_len_k for context in drawn)
     chunks = [
         replace(cross(4, q, k), operation="attention.causal", causal_alignment="bottom_right")
         for q in (20, 24)
         for k in (22, 26)
     ]
-    assert {context.causal_geometry for context in draw_held_out(chunks, 30, seed=0)} == {"bottom_right"}
+    assert {context.causal_geometry for context in draw_between(chunks, 30, seed=0)} == {"bottom_right"}
 
 
 def test_where_both_sizes_are_large_nothing_is_drawn_beyond_the_measured_products() -> None:
-    drawn = draw_held_out([norm(1, 4096), norm(16, 256)], 30, seed=0)
+    drawn = draw_between([norm(1, 4096), norm(16, 256)], 30, seed=0)
     assert max((context.rows or 0) * (context.hidden_size or 0) for context in drawn) <= 4096
     assert len({context.rows for context in drawn}) > 5
 
 
 def test_a_key_without_room_leaves_the_others_to_be_drawn_from() -> None:
     """Between 4 and 6 rows there is one size."""
-    drawn = draw_held_out([norm(4), norm(6), *grid(full, (8, 64), (64, 512))], 9, seed=0)
+    drawn = draw_between([norm(4), norm(6), *grid(full, (8, 64), (64, 512))], 9, seed=0)
     assert Counter(context.operation for context in drawn) == {"norm.rms": 1, "attention.full": 8}
 
 
@@ -134,7 +134,7 @@ def test_any_grid_gives_shapes_between_neighbours_or_says_that_it_cannot(
 ) -> None:
     measured = (*grid(norm, rows, widths), *grid(full, kv_heads, lengths))
     try:
-        drawn = draw_held_out(measured, 10, seed)
+        drawn = draw_between(measured, 10, seed)
     except WorkloadError:
         return
     for context in drawn:
