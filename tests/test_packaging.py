@@ -1,4 +1,4 @@
-"""The wheel holds what it needs: runtime, tuner, templates and tables, installed side by side without any dependency."""
+"""The wheel holds what it needs: runtime, tuner, templates and tables, installed without any dependency."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import layerzero_runtime as lz
 device = lz.DeviceSpec(platform="cpu", name="AMD EPYC", instruction_set="avx512_bf16", physical_cores=2, threads=2)
 plan = lz.select(lz.SelectionContext(operation="norm.rms", dtype="bfloat16", rows=64, hidden_size=2048, device=device))
 outside = sorted({name.split(".")[0] for name in sys.modules} - set(sys.stdlib_module_names))
-print(json.dumps({"source": plan.source, "available": plan.available, "reason": plan.unavailable_reason, "outside": outside}))
+print(json.dumps([plan.source, plan.available, plan.unavailable_reason, outside]))
 """
 
 
@@ -44,15 +44,15 @@ def test_the_wheel_holds_all_packages_and_no_measurements(wheel: Path) -> None:
 
 
 def test_an_installed_wheel_answers_without_torch(wheel: Path, tmp_path: Path) -> None:
-    """In a bare virtual environment: the shipped table answers, says what is missing, and imports nothing but itself."""
+    """In a bare virtual environment: the shipped table answers, says what is missing, and imports itself alone."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path)], check=True, timeout=60)
     (site,) = tmp_path.glob("lib/python*/site-packages")
     zipfile.ZipFile(wheel).extractall(site)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LAYERZERO"))}
     command = [str(tmp_path / "bin" / "python"), "-c", _SELECT]
     run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
-    answer = json.loads(run.stdout)
-    assert answer["source"] == "table"
-    assert answer["available"] is False
-    assert "torch" in answer["reason"]
-    assert answer["outside"] == ["__main__", "layerzero_runtime", "layerzero_tables"]
+    source, available, reason, outside = json.loads(run.stdout)
+    assert source == "table"
+    assert available is False
+    assert "torch" in reason
+    assert outside == ["__main__", "layerzero_runtime", "layerzero_tables"]
