@@ -67,6 +67,11 @@ class Verdict:
     reference_ns: float
     measured_at: str
 
+    def gains(self, choice: Choice) -> bool:
+        """Whether the choice is proved to gain on the default here."""
+        standing = self.standings.get(choice)
+        return self.reference == self.default and standing is not None and standing.high < -math.log1p(MINIMUM_GAIN)
+
     def regret(self, choice: Choice) -> float:
         """log(time of the choice / time of the best), infinite for a choice without a time."""
         standing = self.standings.get(choice)

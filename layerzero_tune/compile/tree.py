@@ -21,6 +21,9 @@ MISS: Choice = ("", "")
 _UNKNOWN_COST = 2.0
 # Added where a choice is not acceptable, so that splits prefer pure sides over small differences in regret.
 _UNACCEPTABLE_COST = 0.01
+# Sizes that lie closer together than this factor share a bucket. What sets them apart is not their magnitude but
+# whether they are even or fill whole tiles, which says nothing about the sizes in between.
+MIN_STEP = 1.05
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,10 @@ class TreeGrower:
         common = frozenset.intersection(*(cell.acceptable for cell in cells))
         if common:
             return self._leaf(cells, box, self._tie_break(common, previous))
-        axis, edge = self._best_split(cells)
+        split = self._best_split(cells)
+        if split is None:
+            return self._leaf(cells, box, self._compromise(cells))
+        axis, edge = split
         low_box, high_box = self._divide(box, axis, edge)
         low = self.grow([cell for cell in cells if cell.sizes[axis] <= edge], low_box, previous)
         last = list(leaves_of(low))[-1]
@@ -76,8 +82,24 @@ class TreeGrower:
                 return choice
         return min(common)
 
-    def _best_split(self, cells: Sequence[Cell]) -> tuple[int, int]:
-        """The axis and edge whose two sides cost least when each gets its one best choice."""
+    def _compromise(self, cells: Sequence[Cell]) -> Choice:
+        """One choice for cells that share a bucket although none suits them all: the cheapest that is proved to gain on
+        the default at every one of them, else the default, else the cheapest."""
+        verdicts = [cell.verdict for cell in cells if cell.verdict is not None]
+        if not verdicts:
+            return MISS
+        cost = {
+            choice: math.fsum(cell.cost(choice) for cell in cells)
+            for choice in sorted({choice for verdict in verdicts for choice in verdict.standings})
+        }
+        gaining = [choice for choice in cost if all(verdict.gains(choice) for verdict in verdicts)]
+        if not gaining and any(self.default in verdict.standings for verdict in verdicts):
+            return self.default
+        return min(gaining or cost, key=lambda choice: (round(cost[choice], 9), choice))
+
+    def _best_split(self, cells: Sequence[Cell]) -> tuple[int, int] | None:
+        """The axis and edge whose two sides cost least when each gets its one best choice; None where all cells lie
+        closer together than `MIN_STEP`."""
         choices = sorted({choice for cell in cells for choice in cell.acceptable})
         costs = np.array([[cell.cost(choice) for choice in choices] for cell in cells])
         best: tuple[float, int, int] | None = None
@@ -89,7 +111,7 @@ class TreeGrower:
             for position in range(len(order) - 1):
                 low_size = cells[order[position]].sizes[axis]
                 high_size = cells[order[position + 1]].sizes[axis]
-                if low_size == high_size:
+                if high_size < low_size * MIN_STEP:
                     continue
                 total = float(low_sums[position].min() + high_sums[position].min())
                 # Of equal costs the most even split, so that the tree stays shallow.
@@ -98,8 +120,7 @@ class TreeGrower:
                     best = rank
                     sides = choices[int(low_sums[position].argmin())], choices[int(high_sums[position].argmin())]
                     split = axis, self._edge(cells, axis, low_size, high_size, *sides)
-        assert best is not None, "cells of equal sizes are one cell"
-        return split
+        return None if best is None else split
 
     def _edge(self, cells: Sequence[Cell], axis: int, low: int, high: int, at_low: Choice, at_high: Choice) -> int:
         """Where the two choices cost the same, interpolated in log space between the nearest cells of both sides."""

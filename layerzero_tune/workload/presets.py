@@ -18,6 +18,7 @@ from layerzero_tune.workload.lines import WorkloadLine
 class Grid:
     """The axes of a preset. Sizes step by factors of 2 to 16: what a measured point vouches for meets its neighbour's.
     Most lengths and rows are no round numbers, as in serving: round ones flatter kernels that work in whole tiles.
+    Some come in pairs, because odd lengths cost some kernels twice what even ones do.
 
     Attributes:
         heads: (num_heads, num_kv_heads, head_dim) of the attention points.
@@ -48,9 +49,9 @@ _CPU_GRIDS = {
     "quick": Grid(
         heads=((32, 8, 64),),
         batches=(1, 4),
-        lengths=(16, 37, 83, 151, 256),
-        chunks=(*itertools.product((16, 37, 64), (128, 250, 512)),),
-        crosses=(*itertools.product((1, 5, 16), (64, 150, 401, 1024)),),
+        lengths=(16, 37, 38, 83, 84, 150, 151, 256),
+        chunks=(*itertools.product((16, 37, 64), (128, 250, 251, 512)),),
+        crosses=(*itertools.product((1, 5, 16), (64, 150, 151, 400, 1024)),),
         max_scores=2**23,
         rows=(1, 3, 6, 12, 24, 37, 80, 150, 512),
         hidden_sizes=(1024, 2048, 4096),

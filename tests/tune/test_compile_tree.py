@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -16,7 +17,7 @@ from layerzero_runtime.operations import operation_named
 from layerzero_tune.compile.emit import leaf_at
 from layerzero_tune.compile.form import Entry, Leaf, Tree
 from layerzero_tune.compile.judge import Choice, Standing, Verdict
-from layerzero_tune.compile.tree import MISS, Cell, TreeGrower
+from layerzero_tune.compile.tree import MIN_STEP, MISS, Cell, TreeGrower
 from layerzero_tune.results.measurement import Measurement
 from tests.tune.synthetic_results import (
     ALL_KERNELS,
@@ -204,10 +205,43 @@ ACCEPTABLE = st.sampled_from(
 )
 
 
+# Sizes far enough apart to be told apart.
+SEPARABLE = [1]
+while SEPARABLE[-1] < 4096:
+    SEPARABLE.append(max(SEPARABLE[-1] + 1, math.ceil(SEPARABLE[-1] * MIN_STEP)))
+
+
+@pytest.mark.parametrize(
+    ("at_37", "at_38", "chosen"),
+    [
+        ({LEAN: -0.2}, {LEAN: -0.2}, LEAN),
+        ({LEAN: -0.2}, {LEAN: 0.1}, DEFAULT),
+        ({LEAN: -0.2, WIDE: -0.3}, {LEAN: -0.2, WIDE: 0.1}, LEAN),
+        ({LEAN: -0.2, WIDE: -0.5}, {LEAN: -0.3, WIDE: -0.2}, WIDE),
+    ],
+)
+def test_neighbouring_sizes_share_a_bucket(
+    at_37: dict[Choice, float], at_38: dict[Choice, float], chosen: Choice
+) -> None:
+    """One choice serves both lengths: the cheapest that gains at both, else the default."""
+    found = []
+    for rows, log_ratios in ((37, at_37), (38, at_38)):
+        standings = {DEFAULT: Standing(0.0, 0.0, 0.0, 10)} | {
+            choice: Standing(ratio, ratio - 0.01, ratio + 0.01, 10) for choice, ratio in log_ratios.items()
+        }
+        best = min(standings, key=lambda choice: (standings[choice].log_ratio, choice))
+        sizes = (rows, 64)
+        verdict = replace(verdict_at(sizes, frozenset({best})), standings=standings)
+        found.append(Cell(sizes, verdict))
+    tree = grown(found)
+    assert isinstance(tree, Leaf)
+    assert tree.chain[0].choice == chosen
+
+
 @st.composite
 def cells(draw: st.DrawFn, columns: int) -> list[Cell]:
     """Cells on a grid of rows and hidden sizes; None is a hole."""
-    lines = st.lists(st.integers(1, 4096), min_size=1, unique=True)
+    lines = st.lists(st.sampled_from(SEPARABLE), min_size=1, unique=True)
     rows, widths = draw(lines.filter(lambda found: len(found) < 9)), sorted(draw(lines))[:columns]
     found = []
     for sizes in ((row, width) for row in sorted(rows) for width in widths):
