@@ -150,8 +150,8 @@ def test_run_on_a_workload_takes_its_shapes_alone(
 ) -> None:
     workload = tmp_path / "shapes.jsonl"
     workload.write_text(
-        '{"operation": "norm.rms", "dtype": "float32", "rows": 8, "hidden_size": 1024}\n'
-        '{"operation": "norm.rms", "dtype": "float32", "rows": 9, "hidden_size": 1024}\n'
+        '{"operation": "norm.rms", "dtype": "float32", "rows": 6, "hidden_size": 1024}\n'
+        '{"operation": "norm.rms", "dtype": "float32", "rows": 7, "hidden_size": 1024}\n'
     )
     report = command(
         "run",
