@@ -164,7 +164,7 @@ def test_run_on_a_workload_takes_its_shapes_alone(
         "--json",
     ).json
     assert report["contests_measured"] == 1
-    assert [point["rows"] for point in report["points_without_candidates"]] == [9]
+    assert [point["rows"] for point in report["points_without_candidates"]] == [7]
 
 
 def test_compile(command: CommandsHere, recorded_results: Path, tmp_path: Path) -> None:
