@@ -8,6 +8,9 @@ from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.libraries import library_version
 from layerzero_runtime.table import Table
 
+# What an adapter's file calls to declare its kernels.
+_DECLARATIONS = frozenset({"Kernel", "KernelSpec"})
+
 
 def version_that_matters(kernel: Kernel) -> str:
     """The leading digits of the library's version that the adapter declares to matter; "" if it is not installed."""
@@ -16,19 +19,45 @@ def version_that_matters(kernel: Kernel) -> str:
 
 
 def kernel_source_hash(kernel: Kernel) -> str:
-    """A hash over the source file of the kernel's adapter, 32 hexadecimal digits; "" where no source is at hand."""
-    return _file_hash(kernel.load.__code__.co_filename) if hasattr(kernel.load, "__code__") else ""
+    """A hash over the code of the kernel's adapter, 32 hexadecimal digits; "" where no source is at hand.
+
+    What the adapter's file declares (specs and the list of its kernels), imports, comments between statements and its
+    docstring are left out: none of these changes how long a call takes. A limit that has changed is not stale: it is
+    checked again whenever a snapshot is built.
+    """
+    return _code_hash(kernel.load.__code__.co_filename) if hasattr(kernel.load, "__code__") else ""
 
 
 @cache
-def _file_hash(path: str) -> str:
+def _code_hash(path: str) -> str:
     import hashlib
 
     try:
-        with open(path, "rb") as file:
-            return hashlib.sha256(file.read()).hexdigest()[:32]
+        with open(path, encoding="utf-8") as file:
+            source = file.read()
     except OSError:
         return ""
+    return hashlib.sha256(_timed_code(source).encode()).hexdigest()[:32]
+
+
+def _timed_code(source: str) -> str:
+    """The statements of a module that decide how long its functions take."""
+    import ast
+
+    lines = source.splitlines()
+    kept: list[str] = []
+    for statement in ast.parse(source).body:
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            continue
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            continue
+        calls = (node.func for node in ast.walk(statement) if isinstance(node, ast.Call))
+        if any(isinstance(function, ast.Name) and function.id in _DECLARATIONS for function in calls):
+            continue
+        decorators = getattr(statement, "decorator_list", ())
+        first = min((statement.lineno, *(decorator.lineno for decorator in decorators)))
+        kept.extend(lines[first - 1 : statement.end_lineno])
+    return "\n".join(kept)
 
 
 def stale_reason(table: Table, kernel: Kernel) -> str | None:

@@ -45,6 +45,19 @@ def load_table_file(path: Path) -> Table:
     return load_table(module)
 
 
+def check_device(table: Table, device: DeviceSpec) -> None:
+    """Refuse a table of another device.
+
+    Raises:
+        TableError: it does not match the device exactly.
+    """
+    if table.device.matches(device) != "exact":
+        raise TableError(
+            f"{table.path or table.name} was compiled for {table.device.slug}, this device is {device.slug}; "
+            "compile results of this device, or move the table to its own device's folder"
+        )
+
+
 def find_table(device: DeviceSpec) -> tuple[Table | None, tuple[TableError, ...]]:
     """The first table that matches the device exactly, and the errors of tables that had to be skipped."""
     skipped: list[TableError] = []
@@ -53,12 +66,8 @@ def find_table(device: DeviceSpec) -> tuple[Table | None, tuple[TableError, ...]
             table = load(device.slug)
             if table is None:
                 continue
-            if table.device.matches(device) == "exact":
-                return table, tuple(skipped)
-            raise TableError(
-                f"{table.path or table.name}: compiled for {table.device.slug}, this device is {device.slug}; "
-                "tune on this device, or move the table to its own device's folder"
-            )
+            check_device(table, device)
+            return table, tuple(skipped)
         except TableError as error:
             skipped.append(error)
     return None, tuple(skipped)

@@ -12,4 +12,4 @@ if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ scripts/constraints
     -c scripts/constraints.txt -e ".[$1]"
   touch "$stamp"
 fi
-export PATH="$PWD/$environment/bin:$PATH"
+export PATH="$(cd "$environment" && pwd)/bin:$PATH"

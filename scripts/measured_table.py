@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from layerzero_tune.evaluate.summary import SUMMARY_COLUMNS, summary_cells
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -28,28 +30,15 @@ def _table(path: Path) -> str:
         f"{len(evaluation['shapes'])} held-out shapes, measured {evaluation['measured_to'][:10]}; "
         f"from `{path.relative_to(ROOT)}`.",
         "",
-        "| operation | mode | shapes | hit rate | efficiency | p10 | min | speedup | end to end | slower |",
+        _line(SUMMARY_COLUMNS),
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-        *(_row(summary) for summary in evaluation["summaries"]),
+        *(_line(summary_cells(summary["operation"], summary["mode"], summary)) for summary in evaluation["summaries"]),
         "",
     ]
     return "\n".join(lines)
 
 
-def _row(summary: dict[str, Any]) -> str:
-    end_to_end = summary["speedup_end_to_end_geomean"]
-    cells = (
-        summary["operation"],
-        summary["mode"],
-        str(summary["n"]),
-        f"{summary['hit_rate']:.3f}",
-        f"{summary['efficiency_geomean']:.3f}",
-        f"{summary['efficiency_p10']:.3f}",
-        f"{summary['efficiency_min']:.3f}",
-        f"{summary['speedup_vs_default_geomean']:.2f}x",
-        "-" if end_to_end is None else f"{end_to_end:.2f}x",
-        str(summary["slower_than_default"]),
-    )
+def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 

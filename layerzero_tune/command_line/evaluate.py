@@ -19,15 +19,13 @@ from layerzero_tune.command_line.output import notes, print_json, print_table, p
 from layerzero_tune.evaluate import public_calls
 from layerzero_tune.evaluate.evaluation import Evaluation, evaluate
 from layerzero_tune.evaluate.gate import Gate
-from layerzero_tune.evaluate.summary import Summary, by_operation, summarise
+from layerzero_tune.evaluate.summary import SUMMARY_COLUMNS, Summary, by_operation, summarise, summary_cells
 from layerzero_tune.measure.contest import MeasurementPolicy
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.device import LiveDevice
 from layerzero_tune.worker.process import WorkerProcess
 from layerzero_tune.workload.draw import draw_between
 from layerzero_tune.workload.lines import read_workload
-
-_COLUMNS = ("operation", "mode", "n", "hit rate", "efficiency", "p10", "min", "speedup", "end to end", "slower")
 
 
 def evaluate_command(
@@ -82,7 +80,8 @@ def evaluate_command(
             "of loading and compiling kernels",
             soft_wrap=True,
         )
-        print_table(f"Held-out evaluation, {len(found.scores)} shapes", _COLUMNS, map(_row, summaries))
+        cells = [summary_cells(*key, asdict(summary)) for key, summary in summaries]
+        print_table(f"Held-out evaluation, {len(found.scores)} shapes", SUMMARY_COLUMNS, cells)
     failed = [text for condition in gates if (text := condition.failure(summaries[-1][1])) is not None]
     for text in failed:
         notes.print(f"gate failed: {text}", style="red", soft_wrap=True)
@@ -105,23 +104,6 @@ def _contexts(
 def _summaries(found: Evaluation) -> list[tuple[tuple[str, str], Summary]]:
     grouped = [(key, summarise(scores, found.slower)) for key, scores in by_operation(found.scores).items()]
     return [*grouped, (("all", "all"), summarise(found.scores, found.slower))]
-
-
-def _row(item: tuple[tuple[str, str], Summary]) -> tuple[str, ...]:
-    (operation, mode), summary = item
-    end_to_end = summary.speedup_end_to_end_geomean
-    return (
-        operation,
-        mode,
-        str(summary.n),
-        f"{summary.hit_rate:.3f}",
-        f"{summary.efficiency_geomean:.3f}",
-        f"{summary.efficiency_p10:.3f}",
-        f"{summary.efficiency_min:.3f}",
-        f"{summary.speedup_vs_default_geomean:.2f}x",
-        "-" if end_to_end is None else f"{end_to_end:.2f}x",
-        str(summary.slower_than_default),
-    )
 
 
 def _shape(score: Any) -> Mapping[str, Any]:

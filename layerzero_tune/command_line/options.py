@@ -15,7 +15,7 @@ from layerzero_runtime.errors import ContextError, ResultsError, TableError
 from layerzero_runtime.operations import OPERATIONS
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.table import Table
-from layerzero_runtime.table_files import TABLES_VARIABLE, load_table_file
+from layerzero_runtime.table_files import TABLES_VARIABLE, check_device, load_table_file
 from layerzero_tune.worker.kernels import load_kernels
 
 RECORDED_PREFIX = "recorded:"
@@ -110,10 +110,6 @@ def use_tables(tables: Path, device: DeviceSpec) -> Table:
             f"compile results of this device with --out {tables}"
         )
     table = load_table_file(path)
-    if table.device.matches(device) != "exact":
-        raise TableError(
-            f"{path} was compiled for {table.device.slug}, this device is {device.slug}; "
-            f"compile results of this device with --out {tables}"
-        )
+    check_device(table, device)
     os.environ[TABLES_VARIABLE] = str(tables.resolve())
     return table

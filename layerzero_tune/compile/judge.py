@@ -40,6 +40,11 @@ class Standing:
     high: float
     rounds: int
 
+    @property
+    def is_gain(self) -> bool:
+        """Whether the choice is proved to be faster than the reference by more than `MINIMUM_GAIN`."""
+        return self.high < -math.log1p(MINIMUM_GAIN)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -70,7 +75,7 @@ class Verdict:
     def gains(self, choice: Choice) -> bool:
         """Whether the choice is proved to gain on the default here."""
         standing = self.standings.get(choice)
-        return self.reference == self.default and standing is not None and standing.high < -math.log1p(MINIMUM_GAIN)
+        return self.reference == self.default and standing is not None and standing.is_gain
 
     def regret(self, choice: Choice) -> float:
         """log(time of the choice / time of the best), infinite for a choice without a time."""
@@ -115,7 +120,7 @@ def _judge_cell(operation: Operation, sizes: Sizes, rows: Sequence[Measurement])
     measured = {choice: standing for choice, standing in standings.items() if standing.rounds}
     best = min(measured or standings, key=lambda choice: (standings[choice].log_ratio, choice))
     tied = frozenset({best, *_tied(contests, best, measured)})
-    gaining = frozenset(choice for choice in tied if standings[choice].high < -math.log1p(MINIMUM_GAIN))
+    gaining = frozenset(choice for choice in tied if standings[choice].is_gain)
     if reference != default:
         acceptable = tied
     elif default in tied or not gaining:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from layerzero_tune.compile.form import Box, Leaf, Split, Step, Tree, leaves_of
 from layerzero_tune.compile.judge import Choice, Verdict
 from layerzero_tune.compile.leaf_evidence import evidence_of
 from layerzero_tune.compile.legality import legality
+from layerzero_tune.compile.tree_parts import balanced, parts_along
 
 MISS: Choice = ("", "")
 # Cost, in log time, of a choice without a time at a cell, and of answering where nothing was measured.
@@ -180,7 +181,7 @@ class TreeGrower:
         axis = tree.axis
         edges: list[int] = []
         parts: list[Tree] = []
-        for edge, part in _parts_along(tree, axis):
+        for edge, part in parts_along(tree, axis):
             before = parts[-1] if parts else None
             if isinstance(before, Leaf) and isinstance(part, Leaf) and before.chain == part.chain:
                 box = tuple((low, high) for (low, _), (_, high) in zip(before.box, part.box, strict=True))
@@ -192,7 +193,7 @@ class TreeGrower:
             if edge is not None:
                 edges.append(edge)
             parts.append(part)
-        return _balanced(axis, edges, parts)
+        return balanced(axis, edges, parts)
 
 
 def _mean_lead(cells: Sequence[Cell], axis: int, size: int, ahead: Choice, behind: Choice) -> float | None:
@@ -206,24 +207,6 @@ def _mean_lead(cells: Sequence[Cell], axis: int, size: int, ahead: Choice, behin
         and behind in cell.verdict.standings
     ]
     return math.fsum(leads) / len(leads) if leads else None
-
-
-def _parts_along(tree: Tree, axis: int, edge: int | None = None) -> Iterator[tuple[int | None, Tree]]:
-    """The subtrees that splits on this axis separate, from low sizes to high ones, each with the edge before it."""
-    if isinstance(tree, Split) and tree.axis == axis:
-        yield from _parts_along(tree.low, axis, edge)
-        yield from _parts_along(tree.high, axis, tree.edge)
-    else:
-        yield edge, tree
-
-
-def _balanced(axis: int, edges: Sequence[int], parts: Sequence[Tree]) -> Tree:
-    """A tree of least depth over the parts; there is one edge between each two."""
-    if not edges:
-        return parts[0]
-    middle = len(edges) // 2
-    low = _balanced(axis, edges[:middle], parts[: middle + 1])
-    return Split(axis, edges[middle], low, _balanced(axis, edges[middle + 1 :], parts[middle + 1 :]))
 
 
 def _lies_in(cell: Cell, box: Box) -> bool:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from layerzero_tune.evaluate.score import Score
 from layerzero_tune.measure.statistics import geometric_mean, percentile
+
+SUMMARY_COLUMNS = (
+    "operation",
+    "mode",
+    "shapes",
+    "hit rate",
+    "efficiency",
+    "p10",
+    "min",
+    "speedup",
+    "end to end",
+    "slower",
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,23 @@ def summarise(scores: Sequence[Score], slower: frozenset[Score]) -> Summary:
         speedup_vs_default_geomean=geometric_mean([score.speedup for score in scores]),
         speedup_end_to_end_geomean=geometric_mean(end_to_end) if end_to_end else None,
         slower_than_default=sum(score in slower for score in scores),
+    )
+
+
+def summary_cells(operation: str, mode: str, summary: Mapping[str, Any]) -> tuple[str, ...]:
+    """A row of a table for people, in the order of `SUMMARY_COLUMNS`; `summary` has the fields of `Summary`."""
+    end_to_end = summary["speedup_end_to_end_geomean"]
+    return (
+        operation,
+        mode,
+        str(summary["n"]),
+        f"{summary['hit_rate']:.3f}",
+        f"{summary['efficiency_geomean']:.3f}",
+        f"{summary['efficiency_p10']:.3f}",
+        f"{summary['efficiency_min']:.3f}",
+        f"{summary['speedup_vs_default_geomean']:.2f}x",
+        "-" if end_to_end is None else f"{end_to_end:.2f}x",
+        str(summary["slower_than_default"]),
     )
 
 

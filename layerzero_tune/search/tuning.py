@@ -9,7 +9,7 @@ from pathlib import Path
 from layerzero_runtime.context import SelectionContext
 from layerzero_tune.measure.contest import Contest
 from layerzero_tune.results.measurement import Measurement
-from layerzero_tune.results.store import ResultsStore
+from layerzero_tune.results.store import Results, ResultsStore
 from layerzero_tune.search.device import MeasuringDevice
 
 
@@ -39,15 +39,15 @@ def plan_tuning(device: MeasuringDevice, contexts: Sequence[SelectionContext], s
     Raises:
         ResultsError: the store cannot be read.
     """
-    quarantined = store.read().quarantined if store.directory.exists() else ()
-    done = store.contest_ids()
+    held = store.read() if store.directory.exists() else Results((), ())
+    done = {row.contest_id for row in held.rows}
     offered = {context: device.contests(context) for context in dict.fromkeys(contexts)}
     contests = {contest.contest_id: contest for found in offered.values() for contest in found}
     return TuningPlan(
         contests=tuple(contest for contest_id, contest in contests.items() if contest_id not in done),
         held=len(contests.keys() & done),
         without_candidates=tuple(context for context, found in offered.items() if not found),
-        quarantined=quarantined,
+        quarantined=held.quarantined,
     )
 
 

@@ -56,7 +56,7 @@ _CPU_GRIDS = {
         rows=(1, 3, 6, 12, 24, 37, 80, 150, 512),
         hidden_sizes=(1024, 2048, 4096),
         max_elements=2**21,
-        probes=110,
+        probes=170,
     ),
     "standard": Grid(
         heads=((32, 8, 64), (12, 12, 64), (32, 8, 128)),
