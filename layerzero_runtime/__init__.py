@@ -19,17 +19,31 @@ if TYPE_CHECKING:
     from layerzero_runtime.calls.norm import add_rms_norm, layer_norm, rms_norm
     from layerzero_runtime.context import SelectionContext
     from layerzero_runtime.device import DeviceSpec
-    from layerzero_runtime.dispatch import select, stats
+    from layerzero_runtime.dispatch import (
+        record_workload,
+        register_kernel,
+        register_kernels,
+        select,
+        select_batch,
+        set_policy,
+        stats,
+        unregister_kernel,
+        verify_results,
+    )
     from layerzero_runtime.errors import (
         KernelExecutionError,
         LayerZeroError,
         NoKernelAvailableError,
+        PolicyLoadError,
+        QueueFullError,
         ResultsError,
         TableError,
     )
     from layerzero_runtime.explanation import explain
     from layerzero_runtime.kernel import KernelSpec
     from layerzero_runtime.plan import ExecutionPlan
+    from layerzero_runtime.policy import Policy
+    from layerzero_runtime.selection_queue import select_async
     from layerzero_runtime.snapshot import Snapshot
 
 __version__ = "0.1.0"
@@ -43,16 +57,27 @@ _MODULES = {
     "rms_norm": "calls.norm",
     "SelectionContext": "context",
     "DeviceSpec": "device",
+    "record_workload": "dispatch",
+    "register_kernel": "dispatch",
+    "register_kernels": "dispatch",
     "select": "dispatch",
+    "select_batch": "dispatch",
+    "set_policy": "dispatch",
     "stats": "dispatch",
+    "unregister_kernel": "dispatch",
+    "verify_results": "dispatch",
     "KernelExecutionError": "errors",
     "LayerZeroError": "errors",
     "NoKernelAvailableError": "errors",
+    "PolicyLoadError": "errors",
+    "QueueFullError": "errors",
     "ResultsError": "errors",
     "TableError": "errors",
     "explain": "explanation",
     "KernelSpec": "kernel",
     "ExecutionPlan": "plan",
+    "Policy": "policy",
+    "select_async": "selection_queue",
     "Snapshot": "snapshot",
 }
 
@@ -63,6 +88,9 @@ __all__ = [
     "KernelSpec",
     "LayerZeroError",
     "NoKernelAvailableError",
+    "Policy",
+    "PolicyLoadError",
+    "QueueFullError",
     "ResultsError",
     "SelectionContext",
     "Snapshot",
@@ -72,10 +100,18 @@ __all__ = [
     "explain",
     "geglu",
     "layer_norm",
+    "record_workload",
+    "register_kernel",
+    "register_kernels",
     "rms_norm",
     "select",
+    "select_async",
+    "select_batch",
+    "set_policy",
     "stats",
     "swiglu",
+    "unregister_kernel",
+    "verify_results",
 ]
 
 

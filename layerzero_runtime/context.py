@@ -13,7 +13,10 @@ from layerzero_runtime.errors import ContextError, ContextTypeError
 # Names of torch dtypes, as str(dtype) prints them without "torch.".
 DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
 MODES = ("eager", "graph")
-LAYOUTS = ("bhsd", "bshd")
+# Dense layouts by (batch, heads, sequence, dim); "nhd" is ragged: all tokens of a batch in one dimension, then heads.
+DENSE_LAYOUTS = ("bhsd", "bshd")
+LAYOUTS = (*DENSE_LAYOUTS, "nhd")
+QUANT_FORMATS = ("int8", "fp8")
 ALIGNMENTS = ("top_left", "bottom_right")
 MASKS = ("none", "bool", "float")
 APPROXIMATIONS = ("none", "tanh")
@@ -32,13 +35,21 @@ _SIZES = (
 _CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": DTYPES,
     "weight_dtype": DTYPES,
+    "output_dtype": DTYPES,
     "mode": MODES,
     "layout": LAYOUTS,
     "causal_alignment": ALIGNMENTS,
     "attn_mask": MASKS,
     "approximate": APPROXIMATIONS,
 }
-_FLAGS = ("requires_grad", "requires_deterministic", "is_contiguous", "has_weight", "has_bias")
+_FLAGS = (
+    "requires_grad",
+    "requires_deterministic",
+    "is_contiguous",
+    "has_weight",
+    "has_bias",
+    "is_cuda_graph_capturing",
+)
 _NUMBERS = ("dropout_p", "scale", "offset")
 
 
@@ -47,8 +58,10 @@ class SelectionContext:
     """One call, described: sizes in elements, dtypes by torch's names without the prefix.
 
     A size that the operation does not have stays None. `num_kv_heads` defaults to `num_heads`, `seq_len_k` to
-    `seq_len_q`, `v_head_dim` to `head_dim` and `weight_dtype` to `dtype`. A `scale` of 1/sqrt(head_dim) is the usual
-    one and becomes None, as in torch.
+    `seq_len_q`, `v_head_dim` to `head_dim`, `weight_dtype` and `output_dtype` to `dtype`. A `scale` of 1/sqrt(head_dim)
+    is the usual one and becomes None, as in torch. `quant_format` asks for a quantised kernel. `workspace_limit` is how
+    many bytes a kernel may allocate beside its output, None for as many as it likes. Under capture of a CUDA graph the
+    mode is "graph".
 
     Raises:
         ContextError: a value is not allowed.
@@ -73,6 +86,8 @@ class SelectionContext:
     rows: int | None = None
     hidden_size: int | None = None
     weight_dtype: str = ""
+    output_dtype: str = ""
+    quant_format: str | None = None
     offset: float = 0.0
     has_weight: bool = True
     has_bias: bool = False
@@ -81,14 +96,17 @@ class SelectionContext:
     requires_deterministic: bool = False
     is_contiguous: bool = True
     stride_last_dim: int = 1
+    is_cuda_graph_capturing: bool = False
+    workspace_limit: int | None = None
     device: DeviceSpec | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.operation, str):
             raise ContextTypeError(f"operation must be a string, not {type(self.operation).__name__}")
         set_field = object.__setattr__
-        if not self.weight_dtype:
-            set_field(self, "weight_dtype", self.dtype)
+        for name in ("weight_dtype", "output_dtype"):
+            if not getattr(self, name):
+                set_field(self, name, self.dtype)
         for name, allowed in _CHOICES.items():
             _check_choice(name, getattr(self, name), allowed)
         for name in _SIZES:
@@ -102,6 +120,12 @@ class SelectionContext:
                 set_field(self, name, _checked_number(name, getattr(self, name)))
         if not isinstance(self.stride_last_dim, int) or isinstance(self.stride_last_dim, bool):
             raise ContextTypeError(f"stride_last_dim must be an integer, not {self.stride_last_dim!r}")
+        if self.quant_format is not None:
+            _check_choice("quant_format", self.quant_format, QUANT_FORMATS)
+        if self.workspace_limit is not None:
+            _check_bytes("workspace_limit", self.workspace_limit)
+        if self.is_cuda_graph_capturing:
+            set_field(self, "mode", "graph")
         if not 0.0 <= self.dropout_p <= 1.0:
             raise ContextError(f"dropout_p is {self.dropout_p}, allowed is 0 to 1")
         if self.device is not None and not isinstance(self.device, DeviceSpec):
@@ -181,6 +205,21 @@ class SelectionContext:
         return None if self.v_head_dim == self.head_dim else self.v_head_dim
 
     @property
+    def other_output_dtype(self) -> str | None:
+        """The output's dtype where it is not the input's."""
+        return None if self.output_dtype == self.dtype else self.output_dtype
+
+    @property
+    def sm(self) -> tuple[int, int] | None:
+        """Compute capability of a CUDA device (major, minor), None where it is not known."""
+        return None if self.device is None else self.device.compute_capability
+
+    @property
+    def instruction_set(self) -> str | None:
+        """Of a CPU; None of other devices and where it is not known."""
+        return (self.device.instruction_set or None) if self.device is not None else None
+
+    @property
     def scale_is_usual(self) -> bool:
         return self.scale is None
 
@@ -203,6 +242,7 @@ class SelectionContext:
             "seq_len_k": self.seq_len_q,
             "v_head_dim": self.head_dim,
             "weight_dtype": self.dtype,
+            "output_dtype": self.dtype,
         }
         # `mode` is written out always: a line should say which clock it means.
         return object() if name == "mode" else derived.get(name, declared)
@@ -232,6 +272,13 @@ def _checked_number(name: str, value: object) -> float:
     if not abs(value) <= sys.float_info.max:
         raise ContextError(f"{name} is {value}, required a finite number")
     return float(value)
+
+
+def _check_bytes(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ContextTypeError(f"{name} must be an integer, not {value!r}")
+    if value < 0:
+        raise ContextError(f"{name} is {value}, required at least 0 bytes")
 
 
 def _check_size(name: str, value: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from itertools import count
 
 
@@ -39,6 +39,35 @@ class CounterGroup:
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
         return ((name, counter.value) for name, counter in sorted(self._counters.items()))
+
+
+class CallCounters:
+    """Calls and misses of a process by route, kept over its snapshots: what they count never falls."""
+
+    __slots__ = ("_by_route", "_max_routes", "_others")
+
+    def __init__(self, max_routes: int) -> None:
+        self._max_routes = max_routes
+        self._by_route: dict[Hashable, tuple[Counter, Counter]] = {}
+        # Of all routes beyond the bound.
+        self._others = Counter(), Counter()
+
+    def of(self, route: Hashable) -> tuple[Counter, Counter]:
+        """(calls, misses) of a route."""
+        found = self._by_route.get(route)
+        if found is None:
+            if len(self._by_route) >= self._max_routes:
+                return self._others
+            # Of two threads that both make them, one wins and both use those.
+            found = self._by_route.setdefault(route, (Counter(), Counter()))
+        return found
+
+    def total(self) -> tuple[int, int]:
+        """(calls, misses) so far."""
+        counters = (*tuple(self._by_route.values()), self._others)
+        # Misses first: a call is counted before its miss, so that the two stay in order while other threads count.
+        misses = sum(missed.value for _, missed in counters)
+        return sum(calls.value for calls, _ in counters), misses
 
 
 def log_warning(message: str) -> None:

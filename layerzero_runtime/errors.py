@@ -40,12 +40,40 @@ class TableError(LayerZeroError):
     """A generated table cannot be used: damaged, of another schema, or holding more than literals and decisions."""
 
 
+class PolicyLoadError(LayerZeroError, ValueError):
+    """A policy is not valid, or its file cannot be read; the message names file, line and key where there are any."""
+
+
+class QueueFullError(LayerZeroError):
+    """More selections wait than the queue holds; the caller may wait and ask again, or select at once."""
+
+
 class DeviceError(LayerZeroError):
     """A device that was asked for is not on this machine, or its driver does not answer."""
 
 
 class KernelExecutionError(LayerZeroError):
     """A kernel failed while it was prepared or run, and nothing else could serve the call."""
+
+
+class KernelOutputError(KernelExecutionError):
+    """A kernel gave a result of another shape, dtype or device than the call asks for."""
+
+
+class RanksDifferError(LayerZeroError):
+    """Ranks do not select alike, or some of them did not answer in time.
+
+    Attributes:
+        differing: for each rank that differs from the majority, the parts of its snapshot in which it does.
+        unanswered: the ranks that did not answer.
+    """
+
+    def __init__(
+        self, message: str, differing: Mapping[int, tuple[str, ...]] | None = None, unanswered: tuple[int, ...] = ()
+    ) -> None:
+        self.differing: dict[int, tuple[str, ...]] = dict(differing or {})
+        self.unanswered = unanswered
+        super().__init__(message)
 
 
 class ResultsError(LayerZeroError):

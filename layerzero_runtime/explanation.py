@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import detect_device
 from layerzero_runtime.dispatch import current_snapshot
-from layerzero_runtime.errors import TableError
-from layerzero_runtime.live_selector import refusals
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.plan import ExecutionPlan
 from layerzero_runtime.snapshot import Snapshot
-from layerzero_runtime.table import Table
+from layerzero_runtime.table_evidence import evidence_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +24,9 @@ class Explanation:
         evidence: what speaks for the entry: measured points, speedup over the default, runner-up with its margin,
             rounds and time of measurement; None without a hit or without the evidence file.
         provenance: results hash, versions and dates of the table, empty without one.
+        policy: the rules that apply to the call.
+        prior: the measured bucket that the live selector went by, empty on a hit and where none is near.
+        fuses: the operations that the kernel does in one, if it says so.
         refused: for each kernel of the operation that cannot serve the call, why.
     """
 
@@ -35,15 +35,27 @@ class Explanation:
     bucket: Mapping[str, tuple[int, int]]
     evidence: Mapping[str, Any] | None
     provenance: Mapping[str, Any]
+    policy: tuple[str, ...]
+    prior: str
+    fuses: tuple[str, ...]
     refused: Mapping[str, tuple[str, ...]]
 
     def __str__(self) -> str:
         plan = self.plan
         lines = [f"{plan.operation}: {plan.kernel_id}" + (f" {dict(plan.configuration)}" if plan.configuration else "")]
+        if self.fuses:
+            lines.append(f"  fuses: {', '.join(self.fuses)}")
+        for place, steps in (("before", plan.pre_transforms), ("behind", plan.post_transforms)):
+            for step in steps:
+                cost = "a copy" if step.copies else "a view"
+                lines.append(f"  {place} it: {step.kind} {step.target}".rstrip() + f" ({cost})")
         if not plan.available:
             lines.append(f"  not available here: {plan.unavailable_reason}")
         if plan.miss_reason is not None:
             lines.append(f"  live selector, because of a miss: {plan.miss_reason}")
+        if self.prior:
+            lines.append(f"  nearest measured bucket: {self.prior}")
+        lines += [f"  policy: {rule}" for rule in self.policy]
         if self.bucket:
             ranges = ", ".join(f"{name} {low} to {high}" for name, (low, high) in self.bucket.items())
             lines.append(f"  bucket: {ranges}")
@@ -85,12 +97,12 @@ def explain_in(snapshot: Snapshot, context: SelectionContext) -> Explanation:
     """`explain` in a given snapshot; the context must name its device."""
     plan = snapshot.select(context)
     assert context.device is not None
-    table = snapshot.table_for(context.device)
+    table = snapshot.tables.of(context.device)
     found: Mapping[str, Any] = {}
     evidence = None
     if table is not None and plan.entry is not None:
         static_key, leaf = plan.entry
-        found = _evidence_of(table, plan.operation, repr(static_key), leaf)
+        found = evidence_of(table, plan.operation, static_key, leaf)
         first = table.entries[plan.operation][static_key].leaves[leaf][0]
         # It speaks for the leaf's first plan; another one serves where guards refuse that, or it is stale.
         if (first.kernel_id, first.configuration) == (plan.kernel_id, plan.configuration):
@@ -98,14 +110,20 @@ def explain_in(snapshot: Snapshot, context: SelectionContext) -> Explanation:
     refused = {
         kernel.kernel_id: reasons
         for kernel in snapshot.registry.candidates(context.operation)
-        if (reasons := refusals(kernel, context))
+        if (reasons := snapshot.live.refusals(kernel, context))
     }
+    kernel = snapshot.registry.get(plan.kernel_id)
+    kinds = ("locks", "allows", "denies", "boosts")
+    applying = [f"{kind} {rule}" for kind in kinds for rule in getattr(snapshot.policy, kind) if rule.applies(context)]
     return Explanation(
         context=context,
         plan=plan,
         bucket=_in_order_of_axes(context.operation, found.get("bucket", {})),
         evidence=evidence,
         provenance={} if table is None else table.provenance,
+        policy=tuple(applying),
+        prior="" if plan.source == "table" else snapshot.prior_of(context).bucket,
+        fuses=() if kernel is None else kernel.spec.fuses_ops,
         refused=refused,
     )
 
@@ -113,21 +131,3 @@ def explain_in(snapshot: Snapshot, context: SelectionContext) -> Explanation:
 def _in_order_of_axes(operation: str, bucket: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
     names = (axis.name for axis in operation_named(operation).axes)
     return {name: (bucket[name][0], bucket[name][1]) for name in names if name in bucket}
-
-
-def _evidence_of(table: Table, operation: str, static_key: str, leaf: int) -> Mapping[str, Any]:
-    """What the file beside the table says of a leaf; empty without the file."""
-    import json
-
-    if table.path is None:
-        return {}
-    path = Path(table.path).with_name("evidence.json")
-    try:
-        evidence: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))[operation][static_key][leaf]
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise TableError(
-            f"{path}: is damaged or not of this table ({type(error).__name__}: {error}); compile the results again"
-        ) from error
-    return evidence

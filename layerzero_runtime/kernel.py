@@ -8,22 +8,26 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from layerzero_runtime.context import ALIGNMENTS, DTYPES, LAYOUTS, SelectionContext
+from layerzero_runtime.context import ALIGNMENTS, DENSE_LAYOUTS, DTYPES, LAYOUTS, QUANT_FORMATS, SelectionContext
+from layerzero_runtime.cpu import INSTRUCTION_SETS
 from layerzero_runtime.device import PLATFORMS
 from layerzero_runtime.errors import SpecError
 from layerzero_runtime.limits import Limit
 
 KERNEL_ID = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
 
-_NAMES: Mapping[str, tuple[str, ...]] = {
+_NAMES: Mapping[str, tuple[str | None, ...]] = {
     "platforms": PLATFORMS,
     "dtypes": DTYPES,
     "layouts": LAYOUTS,
     "causal_geometries": ("square", *ALIGNMENTS),
+    "quant_formats": (None, *QUANT_FORMATS),
+    "instruction_sets": tuple(name for name, _ in INSTRUCTION_SETS),
 }
-_BOUND_PAIRS = (("min_head_dim", "max_head_dim"), ("min_seq_len", "max_seq_len"))
+_SIZE_PAIRS = (("min_head_dim", "max_head_dim"), ("min_seq_len", "max_seq_len"))
+_BOUND_PAIRS = (*_SIZE_PAIRS, ("min_sm", "max_sm"))
 _BOUNDS = (
-    *(name for pair in _BOUND_PAIRS for name in pair),
+    *(name for pair in _SIZE_PAIRS for name in pair),
     "max_batch_size",
     "max_score_elements",
     "max_hidden_size",
@@ -46,8 +50,17 @@ class KernelSpec:
         library: the distribution whose version matters for its timings.
         version_digits: how many leading components of that version matter (torch 2.13.1 with 2: "2.13").
         requires: names of probes (`layerzero_runtime.libraries`) that must pass before it can be loaded.
-        layouts: memory layouts that its function takes; others reach it through a transposed view.
+        min_version: the oldest version of the library that it runs with, such as "2.11".
+        min_sm, max_sm: compute capabilities of CUDA devices, (major, minor).
+        instruction_sets: those of CPUs that it has code for; empty for any.
+        layouts: memory layouts that its function takes; dense ones reach it from each other through a transposed view.
         max_score_elements: for kernels that write the score matrices out, their largest number of elements.
+        quant_formats: quantised forms that it computes; None stands for none, which is what most kernels compute.
+        produces_dtype: the output's dtype where it is not the input's; what the call asks for is then cast.
+        fuses_ops: names of the operations that it does in one, for `explain`.
+        workspace_bytes: what it allocates beside its output at most, for calls that limit that.
+        is_cuda_graph_safe: may be captured; a kernel that may not is left out wherever the mode is "graph".
+        transform_cost_hint: priority that a copy before or behind the kernel costs it.
         deterministic: equal inputs give equal bits.
         supports_backward: gradients flow through it.
         compiles: the first use compiles code, for seconds.
@@ -64,6 +77,10 @@ class KernelSpec:
     library: str = "torch"
     version_digits: int = 2
     requires: tuple[str, ...] = ("torch",)
+    min_version: str = ""
+    min_sm: tuple[int, int] | None = None
+    max_sm: tuple[int, int] | None = None
+    instruction_sets: tuple[str, ...] = ()
     layouts: tuple[str, ...] = LAYOUTS[:1]
     min_head_dim: int | None = None
     max_head_dim: int | None = None
@@ -84,6 +101,12 @@ class KernelSpec:
     causal_geometries: tuple[str, ...] = ("square",)
     requires_contiguous: bool = False
     requires_last_dim_stride1: bool = False
+    quant_formats: tuple[str | None, ...] = (None,)
+    produces_dtype: str | None = None
+    fuses_ops: tuple[str, ...] = ()
+    workspace_bytes: int = 0
+    is_cuda_graph_safe: bool = True
+    transform_cost_hint: float = 10.0
     deterministic: bool = True
     supports_backward: bool = False
     compiles: bool = False
@@ -101,7 +124,7 @@ class KernelSpec:
                 raise SpecError(f"{self.kernel_id}: {name} is {value!r}, required a tuple with at least one name")
         for name, known in _NAMES.items():
             if unknown := [value for value in getattr(self, name) if value not in known]:
-                raise SpecError(f"{self.kernel_id}: {name} has {unknown[0]!r}, allowed: {', '.join(known)}")
+                raise SpecError(f"{self.kernel_id}: {name} has {unknown[0]!r}, allowed: {', '.join(map(str, known))}")
         for name in _BOUNDS:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -109,6 +132,18 @@ class KernelSpec:
         for limit in self.extra_limits:
             if not hasattr(SelectionContext, limit.field):
                 raise SpecError(f"{self.kernel_id}: {limit.field!r} in extra_limits is no field of a context")
+        if self.produces_dtype is not None and self.produces_dtype not in DTYPES:
+            raise SpecError(
+                f"{self.kernel_id}: produces_dtype is {self.produces_dtype!r}, allowed: {', '.join(DTYPES)}"
+            )
+        if (
+            isinstance(self.workspace_bytes, bool)
+            or not isinstance(self.workspace_bytes, int)
+            or self.workspace_bytes < 0
+        ):
+            raise SpecError(
+                f"{self.kernel_id}: workspace_bytes is {self.workspace_bytes!r}, required an integer from 0 on"
+            )
         for low, high in _BOUND_PAIRS:
             bounds = getattr(self, low), getattr(self, high)
             if None not in bounds and bounds[0] > bounds[1]:
@@ -122,7 +157,7 @@ class KernelSpec:
             Limit("dtype", "one_of", self.dtypes),
         ]
 
-        def bound(field: str, minimum: int | None, maximum: int | None) -> None:
+        def bound(field: str, minimum: Any, maximum: Any) -> None:
             if minimum is not None:
                 found.append(Limit(field, "at_least", minimum))
             if maximum is not None:
@@ -132,6 +167,13 @@ class KernelSpec:
             if not unless:
                 found.append(Limit(field, "one_of", allowed))
 
+        bound("sm", self.min_sm, self.max_sm)
+        if self.instruction_sets:
+            found.append(Limit("instruction_set", "one_of", (*self.instruction_sets, None)))
+        only("mode", self.is_cuda_graph_safe, "eager")
+        found.append(Limit("quant_format", "one_of", self.quant_formats))
+        if self.workspace_bytes:
+            bound("workspace_limit", self.workspace_bytes, None)
         bound("head_dim", self.min_head_dim, self.max_head_dim)
         bound("seq_len_q", self.min_seq_len, self.max_seq_len)
         bound("seq_len_k", self.min_seq_len, self.max_seq_len)
@@ -143,6 +185,8 @@ class KernelSpec:
                 found.append(Limit(field, "multiple_of", multiple))
         families = {operation.split(".")[0] for operation in self.operations}
         if "attention" in families:
+            dense = DENSE_LAYOUTS if set(self.layouts).intersection(DENSE_LAYOUTS) else ()
+            found.append(Limit("layout", "one_of", tuple(dict.fromkeys((*self.layouts, *dense)))))
             only("gqa_group", self.supports_gqa, 1)
             only("attn_mask", self.supports_attn_mask, "none")
             only("dropout_p", self.supports_dropout, 0.0)
@@ -157,6 +201,11 @@ class KernelSpec:
         only("requires_deterministic", self.deterministic, False)
         only("requires_grad", self.supports_backward, False)
         return (*found, *self.extra_limits)
+
+    @property
+    def backend(self) -> str:
+        """What policies call the library."""
+        return self.library
 
 
 @dataclass(frozen=True)
@@ -174,3 +223,15 @@ class Kernel:
     @property
     def kernel_id(self) -> str:
         return self.spec.kernel_id
+
+
+class FunctionLoader:
+    """A loader that gives one function, whatever the context; its source is the function's."""
+
+    def __init__(self, function: KernelFunction) -> None:
+        self._function = function
+        if hasattr(function, "__code__"):
+            self.__code__ = function.__code__
+
+    def __call__(self, context: SelectionContext, configuration: Configuration) -> KernelFunction:
+        return self._function

@@ -51,6 +51,27 @@ def library_version(distribution: str) -> str | None:
         return None
 
 
+@lru_cache(maxsize=256)
+def unfit_version(distribution: str, minimum: str) -> str | None:
+    """Why an installed distribution is too old, None if it is not, or is not installed at all.
+
+    Versions are compared by their leading numbers: "2.11" is met by "2.13.0+cpu".
+    """
+    installed = library_version(distribution)
+    if not minimum or installed is None or _numbers(installed) >= _numbers(minimum):
+        return None
+    return (
+        f"{distribution} {installed} is installed, required at least {minimum}: pip install '{distribution}>={minimum}'"
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    import re
+
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
 def _probe_torch() -> str | None:
     import sys
     from importlib.util import find_spec

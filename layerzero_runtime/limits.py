@@ -45,6 +45,8 @@ class Limit:
             raise SpecError(f"kind of a limit is {self.kind!r}, allowed: {', '.join(get_args(Kind))}")
         if self.kind == "one_of":
             fits = isinstance(self.bound, tuple) and bool(self.bound)
+        elif isinstance(self.bound, tuple):
+            fits = self.kind != "multiple_of" and bool(self.bound)  # a version, compared part by part
         else:
             fits = isinstance(self.bound, int | float) and (self.kind != "multiple_of" or self.bound >= 1)
         if not fits:

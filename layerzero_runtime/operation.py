@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from layerzero_runtime.context import SelectionContext
@@ -11,6 +12,17 @@ from layerzero_runtime.errors import ContextError
 
 Sizes = tuple[int, ...]
 StaticKey = tuple[Any, ...]
+
+# Features of every operation that tunings leave at these values.
+USUAL: Mapping[str, Any] = MappingProxyType(
+    {
+        "requires_grad": False,
+        "requires_deterministic": False,
+        "quant_format": None,
+        "other_output_dtype": None,
+        "workspace_limit": None,
+    }
+)
 
 
 @dataclass(frozen=True)

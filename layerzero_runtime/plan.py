@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from layerzero_runtime.transforms import Transform
 
 Source = Literal["table", "live"]
 
@@ -14,7 +17,9 @@ class ExecutionPlan:
     """Which kernel serves a context, with which configuration, and where the choice comes from.
 
     Attributes:
+        pre_transforms, post_transforms: steps before and behind the kernel, in order (`layerzero_runtime.transforms`).
         source: "table" for a measured entry, "live" for the live selector's choice on a miss.
+        cached: the live selector had the answer already.
         available: whether the kernel's libraries are installed here.
         unavailable_reason: what is missing, None if nothing is.
         table: name of the table that was consulted, None if none fits the device.
@@ -25,7 +30,10 @@ class ExecutionPlan:
     operation: str
     kernel_id: str
     configuration: Mapping[str, Any] = field(default_factory=dict)
+    pre_transforms: tuple[Transform, ...] = ()
+    post_transforms: tuple[Transform, ...] = ()
     source: Source
+    cached: bool = False
     available: bool = True
     unavailable_reason: str | None = None
     table: str | None = None

@@ -33,6 +33,24 @@ class Registry:
             for operation, found in by_operation.items()
         }
 
+    def with_kernels(self, added: Iterable[Kernel]) -> Registry:
+        """A registry with further kernels.
+
+        Raises:
+            SpecError: an id is taken.
+        """
+        return Registry((*self, *added))
+
+    def without(self, kernel_id: str) -> Registry:
+        """A registry without one of its kernels.
+
+        Raises:
+            SpecError: no kernel has the id.
+        """
+        if kernel_id not in self._by_id:
+            raise SpecError(f"no kernel {kernel_id!r} is registered; registered: {', '.join(sorted(self._by_id))}")
+        return Registry(kernel for kernel in self if kernel.kernel_id != kernel_id)
+
     def __iter__(self) -> Iterator[Kernel]:
         return iter(self._by_id.values())
 

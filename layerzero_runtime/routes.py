@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.counters import Counter, log_warning
-from layerzero_runtime.errors import KernelExecutionError
 from layerzero_runtime.kernel import KernelFunction
-from layerzero_runtime.live_selector import select_live
+from layerzero_runtime.live_selector import Choice
 from layerzero_runtime.operation import Operation
+from layerzero_runtime.prepared import PreparedKernel
 from layerzero_runtime.table import MISS, Table, TableEntry, TableStep
 from layerzero_runtime.tensors import FIELD_READERS
 
@@ -22,10 +22,13 @@ class Route:
     """Serve a call with `route.functions[route.decide(*sizes)](*arguments)`.
 
     `functions` has one function per leaf and the miss last, where MISS (-1) finds it. A leaf's function prepares its
-    plan on the first call and then replaces itself; where a leaf has guards, it checks them on every call.
+    plan on the first call and then replaces itself; where a leaf has guards, it checks them on every call. Where rules
+    of the policy bear on the route's calls (`is_governed`), every call is described and selected by itself.
+
+    What a function raises is for `recover` to judge.
     """
 
-    __slots__ = ("_features", "_operation", "_snapshot", "_table", "calls", "decide", "functions", "misses")
+    __slots__ = ("_features", "_snapshot", "_table", "calls", "decide", "functions", "misses", "operation")
 
     def __init__(
         self,
@@ -34,69 +37,93 @@ class Route:
         features: Mapping[str, Any],
         table: Table | None,
         entry: TableEntry | None,
-        counters: tuple[Counter, Counter] | None = None,
+        is_governed: bool,
+        counters: tuple[Counter, Counter],
     ) -> None:
         self._snapshot = snapshot
-        self._operation = operation
         self._features = features
         self._table = table
-        self.calls, self.misses = counters or (Counter(), Counter())
-        leaves = () if entry is None else entry.leaves
-        self.decide: Callable[..., int] = _always_miss if entry is None else entry.decide
+        self.operation = operation
+        self.calls, self.misses = counters
+        leaves = () if entry is None or is_governed else entry.leaves
+        self.decide: Callable[..., int] = entry.decide if entry is not None and leaves else _always_miss
         self.functions: list[KernelFunction] = [self._first_use(index, chain) for index, chain in enumerate(leaves)]
-        self.functions.append(self._miss)
+        self.functions.append(self._described)
 
-    def _describe(self, arguments: tuple[Any, ...]) -> SelectionContext:
-        return self._operation.describe(*arguments, **self._features)
+    def describe(self, arguments: tuple[Any, ...]) -> SelectionContext:
+        return self.operation.describe(*arguments, **self._features)
+
+    def recover(self, error: Exception, arguments: tuple[Any, ...]) -> Any:
+        """After a function of this route has raised: the result of another kernel, or an error (`recovery.recover`)."""
+        from layerzero_runtime.recovery import recover
+
+        return recover(self._snapshot, self.operation, arguments, self._features, error)
 
     def _first_use(self, leaf: int, chain: tuple[TableStep, ...]) -> KernelFunction:
         def first_use(*arguments: Any) -> Any:
-            self.functions[leaf] = function = self._leaf_function(chain, self._describe(arguments))
-            return function(*arguments)
+            context = self.describe(arguments)
+            steps = self._steps(chain, context)
+            if any(prepared.kernel.kernel_id in self._snapshot.half_open for _, prepared in steps):
+                return self._described(*arguments)
+            for step, prepared in steps:
+                if step.accepts(context):
+                    self._snapshot.record_hit(context)
+                    result = self._snapshot.run(prepared, self.operation, context, arguments)
+                    break
+            else:
+                result = self._described(*arguments)
+            self.functions[leaf] = self._leaf_function(steps)
+            return result
 
         return first_use
 
-    def _leaf_function(self, chain: tuple[TableStep, ...], context: SelectionContext) -> KernelFunction:
-        """The chain of a leaf with its kernels loaded; steps that are stale or fail to load give way to the next."""
-        steps: list[tuple[TableStep, KernelFunction]] = []
+    def _steps(
+        self, chain: tuple[TableStep, ...], context: SelectionContext
+    ) -> tuple[tuple[TableStep, PreparedKernel], ...]:
+        """The steps of a leaf that can serve, their kernels loaded, up to the first without guards."""
+        steps: list[tuple[TableStep, PreparedKernel]] = []
         for step in chain:
             assert self._table is not None
             kernel = self._snapshot.usable_kernel(self._table, step)
             if kernel is None:
                 continue
-            try:
-                function = self._snapshot.prepare(kernel, step.configuration, self._operation, context)
-            except KernelExecutionError:
+            if self._snapshot.live.missing(kernel) is not None:
                 self._snapshot.counters.raise_by_one("fallbacks")
                 continue
-            if not step.guards and not steps:
-                return function
-            steps.append((step, function))
+            choice = Choice(kernel, step.configuration)
+            steps.append((step, self._snapshot.prepare(choice, self.operation, context)))
             if not step.guards:
                 break
-        if not steps:
-            return self._miss
-        return self._guarded(tuple(steps))
+        return tuple(steps)
 
-    def _guarded(self, steps: tuple[tuple[TableStep, KernelFunction], ...]) -> KernelFunction:
-        fields = {limit.field for step, _ in steps for limit in step.guards}
-        if fields <= FIELD_READERS.keys():
-            return self._guarded_by_tensors(steps)
+    def _leaf_function(self, steps: tuple[tuple[TableStep, PreparedKernel], ...]) -> KernelFunction:
+        if not steps:
+            return self._described
+        first, prepared = steps[0]
+        function = self._snapshot.instrumented(prepared, self)
+        if not first.guards:
+            return function
+        return self._guarded(steps)
+
+    def _guarded(self, steps: tuple[tuple[TableStep, PreparedKernel], ...]) -> KernelFunction:
+        functions = tuple((step, self._snapshot.instrumented(prepared, self)) for step, prepared in steps)
+        if {limit.field for step, _ in steps for limit in step.guards} <= FIELD_READERS.keys():
+            return self._guarded_by_tensors(functions)
 
         def guarded(*arguments: Any) -> Any:
-            context = self._describe(arguments)
-            for step, function in steps:
+            context = self.describe(arguments)
+            for step, function in functions:
                 if step.accepts(context):
                     return function(*arguments)
-            return self._miss(*arguments)
+            return self._described(*arguments)
 
         return guarded
 
-    def _guarded_by_tensors(self, steps: tuple[tuple[TableStep, KernelFunction], ...]) -> KernelFunction:
+    def _guarded_by_tensors(self, functions: tuple[tuple[TableStep, KernelFunction], ...]) -> KernelFunction:
         """The same without describing the call: its guards read strides alone."""
         checks = tuple(
             (tuple((FIELD_READERS[limit.field], limit.accepts) for limit in step.guards), function)
-            for step, function in steps
+            for step, function in functions
         )
 
         def guarded(*arguments: Any) -> Any:
@@ -104,42 +131,29 @@ class Route:
             for guards, function in checks:
                 if all(accepts(read(tensors)) for read, accepts in guards):
                     return function(*arguments)
-            return self._miss(*arguments)
+            return self._described(*arguments)
 
         return guarded
 
-    def _miss(self, *arguments: Any) -> Any:
-        context = self._describe(arguments)
-        if self.misses.raise_by_one() == 0:
-            self._log_first_miss(context)
-        return serve_live(self._snapshot, self._operation, context)(*arguments)
+    def _described(self, *arguments: Any) -> Any:
+        """Serve a call that has to be selected by itself: a miss, or one that rules of the policy bear on."""
+        context = self.describe(arguments)
+        selection = self._snapshot.choose(self.operation, context, to_run=True)
+        if selection.source == "live":
+            if self.misses.raise_by_one() == 0:
+                self._log_first_miss(context, selection.miss_reason, selection.choice.kernel.kernel_id)
+            self._snapshot.record_miss(context)
+        else:
+            self._snapshot.record_hit(context)
+        return self._snapshot.serve(selection.choice, self.operation, context, arguments)
 
-    def _log_first_miss(self, context: SelectionContext) -> None:
+    def _log_first_miss(self, context: SelectionContext, reason: str | None, kernel_id: str) -> None:
         import json
 
-        reason = self._snapshot.select(context).miss_reason or "the plans of the entry failed to load"
         log_warning(
-            f"first miss of its kind: {reason}; {select_live(self._snapshot.registry, context).kernel_id} serves. "
+            f"first miss of its kind: {reason}; {kernel_id} serves. "
             f"To cover it, add this line to a workload and tune: {json.dumps(context.to_dict())}"
         )
-
-
-def serve_live(snapshot: Snapshot, operation: Operation, context: SelectionContext) -> KernelFunction:
-    """The function that the live selector chooses; one that fails to load gives way to the default, counted.
-
-    Raises:
-        NoKernelAvailableError: no kernel is legal.
-        KernelExecutionError: the default itself cannot be loaded.
-    """
-    kernel = select_live(snapshot.registry, context)
-    try:
-        return snapshot.prepare(kernel, {}, operation, context)
-    except KernelExecutionError:
-        default = snapshot.registry.get(operation.default_kernel)
-        if default is None or default is kernel:
-            raise
-        snapshot.counters.raise_by_one("fallbacks")
-        return snapshot.prepare(default, {}, operation, context)
 
 
 def _always_miss(*sizes: int) -> int:

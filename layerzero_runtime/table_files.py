@@ -73,6 +73,43 @@ def find_table(device: DeviceSpec) -> tuple[Table | None, tuple[TableError, ...]
     return None, tuple(skipped)
 
 
+def find_alike(device: DeviceSpec) -> tuple[Table, ...]:
+    """The tables of approximately matching devices, the most alike first; those that cannot be used are left out."""
+    found: dict[str, Table] = {}
+    for slug, load in (
+        *((slug, _load_named) for slug in _named_slugs()),
+        *((s, _load_installed) for s in _installed_slugs()),
+    ):
+        try:
+            table = load(slug)
+        except TableError:
+            continue  # reported where it is the table of the device in use
+        if table is not None and table.device.matches(device) == "approximate":
+            found.setdefault(slug, table)
+    return tuple(sorted(found.values(), key=lambda table: (device.distance(table.device), table.device.slug)))
+
+
+def _named_slugs() -> list[str]:
+    folder = os.environ.get(TABLES_VARIABLE)
+    return _folders_with_tables(folder) if folder else []
+
+
+def _installed_slugs() -> list[str]:
+    from importlib.util import find_spec
+
+    package = find_spec(INSTALLED_PACKAGE)
+    places = [] if package is None else list(package.submodule_search_locations or ())
+    return [slug for place in places for slug in _folders_with_tables(place)]
+
+
+def _folders_with_tables(folder: str) -> list[str]:
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return []
+    return [name for name in names if os.path.isfile(os.path.join(folder, name, "__init__.py"))]
+
+
 def _load_named(slug: str) -> Table | None:
     """The device's table in the folder that the environment names, None without one."""
     folder = os.environ.get(TABLES_VARIABLE)

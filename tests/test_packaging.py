@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 _SELECT = """
 import json, sys
 import layerzero_runtime as lz
-device = lz.DeviceSpec(platform="cpu", name="AMD EPYC", instruction_set="avx512_bf16", physical_cores=2, threads=2)
+from layerzero_tables.{slug} import DEVICE
+device = lz.DeviceSpec.from_dict(DEVICE)
 plan = lz.select(lz.SelectionContext(operation="norm.rms", dtype="bfloat16", rows=64, hidden_size=2048, device=device))
 outside = sorted({name.split(".")[0] for name in sys.modules} - set(sys.stdlib_module_names))
 print(json.dumps([plan.source, plan.available, plan.unavailable_reason, outside]))
@@ -49,7 +50,8 @@ def test_an_installed_wheel_answers_without_torch(wheel: Path, tmp_path: Path) -
     (site,) = tmp_path.glob("lib/python*/site-packages")
     zipfile.ZipFile(wheel).extractall(site)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LAYERZERO"))}
-    command = [str(tmp_path / "bin" / "python"), "-c", _SELECT]
+    slug = min(path.parent.name for path in (ROOT / "tables").glob("*/__init__.py"))
+    command = [str(tmp_path / "bin" / "python"), "-c", _SELECT.replace("{slug}", slug)]
     run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
     source, available, reason, outside = json.loads(run.stdout)
     assert source == "table"

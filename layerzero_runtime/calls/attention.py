@@ -6,7 +6,7 @@ from torch import Tensor
 
 from layerzero_runtime.calls.interception import is_plain
 from layerzero_runtime.calls.serving import serve
-from layerzero_runtime.context import ALIGNMENTS, LAYOUTS
+from layerzero_runtime.context import ALIGNMENTS, DENSE_LAYOUTS
 from layerzero_runtime.dispatch import current_snapshot
 from layerzero_runtime.errors import ContextError
 from layerzero_runtime.operation import Operation
@@ -87,7 +87,10 @@ def attention(
             if route is not None and batch and length_q:
                 route.calls.raise_by_one()
                 sizes = (batch * kv_heads, length_q) if operation is FULL else (batch * kv_heads, length_q, length_k)
-                output: Tensor = route.functions[route.decide(*sizes)](query, key, value, None, 0.0, None)
+                try:
+                    output: Tensor = route.functions[route.decide(*sizes)](query, key, value, None, 0.0, None)
+                except Exception as error:  # noqa: BLE001 - recover judges it
+                    output = route.recover(error, (query, key, value, None, 0.0, None))
                 return output
     length, heads_at = _layout_dimensions(layout)
     check_tensors({"query": query, "key": key, "value": value})
@@ -107,8 +110,8 @@ def attention(
 
 def _layout_dimensions(layout: str) -> tuple[int, int]:
     """(dimension of the length, dimension of the heads)."""
-    if layout not in LAYOUTS:
-        raise ContextError(f"layout is {layout!r}, allowed: {', '.join(LAYOUTS)}")
+    if layout not in DENSE_LAYOUTS:
+        raise ContextError(f"layout is {layout!r}, allowed: {', '.join(DENSE_LAYOUTS)}")
     return (2, 1) if layout == "bhsd" else (1, 2)
 
 

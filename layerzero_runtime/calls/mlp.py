@@ -52,7 +52,10 @@ def _gated(operation: Operation, gate: Tensor, up: Tensor, features: dict[str, A
         if route is not None and shape and shape == up.shape and (elements := gate.numel()):
             width = shape[-1]
             route.calls.raise_by_one()
-            output: Tensor = route.functions[route.decide(elements // width, width)](gate, up)
+            try:
+                output: Tensor = route.functions[route.decide(elements // width, width)](gate, up)
+            except Exception as error:  # noqa: BLE001 - recover judges it
+                output = route.recover(error, (gate, up))
             return output
     result: Tensor = serve(snapshot, operation, (gate, up), features, key)
     return result

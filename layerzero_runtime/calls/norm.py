@@ -35,7 +35,10 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = RMS_EPS, offset: flo
         if route is not None and shape and weight.shape == shape[-1:] and (elements := x.numel()):
             width = shape[-1]
             route.calls.raise_by_one()
-            output: Tensor = route.functions[route.decide(elements // width, width)](x, weight, eps, offset)
+            try:
+                output: Tensor = route.functions[route.decide(elements // width, width)](x, weight, eps, offset)
+            except Exception as error:  # noqa: BLE001 - recover judges it
+                output = route.recover(error, (x, weight, eps, offset))
             return output
     result: Tensor = serve(snapshot, RMS, (x, weight, eps, offset), {}, key, {"offset": offset})
     return result
@@ -72,9 +75,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float 
         ):
             width = shape[-1]
             route.calls.raise_by_one()
-            outputs: tuple[Tensor, Tensor] = route.functions[route.decide(elements // width, width)](
-                x, residual, weight, eps
-            )
+            try:
+                outputs: tuple[Tensor, Tensor] = route.functions[route.decide(elements // width, width)](
+                    x, residual, weight, eps
+                )
+            except Exception as error:  # noqa: BLE001 - recover judges it
+                outputs = route.recover(error, (x, residual, weight, eps))
             return outputs
     result: tuple[Tensor, Tensor] = serve(snapshot, ADD_RMS, (x, residual, weight, eps), {}, key)
     return result
@@ -105,7 +111,10 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, eps
         if route is not None and shape and weight.shape == bias.shape == shape[-1:] and (elements := x.numel()):
             width = shape[-1]
             route.calls.raise_by_one()
-            output: Tensor = route.functions[route.decide(elements // width, width)](x, weight, bias, eps)
+            try:
+                output: Tensor = route.functions[route.decide(elements // width, width)](x, weight, bias, eps)
+            except Exception as error:  # noqa: BLE001 - recover judges it
+                output = route.recover(error, (x, weight, bias, eps))
             return output
     result: Tensor = serve(snapshot, LAYER, (x, weight, bias, eps), {}, key)
     return result

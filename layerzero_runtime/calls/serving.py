@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from layerzero_runtime.calls.empty import empty_outputs
 from layerzero_runtime.calls.interception import is_intercepted
 from layerzero_runtime.operation import Operation
 from layerzero_runtime.snapshot import MAX_ROUTES, Snapshot
+from layerzero_runtime.tensors import gradients_needed
 
 # Types of devices, as torch names them, that `detect_device` knows.
 DESCRIBED_DEVICES = ("cpu", "cuda")
@@ -29,8 +31,9 @@ def serve(
         arguments: positional arguments of the operation's kernels.
         features: what `operation.describe` takes by keyword.
         fast_key: where the function's fast path will find the route again.
-        default_features: fields that the default's loader needs beside `features`. The default takes intercepted and
-            empty calls and those on devices that cannot be described; what they lack, torch itself reports.
+        default_features: fields that the default's loader needs beside `features`. The default takes intercepted calls,
+            those on devices that cannot be described, and empty ones whose result does not follow from the shapes; what
+            they lack, torch itself reports.
 
     Raises:
         ContextError: the arguments do not fit together.
@@ -40,13 +43,21 @@ def serve(
     undescribed = _why_undescribed(tensors)
     if undescribed is not None:
         snapshot.counters.raise_by_one(undescribed)
-        return snapshot.default(operation, {**features, **(default_features or {})})(*arguments)
+        if undescribed == "empty" and not gradients_needed(*tensors):
+            outputs = empty_outputs(operation, tensors, features.get("layout"))
+            if outputs is not None:
+                return outputs if len(outputs) > 1 else outputs[0]
+        default = snapshot.default(operation, {**features, **(default_features or {})})
+        return default.function(*arguments)
     context = operation.describe(*arguments, **features)
     route = snapshot.route(operation, context, features)
     if fast_key is not None and len(snapshot.fast_routes) < MAX_ROUTES:
         snapshot.fast_routes[fast_key] = route
     route.calls.raise_by_one()
-    return route.functions[route.decide(*operation.sizes(context))](*arguments)
+    try:
+        return route.functions[route.decide(*operation.sizes(context))](*arguments)
+    except Exception as error:  # noqa: BLE001 - recover judges it
+        return route.recover(error, arguments)
 
 
 def _why_undescribed(tensors: list[Tensor]) -> str | None:

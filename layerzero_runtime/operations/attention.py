@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ContextError
-from layerzero_runtime.operation import Axis, Operation, Sizes, TensorArgument
+from layerzero_runtime.operation import USUAL, Axis, Operation, Sizes, TensorArgument
 from layerzero_runtime.tensors import call_features, check_tensors, common_dtype, dtype_is_bool
 
 if TYPE_CHECKING:
@@ -163,8 +163,7 @@ _PLAIN = {
     "dropout_p": 0.0,
     "scale": None,
     "other_v_head_dim": None,
-    "requires_grad": False,
-    "requires_deterministic": False,
+    **USUAL,
 }
 _REQUIRED = ("batch_size", "seq_len_q", "seq_len_k", "num_heads", "num_kv_heads", "head_dim")
 

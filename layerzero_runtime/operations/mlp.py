@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from layerzero_runtime.context import SelectionContext
-from layerzero_runtime.operation import Axis, Operation, Sizes, TensorArgument
+from layerzero_runtime.operation import USUAL, Axis, Operation, Sizes, TensorArgument
 from layerzero_runtime.tensors import call_features, common_dtype, rows_by_width
 
 if TYPE_CHECKING:
@@ -63,7 +63,6 @@ def reference_geglu(context: SelectionContext, gate: Tensor, up: Tensor) -> tupl
     return (0.5 * gate * (1.0 + (gate / math.sqrt(2.0)).erf()) * up,)
 
 
-_PLAIN = {"requires_grad": False, "requires_deterministic": False}
 _AXES = (Axis("rows"), Axis("hidden_size"))
 _TENSORS = (TensorArgument("gate", _shape), TensorArgument("up", _shape))
 _REQUIRED = ("rows", "hidden_size")
@@ -72,7 +71,7 @@ SWIGLU = Operation(
     name="mlp.swiglu",
     required=_REQUIRED,
     static=(),
-    plain=_PLAIN,
+    plain=USUAL,
     fixed=(),
     axes=_AXES,
     monotone=("rows", "hidden_size"),
@@ -88,7 +87,7 @@ GEGLU = Operation(
     name="mlp.geglu",
     required=_REQUIRED,
     static=("approximate",),
-    plain=_PLAIN,
+    plain=USUAL,
     fixed=(),
     axes=_AXES,
     monotone=("rows", "hidden_size"),

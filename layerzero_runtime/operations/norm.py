@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ContextError
-from layerzero_runtime.operation import Axis, Operation, Sizes, TensorArgument
+from layerzero_runtime.operation import USUAL, Axis, Operation, Sizes, TensorArgument
 from layerzero_runtime.tensors import call_features, check_tensors, common_dtype, rows_by_width
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ _WEIGHT = TensorArgument(
     center=1.0,
     spread=0.1,
 )
-_PLAIN = {"mixed_weight_dtype": None, "has_weight": True, "requires_grad": False, "requires_deterministic": False}
+_PLAIN = {"mixed_weight_dtype": None, "has_weight": True, **USUAL}
 _AXES = (Axis("rows"), Axis("hidden_size"))
 _REQUIRED = ("rows", "hidden_size")
 

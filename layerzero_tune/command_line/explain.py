@@ -10,7 +10,7 @@ import typer
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import detect_device
-from layerzero_runtime.dispatch import publish_snapshot
+from layerzero_runtime.dispatch import publish_snapshot, set_policy
 from layerzero_runtime.explanation import explain_in
 from layerzero_runtime.operations import operation_named
 from layerzero_tune.command_line.options import JsonOption, use_tables
@@ -42,21 +42,27 @@ def explain_command(
     has_bias: Annotated[bool, typer.Option("--has-bias")] = False,
     approximate: Annotated[str, typer.Option(help="GELU: none or tanh.")] = "none",
     requires_grad: Annotated[bool, typer.Option("--requires-grad")] = False,
+    requires_deterministic: Annotated[bool, typer.Option("--requires-deterministic")] = False,
+    output_dtype: Annotated[str, typer.Option(help="If it is not the input's.")] = "",
+    quant_format: Annotated[str | None, typer.Option(help="int8 or fp8.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N.")] = "auto",
     tables: Annotated[Path | None, typer.Option("--tables", help="Folder of tables to look in first.")] = None,
+    policy: Annotated[Path | None, typer.Option("--policy", help="Policy file to put in force.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Say which kernel serves a call, from which bucket, by what margin, and why others do not."""
     given: dict[str, Any] = {
         name: value
         for name, value in locals().items()
-        if name not in ("device", "tables", "json") and value is not None
+        if name not in ("device", "tables", "policy", "json") and value is not None
     }
     spec = detect_device(device)
     context = SelectionContext(**given).with_device(spec)
     operation_named(context.operation).validate(context)
     if tables is not None:
         use_tables(tables, spec)
+    if policy is not None:
+        set_policy(str(policy))
     explanation = explain_in(publish_snapshot(), context)
     if json:
         print_json(asdict(explanation) | {"context": context.to_dict()})

@@ -30,7 +30,7 @@ def doctor_command(
     spec = detect_device(device)
     registry = registry_with(split_list(kernels))
     snapshot = Snapshot(registry, CounterGroup())
-    table = snapshot.table_for(spec)
+    table = snapshot.tables.of(spec)
     libraries = {name: library_version(name) for name in sorted({kernel.spec.library for kernel in registry})}
     unavailable = {
         kernel.kernel_id: reason

@@ -1,7 +1,8 @@
-"""`layerzero-tune workload`: make and show workload files."""
+"""`layerzero-tune workload`: make, show and merge workload files."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,11 +14,14 @@ from layerzero_tune.command_line.output import notes, print_json, print_table
 from layerzero_tune.results.atomic import write_atomically
 from layerzero_tune.workload.describe import describe_workload
 from layerzero_tune.workload.errors import WorkloadError
-from layerzero_tune.workload.lines import format_workload, merge_workloads, read_workload
+from layerzero_tune.workload.lines import WorkloadLine, format_workload, merge_workloads, read_workload
 from layerzero_tune.workload.make import make_workload
+from layerzero_tune.workload.merge import merge_sorted
 from layerzero_tune.workload.models import MODELS
 
-workload_app = typer.Typer(help="Make and show workload files.", no_args_is_help=True)
+OutOption = Annotated[Path | None, typer.Option("--out", help="File to write; standard output without it.")]
+
+workload_app = typer.Typer(help="Make, show and merge workload files.", no_args_is_help=True)
 
 
 @workload_app.command("make")
@@ -29,13 +33,26 @@ def make_command(
     batch_sizes: Annotated[str, typer.Option("--batch-sizes", help="Separated by commas.")] = "1,8",
     lengths: Annotated[str, typer.Option("--lengths", help="Sequence lengths, separated by commas.")] = "128,1024,4096",
     ops: OpsOption = "",
-    out: Annotated[Path | None, typer.Option("--out", help="File to write; standard output without it.")] = None,
+    out: OutOption = None,
 ) -> None:
     """Write the calls that serving a model makes, as JSON Lines."""
     operations = operations_named(ops)
     batches, sizes = _integers("--batch-sizes", batch_sizes), _integers("--lengths", lengths)
     made = merge_workloads(*(make_workload(name, tp, mode, dtype, batches, sizes) for name in split_list(model)))
-    text = format_workload([line for line in made if line.context.operation in operations])
+    _write([line for line in made if line.context.operation in operations], out)
+
+
+@workload_app.command("merge")
+def merge_command(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Workload files.")],
+    out: OutOption = None,
+) -> None:
+    """Join workload files: equal calls become one line, their weights added. For the files of several processes."""
+    _write(merge_sorted([read_workload(file) for file in files]), out)
+
+
+def _write(lines: Sequence[WorkloadLine], out: Path | None) -> None:
+    text = format_workload(lines)
     if out is None:
         print(text, end="")
         return
@@ -43,7 +60,7 @@ def make_command(
         write_atomically(out, text.encode())
     except OSError as error:
         raise ResultsError(f"cannot write {out}: {error.strerror or error}; choose another file with --out") from error
-    notes.print(f"{out}: {len(text.splitlines())} lines", soft_wrap=True)
+    notes.print(f"{out}: {len(lines)} lines", soft_wrap=True)
 
 
 def _integers(option: str, text: str) -> tuple[int, ...]:

@@ -7,11 +7,10 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter_ns
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from layerzero_runtime.accuracy import DEFAULT_ERROR_FACTOR, error_floor, output_fault
 from layerzero_runtime.context import SelectionContext
-from layerzero_runtime.errors import ContextError
 from layerzero_runtime.kernel import KernelFunction
 from layerzero_runtime.operation import Operation
 from layerzero_tune.measure.inputs import RandomTensors
@@ -19,17 +18,6 @@ from layerzero_tune.measure.sampling import Sample, draw_sample
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# The floor of the tolerance, in unit roundoffs of the call's dtype (half of torch.finfo(dtype).eps, the largest
-# relative error of one rounding; Higham, Accuracy and Stability of Numerical Algorithms, section 2.1).
-# 16-bit types: kernels sum in float32, so that only what they store is rounded; one rounding of every result has a
-# relative L2 error below half a unit, and one more of the softmax weights or of a gate stays below one. An int8
-# attention (1.1e-2 in bfloat16) stays outside.
-# float32 and float64: there is no wider sum to hide in. exp, erf and rsqrt are good to 1 unit in the last place (2 unit
-# roundoffs), and sums in another order walk at random by about as much again.
-FLOOR_ROUNDOFFS: Mapping[str, int] = MappingProxyType({"float64": 4, "float32": 4, "float16": 1, "bfloat16": 1})
-# Beside the floor: the errors of two implementations of one accuracy differ by less than this factor.
-DEFAULT_ERROR_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
@@ -54,19 +42,6 @@ class Verdict:
     relative_error: float | None
     tolerance: float | None
     message: str
-
-
-def error_floor(dtype: str) -> float:
-    """The relative L2 error allowed to a kernel beside a default that has none.
-
-    Raises:
-        ContextError: no floor is defined for the dtype.
-    """
-    import torch
-
-    if dtype not in FLOOR_ROUNDOFFS:
-        raise ContextError(f"dtype is {dtype!r}, correctness is defined for: {', '.join(FLOOR_ROUNDOFFS)}")
-    return FLOOR_ROUNDOFFS[dtype] * torch.finfo(getattr(torch, dtype)).eps / 2
 
 
 def tolerances(default: Trial, dtype: str) -> tuple[float, ...]:
@@ -123,8 +98,8 @@ class Check:
                 tensor.copy_(self.untouched[name])
                 return Trial(fault=f"writes to its input {name}")
         outputs = result if isinstance(result, tuple | list) else (result,)
-        if fault := self._structural_fault(outputs):
-            return fault
+        if fault := output_fault(outputs, self.operation.outputs(self.context), self.context.dtype):
+            return Trial(fault=fault)
         parts = tuple(self.sample.pick(output) for output in outputs)
         trial = self._compare(parts)
         self._spoil(*outputs, *parts)
@@ -149,22 +124,6 @@ class Check:
             if result.untyped_storage().data_ptr() not in inputs:
                 whole = result.new_empty(0).set_(result.untyped_storage())
                 whole.fill_(float("nan"))
-
-    def _structural_fault(self, outputs: Sequence[Any]) -> Trial | None:
-        import torch
-
-        shapes = self.operation.outputs(self.context)
-        if len(outputs) != len(shapes):
-            return Trial(fault=f"gives {len(outputs)} outputs, required {len(shapes)}")
-        for index, (output, shape) in enumerate(zip(outputs, shapes, strict=True)):
-            if not isinstance(output, torch.Tensor):
-                return Trial(fault=f"output {index} is a {type(output).__name__}, required a tensor")
-            if tuple(output.shape) != shape:
-                return Trial(fault=f"output {index} has shape {tuple(output.shape)}, required {shape}")
-            if output.dtype != getattr(torch, self.context.dtype):
-                dtype = str(output.dtype).removeprefix("torch.")
-                return Trial(fault=f"output {index} has dtype {dtype}, required {self.context.dtype}")
-        return None
 
     def _compare(self, parts: Sequence[Tensor]) -> Trial:
         import torch

@@ -12,18 +12,19 @@ from time import perf_counter
 from types import MappingProxyType
 from typing import TypeVar
 
+from layerzero_runtime.accuracy import error_floor
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import detect_device
 from layerzero_runtime.errors import ContextError
 from layerzero_runtime.kernel import Kernel, KernelFunction
-from layerzero_runtime.layout import adapt_layout
 from layerzero_runtime.libraries import missing_requirement
 from layerzero_runtime.limits import rejections
 from layerzero_runtime.operations import operation_named
+from layerzero_runtime.transforms import apply_transforms
 from layerzero_tune.measure.clock import BLOCKS, Rotation, take_sample, time_calls, warm_up
 from layerzero_tune.measure.contention import MAX_ATTEMPTS, MAX_SHARE, ProcessorTime, others_share
 from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, JobOutcome
-from layerzero_tune.measure.correctness import Check, Trial, error_floor, judge, tolerances
+from layerzero_tune.measure.correctness import Check, Trial, judge, tolerances
 from layerzero_tune.measure.inputs import RandomTensors, check_measurable, rotating_inputs
 from layerzero_tune.measure.screening import finalists
 from layerzero_tune.results.measurement import Status
@@ -139,7 +140,7 @@ class _ContestRun:
 
     def _load_and_try(self, candidate: Candidate, check: Check) -> tuple[KernelFunction, Trial]:
         kernel = self.kernels[candidate.kernel_id]
-        function = adapt_layout(kernel.load(self.context, candidate.configuration), kernel.spec, self.context)
+        function = apply_transforms(kernel.load(self.context, candidate.configuration), kernel.spec, self.context)
         return function, check.run(function)
 
     def _time_undisturbed(self, source: RandomTensors) -> None:

@@ -24,6 +24,7 @@ _SOURCES: dict[str, tuple[str, ...]] = {
     "causal_geometry": ("seq_len_q", "seq_len_k", "causal_alignment"),
     "mixed_weight_dtype": ("weight_dtype",),
     "other_v_head_dim": ("v_head_dim",),
+    "other_output_dtype": ("output_dtype",),
     "scale_is_usual": ("scale",),
 }
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from layerzero_runtime import table_files
+from layerzero_runtime import dispatch, table_files
+from layerzero_runtime.counters import CallCounters
 from layerzero_runtime.device import detect_device
 from layerzero_runtime.dispatch import publish_snapshot
-from layerzero_runtime.snapshot import Snapshot
+from layerzero_runtime.kernels import builtin_kernels
+from layerzero_runtime.registry import Registry
+from layerzero_runtime.snapshot import MAX_ROUTES, Snapshot
 from layerzero_tune.compile.form import TableForm
 from tests.runtime.synthetic_table import write_table
 
@@ -50,10 +54,22 @@ def tables_in_force(folder: Path | None) -> Iterator[Snapshot]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table_files, "INSTALLED_PACKAGE", "no_installed_tables")
         patch.delenv(table_files.TABLES_VARIABLE, raising=False)
+        # Counts from zero, and the first miss of each kind still to come.
+        patch.setattr(dispatch, "_calls", CallCounters(MAX_ROUTES))
         if folder is not None:
             patch.setenv(table_files.TABLES_VARIABLE, str(folder))
         yield publish_snapshot()
     publish_snapshot()
+
+
+@contextmanager
+def registry_in_force(registry: Registry) -> Iterator[Snapshot]:
+    """A published snapshot with the kernels of this registry alone; breakers and kernels are as before afterwards."""
+    try:
+        yield dispatch._publish(lambda sources: replace(sources, registry=registry))
+    finally:
+        dispatch._publish(lambda sources: replace(sources, registry=Registry(builtin_kernels())))
+        dispatch.health().reset()
 
 
 @pytest.fixture(scope="module")

@@ -130,7 +130,7 @@ def test_tensors_that_do_not_fit_together_are_refused(served: Snapshot) -> None:
     before = lz.stats()
     # So that fast paths are there, and with a table hits on them.
     lz.swiglu(x, x), lz.rms_norm(x, weight), lz.attention(query, key, value)
-    if served.table_for(detect_device("cpu")) is not None:
+    if served.tables.of(detect_device("cpu")) is not None:
         assert lz.stats()["hits"] == before["hits"] + 3
     cases: tuple[tuple[type[Exception], str, Any, tuple[Any, ...]], ...] = (
         (ContextError, "dtypes differ: gate float32, up float64", lz.swiglu, (x, x.double())),

@@ -14,8 +14,10 @@ from layerzero_runtime.errors import LayerZeroError, NoKernelAvailableError, Spe
 from layerzero_runtime.kernel import Kernel, KernelSpec
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.limits import Limit, rejections
-from layerzero_runtime.live_selector import select_live
+from layerzero_runtime.live_selector import LiveSelector, no_kernel_error
 from layerzero_runtime.operations import OPERATIONS
+from layerzero_runtime.policy import Policy
+from layerzero_runtime.prior import Prior
 from layerzero_runtime.registry import Registry
 
 CPU = DeviceSpec("cpu", "Some CPU")
@@ -133,7 +135,7 @@ def test_malformed_ids_are_refused(kernel_id: object) -> None:
         ({"dtypes": "float32"}, "at least one name"),
         ({"dtypes": ("float32", "fp16")}, "dtypes has 'fp16', allowed: .*float16"),
         ({"platforms": ("gpu",)}, "platforms has 'gpu', allowed: .*cuda"),
-        ({"layouts": ("nhd",)}, "layouts has 'nhd'"),
+        ({"layouts": ("dshb",)}, "layouts has 'dshb'"),
         ({"causal_geometries": ("left",)}, "causal_geometries has 'left'"),
         ({"min_head_dim": 128, "max_head_dim": 64}, "min_head_dim 128 is above max_head_dim 64"),
         ({"max_seq_len": 0}, "max_seq_len is 0, required an integer of at least 1"),
@@ -147,6 +149,14 @@ def test_contradictory_declarations_are_refused(changes: dict[str, Any], message
         spec(**changes)
     assert "test.kernel" in str(caught.value)
     assert isinstance(caught.value, LayerZeroError)
+
+
+def select_live(registry: Registry, context: SelectionContext) -> Kernel:
+    """What the live selector chooses without policy, breakers and measurements."""
+    ranking = LiveSelector(registry, Policy(), {}).rank(context, Prior())
+    if not ranking.choices:
+        raise no_kernel_error(registry, context, ranking)
+    return ranking.choices[0].kernel
 
 
 @pytest.mark.scenario("EC-027")
@@ -191,7 +201,9 @@ def test_the_default_is_legal_for_every_call_and_goes_first() -> None:
     for operation in OPERATIONS.values():
         [default] = [found for found in builtin_kernels() if found.kernel_id == operation.default_kernel]
         assert Registry(builtin_kernels()).candidates(operation.name)[0] is default
-        assert {limit.field for limit in default.spec.limits} - {"causal_mask"} == {"platform", "dtype"}
+        # Of these the public functions ask for nothing that it refuses: no ragged layout, no quantised form.
+        unasked = {"causal_mask", "layout", "quant_format"}
+        assert {limit.field for limit in default.spec.limits} - unasked == {"platform", "dtype"}
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 64))

@@ -96,7 +96,7 @@ def test_a_table_of_another_device_is_skipped(source: str, tmp_path: Path) -> No
     other = replace(CPU, name="Another CPU")
     folder = write(tmp_path, source.replace(repr(CPU.name), repr(other.name)))
     with tables_in_force(folder) as snapshot:
-        assert snapshot.table_for(CPU) is None
+        assert snapshot.tables.of(CPU) is None
         assert dict(snapshot.counters)["tables_skipped"] >= 1
         _, [error] = find_table(CPU)
     assert f"compiled for {other.slug}, this device is {CPU.slug}" in str(error)
@@ -185,10 +185,10 @@ def test_a_broken_folder_leaves_the_installed_table(
 
 def test_tables_are_found_per_device(synthetic_tables: Tables) -> None:
     with tables_in_force(synthetic_tables[0]) as snapshot:
-        assert snapshot.table_for(CPU) is not None
+        assert snapshot.tables.of(CPU) is not None
         h100 = DeviceSpec("cuda", "NVIDIA H100 80GB HBM3", compute_capability=(9, 0))
         for other in (replace(CPU, threads=(CPU.threads or 1) + 1), h100):
-            assert snapshot.table_for(other) is None
+            assert snapshot.tables.of(other) is None
             assert snapshot.select(replace(MEASURED, device=other)).source == "live"
         with pytest.raises(TableError, match="table schema is None"):
             load_table(sys.modules[__name__])

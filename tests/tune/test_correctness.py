@@ -13,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layerzero_runtime.accuracy import error_floor
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ContextError
 from layerzero_runtime.operations import OPERATIONS, operation_named
-from layerzero_tune.measure.correctness import Check, Trial, error_floor, judge, tolerances
+from layerzero_tune.measure.correctness import Check, Trial, judge, tolerances
 from layerzero_tune.measure.inputs import RandomTensors
 from layerzero_tune.measure.sampling import SAMPLED_VALUES, draw_sample
 

@@ -41,6 +41,9 @@ sizes = st.integers(1, 2**40)
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "dtype": st.sampled_from(["float32", "bfloat16", "float16"]),
     "weight_dtype": st.sampled_from(["float32", "bfloat16"]),
+    "output_dtype": st.sampled_from(["float32", "bfloat16"]),
+    "quant_format": st.sampled_from(["int8", "fp8"]),
+    "workspace_limit": st.integers(0, 2**40),
     "mode": st.sampled_from(["eager", "graph"]),
     "layout": st.sampled_from(["bhsd", "bshd"]),
     "causal_alignment": st.sampled_from(["top_left", "bottom_right"]),
@@ -214,13 +217,20 @@ class TestMerge:
 
 class TestFields:
     def test_every_field_that_changes_the_key_or_a_tensor_is_allowed(self) -> None:
-        assert fields_of(OPERATIONS["mlp.geglu"])[:6] == (
+        assert fields_of(OPERATIONS["mlp.geglu"]) == (
             "operation",
             "dtype",
             "mode",
             "rows",
             "hidden_size",
+            "output_dtype",
+            "quant_format",
             "approximate",
+            "requires_grad",
+            "requires_deterministic",
+            "is_contiguous",
+            "stride_last_dim",
+            "workspace_limit",
         )
         assert set(fields_of(OPERATIONS["norm.layer"])) >= {"rows", "hidden_size", "weight_dtype", "has_bias"}
         assert set(fields_of(OPERATIONS["attention.causal"])) >= {

@@ -1,0 +1,117 @@
+"""What the nearest measurements say of a call that no table entry answers: a guess, for the live selector alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.operation import Operation, StaticKey
+from layerzero_runtime.table import Table, TableEntry
+from layerzero_runtime.table_evidence import evidence_of
+
+# A bucket says nothing of sizes further away than this factor on any axis: as wide as the steps between the measured
+# points of a tuning are at most.
+REACH = 16.0
+MAX_KEPT = 4096
+# Static features that are sizes: where one was not measured, the nearest stands in for it.
+_NUMERIC = ("head_dim", "gqa_group")
+
+Preference = tuple[str, Mapping[str, Any]]  # kernel id, configuration
+
+
+@dataclass(frozen=True, slots=True)
+class Prior:
+    """Kernels in the order in which the nearest bucket prefers them, and a name for that bucket; both may be empty.
+
+    `is_measured` tells that the bucket is the call's own; else it is a guess.
+    """
+
+    preferences: tuple[Preference, ...] = ()
+    bucket: str = ""
+    is_measured: bool = False
+
+
+class NearestBuckets:
+    """The nearest bucket of a table for calls that it misses.
+
+    Distances are those of the octaves in which sizes lie, so that the answer is the same for all calls of one class.
+    """
+
+    __slots__ = ("_found", "_table")
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        self._found: dict[Hashable, Prior] = {}
+
+    @staticmethod
+    def class_of(operation: Operation, context: SelectionContext) -> Hashable:
+        """What of a context decides its nearest bucket."""
+        return operation.static_key(context), tuple(size.bit_length() for size in operation.sizes(context))
+
+    def prior(self, operation: Operation, context: SelectionContext) -> Prior:
+        """The preferences of the nearest bucket.
+
+        Raises:
+            TableError: the evidence beside the table is damaged.
+        """
+        key = (operation.name, self.class_of(operation, context))
+        found = self._found.get(key)
+        if found is None:
+            found = self._search(operation, context)
+            if len(self._found) < MAX_KEPT:
+                self._found[key] = found
+        return found
+
+    def of_leaf(self, operation: Operation, static_key: StaticKey, leaf: int) -> Prior:
+        """The preferences of one bucket: its chain, then the runner-up that its evidence names."""
+        entry = self._table.entries[operation.name][static_key]
+        return replace(self._of(operation, static_key, entry, leaf), is_measured=True)
+
+    def _of(self, operation: Operation, static_key: StaticKey, entry: TableEntry, leaf: int) -> Prior:
+        preferences: list[Preference] = [(step.kernel_id, step.configuration) for step in entry.leaves[leaf]]
+        evidence = evidence_of(self._table, operation.name, static_key, leaf).get("evidence") or {}
+        runner_up = evidence.get("runner_up")
+        if runner_up is not None and all(kernel_id != runner_up for kernel_id, _ in preferences):
+            preferences.append((runner_up, {}))
+        return Prior(tuple(preferences), f"{operation.name} {static_key} leaf {leaf}")
+
+    def _search(self, operation: Operation, context: SelectionContext) -> Prior:
+        static_key = self._nearest_key(operation, context)
+        if static_key is None:
+            return Prior()
+        entry = self._table.entries[operation.name][static_key]
+        # The lower end of each octave stands for all sizes in it.
+        sizes = [1 << (size.bit_length() - 1) for size in operation.sizes(context)]
+        axes = [axis.name for axis in operation.axes]
+        best: tuple[float, int] | None = None
+        for leaf in range(len(entry.leaves)):
+            bucket = evidence_of(self._table, operation.name, static_key, leaf).get("bucket")
+            if not bucket or not entry.leaves[leaf]:
+                continue
+            gaps = [
+                max(0.0, math.log2(bucket[name][0] / size), math.log2(size / bucket[name][1]))
+                for name, size in zip(axes, sizes, strict=True)
+                if name in bucket
+            ]
+            if max(gaps) <= math.log2(REACH) and (best is None or (sum(gaps), leaf) < best):
+                best = (sum(gaps), leaf)
+        return Prior() if best is None else self._of(operation, static_key, entry, best[1])
+
+    def _nearest_key(self, operation: Operation, context: SelectionContext) -> StaticKey | None:
+        """The measured static key that differs in numeric features alone, by the least sum of log ratios."""
+        wanted = operation.static_key(context)
+        keys = self._table.entries.get(operation.name, {})
+        if wanted in keys:
+            return wanted
+        numeric = [2 + place for place, name in enumerate(operation.static) if name in _NUMERIC]
+        best: tuple[float, str, StaticKey] | None = None
+        for key in keys:
+            if any(a != b for place, (a, b) in enumerate(zip(key, wanted, strict=True)) if place not in numeric):
+                continue
+            gap = sum(abs(math.log2(key[place] / wanted[place])) for place in numeric)
+            if gap <= math.log2(REACH) and (best is None or (gap, repr(key)) < best[:2]):
+                best = (gap, repr(key), key)
+        return None if best is None else best[2]

@@ -1,0 +1,66 @@
+"""The tables of a process: found and loaded once for each device, and what is known of their staleness."""
+
+from __future__ import annotations
+
+import threading
+
+from layerzero_runtime.counters import CounterGroup, log_warning
+from layerzero_runtime.device import DeviceSpec
+from layerzero_runtime.kernel import Kernel
+from layerzero_runtime.prior import NearestBuckets
+from layerzero_runtime.staleness import stale_reason
+from layerzero_runtime.table import Table
+from layerzero_runtime.table_files import find_alike, find_table
+
+
+class TableSet:
+    """Tables by device. What threads find out together is counted and logged once."""
+
+    def __init__(self, counters: CounterGroup) -> None:
+        self._counters = counters
+        self._lock = threading.Lock()
+        self._tables: dict[DeviceSpec, Table | None] = {}
+        self._alike: dict[DeviceSpec, tuple[Table, ...]] = {}
+        self._nearest: dict[str, NearestBuckets] = {}
+        # The kernel that was judged beside the reason: another may be registered under its id later.
+        self._stale: dict[tuple[str, str], tuple[Kernel | None, str | None]] = {}
+
+    def of(self, device: DeviceSpec) -> Table | None:
+        """The table of the device, None without one; tables that cannot be used are counted and logged."""
+        if device not in self._tables:
+            with self._lock:
+                if device not in self._tables:
+                    table, skipped = find_table(device)
+                    for error in skipped:
+                        self._counters.raise_by_one("tables_skipped")
+                        log_warning(f"a table was skipped: {error}")
+                    self._tables[device] = table
+        return self._tables[device]
+
+    def alike(self, device: DeviceSpec) -> tuple[Table, ...]:
+        """The device's own table, then those of approximately matching devices, nearest first."""
+        if device not in self._alike:
+            own = self.of(device)
+            with self._lock:
+                if device not in self._alike:
+                    self._alike[device] = (*(() if own is None else (own,)), *find_alike(device))
+        return self._alike[device]
+
+    def nearest(self, table: Table) -> NearestBuckets:
+        found = self._nearest.get(table.name)
+        return self._nearest.setdefault(table.name, NearestBuckets(table)) if found is None else found
+
+    def is_stale(self, table: Table, kernel_id: str, kernel: Kernel | None) -> bool:
+        """Whether a table's entries of this kernel no longer hold; `kernel` is what is registered under its id."""
+        key = (table.name, kernel_id)
+        judged = self._stale.get(key)
+        if judged is None or judged[0] is not kernel:
+            with self._lock:
+                judged = self._stale.get(key)
+                if judged is None or judged[0] is not kernel:
+                    reason = f"{kernel_id} is not registered" if kernel is None else stale_reason(table, kernel)
+                    if reason is not None:
+                        self._counters.raise_by_one("stale_kernels")
+                        log_warning(f"entries of {table.name} are not used: {reason}; tune again to renew them")
+                    judged = self._stale[key] = (kernel, reason)
+        return judged[1] is not None

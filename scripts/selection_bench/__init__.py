@@ -1,0 +1,1 @@
+"""What `scripts/bench_selection.py` measures, by subject."""
