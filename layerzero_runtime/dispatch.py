@@ -17,6 +17,7 @@ from layerzero_runtime.operations import OPERATIONS
 from layerzero_runtime.plan import ExecutionPlan
 from layerzero_runtime.policy import EMPTY, Policy
 from layerzero_runtime.prepared import PreparedKernels
+from layerzero_runtime.published import PUBLISHED
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.snapshot import MAX_ROUTES, Snapshot
 from layerzero_runtime.statistics import Statistics
@@ -45,12 +46,11 @@ _calls = CallCounters(MAX_ROUTES)
 _prepared = PreparedKernels()
 _sources: _Sources | None = None
 _requested = _built = 0
-_snapshot: Snapshot | None = None
 
 
 def current_snapshot() -> Snapshot:
     """The snapshot in force, built at the first selection."""
-    snapshot = _snapshot
+    snapshot = PUBLISHED.snapshot
     return _publish(lambda sources: sources, only_if_none=True) if snapshot is None else snapshot
 
 
@@ -65,18 +65,18 @@ def _publish(change: Callable[[_Sources], _Sources], *, only_if_none: bool = Fal
     Changes that come in while a snapshot is being built share the next one. Whatever `change` raises leaves everything
     as it was.
     """
-    global _sources, _requested, _built, _snapshot
+    global _sources, _requested, _built
     with _sources_lock:
         before = _sources or _Sources(Registry(builtin_kernels()), tables=TableSet(_counters))
         _sources = change(before)
         _requested += 1
         mine = _requested
     with _build_lock:
-        if _snapshot is not None and (_built >= mine or only_if_none):
-            return _snapshot
+        if PUBLISHED.snapshot is not None and (_built >= mine or only_if_none):
+            return PUBLISHED.snapshot
         with _sources_lock:
             sources, newest = _sources, _requested
-        _snapshot = Snapshot(
+        PUBLISHED.snapshot = Snapshot(
             sources.registry,
             _counters,
             policy=sources.policy,
@@ -88,7 +88,7 @@ def _publish(change: Callable[[_Sources], _Sources], *, only_if_none: bool = Fal
             recorder=sources.recorder,
         )
         _built = newest
-        return _snapshot
+        return PUBLISHED.snapshot
 
 
 def _republish() -> None:
@@ -231,7 +231,7 @@ def stats() -> Statistics:
     the state of the live cache, which is that of the snapshot in force, and the broken kernels.
     `stats().prometheus()` gives them in Prometheus' text format.
     """
-    snapshot = _snapshot
+    snapshot = PUBLISHED.snapshot
     calls, misses = _calls.total()
     values: dict[str, int] = {"calls": calls, "hits": calls - misses, "misses": misses}
     values |= {"intercepted": 0, "empty": 0, "fallbacks": 0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
@@ -35,7 +36,8 @@ class LiveCache(Generic[_Answer]):
         if max_entries < 1:
             raise ValueError(f"max_entries is {max_entries}, required at least 1; a cache cannot be turned off")
         self._max_entries = max_entries
-        self._answers: dict[Hashable, _Answer] = {}
+        # Not a plain dictionary: there the oldest of n lies behind the gaps that up to n others have left.
+        self._answers: OrderedDict[Hashable, _Answer] = OrderedDict()
         self._computing: dict[Hashable, _Computation] = {}
         self._lock = threading.Lock()
         self.hits, self.computed = Counter(), Counter()
@@ -68,7 +70,7 @@ class LiveCache(Generic[_Answer]):
             self.computed.raise_by_one()
             with self._lock:
                 while len(self._answers) >= self._max_entries:
-                    del self._answers[next(iter(self._answers))]
+                    self._answers.popitem(last=False)
                 self._answers[key] = answer
         except BaseException as error:
             mine.error = error

@@ -28,7 +28,17 @@ class Route:
     What a function raises is for `recover` to judge.
     """
 
-    __slots__ = ("_features", "_snapshot", "_table", "calls", "decide", "functions", "misses", "operation")
+    __slots__ = (
+        "_features",
+        "_snapshot",
+        "_table",
+        "calls",
+        "count_call",
+        "decide",
+        "functions",
+        "misses",
+        "operation",
+    )
 
     def __init__(
         self,
@@ -45,6 +55,7 @@ class Route:
         self._table = table
         self.operation = operation
         self.calls, self.misses = counters
+        self.count_call = self.calls.raise_by_one
         leaves = () if entry is None or is_governed else entry.leaves
         self.decide: Callable[..., int] = entry.decide if entry is not None and leaves else _always_miss
         self.functions: list[KernelFunction] = [self._first_use(index, chain) for index, chain in enumerate(leaves)]

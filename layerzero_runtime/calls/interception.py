@@ -1,34 +1,39 @@
-"""Calls that something else wants to see: they take the default, as torch's own function would have been called."""
+"""Calls that something else wants to see: they take the default, as torch's own function would have been called.
+
+The public functions write `is_plain` out, because a call and a loop would cost more than the checks; each of the names
+here is one C function or attribute.
+"""
 
 from __future__ import annotations
 
 import torch
-import torch.autograd.forward_ad as _forward
+import torch.autograd.forward_ad as forward_mode
 
 _C = torch._C
-_autocast = _C._is_any_autocast_enabled
-_function_modes = _C._len_torch_function_stack
-_dispatch_modes = _C._len_torch_dispatch_stack
-_transforms = _C._functorch.peek_interpreter_stack
-_plain_types = frozenset({torch.Tensor, torch.nn.Parameter})
+autocast = _C._is_any_autocast_enabled
+function_modes = _C._len_torch_function_stack
+dispatch_modes = _C._len_torch_dispatch_stack
+transforms = _C._functorch.peek_interpreter_stack
+deterministic = _C._get_deterministic_algorithms
+grad_enabled = _C.is_grad_enabled if hasattr(_C, "is_grad_enabled") else torch.is_grad_enabled
+PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def is_intercepted(*tensors: torch.Tensor) -> bool:
     """Whether autocast, a mode, a transform, forward-mode differentiation or a tensor subclass is at work."""
     return (
-        not _plain_types.issuperset(map(type, tensors))
-        or _function_modes() > 0
-        or _dispatch_modes() > 0
-        or _transforms() is not None
-        or _autocast()
-        or _forward._current_level >= 0
+        not PLAIN_TYPES.issuperset(map(type, tensors))
+        or function_modes() > 0
+        or dispatch_modes() > 0
+        or transforms() is not None
+        or autocast()
+        or forward_mode._current_level >= 0
     )
 
 
-def is_plain(*tensors: torch.Tensor) -> bool:
-    """Whether a fast path may take a call on these tensors: not intercepted, no gradient, no determinism asked for."""
-    return not (
-        is_intercepted(*tensors)
-        or torch.are_deterministic_algorithms_enabled()
-        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-    )
+def cuda_device(*tensors: torch.Tensor) -> torch.device | None:
+    """The CUDA device that all tensors are on, None where there is no such one."""
+    device = tensors[0].device
+    if device.type != "cuda" or any(tensor.device != device for tensor in tensors):
+        return None
+    return device

@@ -53,7 +53,7 @@ def serve(
     route = snapshot.route(operation, context, features)
     if fast_key is not None and len(snapshot.fast_routes) < MAX_ROUTES:
         snapshot.fast_routes[fast_key] = route
-    route.calls.raise_by_one()
+    route.count_call()
     try:
         return route.functions[route.decide(*operation.sizes(context))](*arguments)
     except Exception as error:  # noqa: BLE001 - recover judges it

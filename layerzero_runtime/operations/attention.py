@@ -88,6 +88,7 @@ def _describer(operation: str) -> Callable[..., SelectionContext]:
         *,
         layout: str = "bhsd",
         causal_alignment: str = "top_left",
+        quant_format: str | None = None,
         mode: str = "eager",
     ) -> SelectionContext:
         tensors = {"query": query, "key": key, "value": value}
@@ -101,6 +102,7 @@ def _describer(operation: str) -> Callable[..., SelectionContext]:
             **_shapes(query, key, value, layout),
             causal_alignment=causal_alignment,
             layout=layout,
+            quant_format=quant_format,
             attn_mask=mask,
             dropout_p=dropout_p,
             scale=scale,

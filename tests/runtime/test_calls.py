@@ -183,3 +183,25 @@ def test_dropout_is_torchs(served: Snapshot) -> None:
     expected = call.default()[0]
     assert torch.equal(found, expected)
     assert not torch.equal(found, call.run()[0])
+
+
+def test_a_quantised_kernel_serves_only_where_it_is_asked_for() -> None:
+    query = torch.randn(1, 2, 8, 16)
+    spec = lz.KernelSpec(
+        kernel_id="test.int8",
+        operations=("attention.full",),
+        platforms=("cpu",),
+        dtypes=("float32",),
+        quant_formats=("int8",),
+        library="test",
+        requires=(),
+        priority=1000,
+    )
+    with pytest.raises(NoKernelAvailableError, match="QUANT_FORMAT_NOT_ONE_OF"):
+        lz.attention(query, query, query, quant_format="int8")
+    lz.register_kernel(spec, lambda query, *rest: torch.zeros_like(query))
+    try:
+        assert not lz.attention(query, query, query, quant_format="int8").any()
+        assert lz.attention(query, query, query).any()
+    finally:
+        lz.unregister_kernel("test.int8")

@@ -16,7 +16,6 @@ import torch
 from hypothesis import given, settings
 
 import layerzero_runtime as lz
-from layerzero_runtime import dispatch
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.counters import CounterGroup
 from layerzero_runtime.device import detect_device
@@ -25,6 +24,7 @@ from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.limits import rejections
 from layerzero_runtime.operation import Operation, Sizes
 from layerzero_runtime.operations import operation_named
+from layerzero_runtime.published import PUBLISHED
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.snapshot import Snapshot
 from layerzero_tune.compile.form import Entry, Leaf, TableForm
@@ -63,7 +63,7 @@ def watched_snapshot(shared_snapshot: Snapshot, used: list[str]) -> Iterator[Sna
     registry = Registry(replace(kernel, load=Watched(kernel, used)) for kernel in builtin_kernels())
     with pytest.MonkeyPatch.context() as patch:
         snapshot = Snapshot(registry, CounterGroup())
-        patch.setattr(dispatch, "_snapshot", snapshot)
+        patch.setattr(PUBLISHED, "snapshot", snapshot)
         yield snapshot
 
 
@@ -130,7 +130,7 @@ def leaves_taken(snapshot: Snapshot, call: PublicCall) -> tuple[object, object]:
     for key, kept in snapshot.fast_routes.items():
         if kept is route:
             functions = [lambda *arguments, leaf=leaf: ("fast", leaf) for leaf in (*range(count - 1), -1)]
-            fast: Any = SimpleNamespace(calls=route.calls, decide=route.decide, functions=functions)
+            fast: Any = SimpleNamespace(count_call=route.count_call, decide=route.decide, functions=functions)
             snapshot.fast_routes[key] = fast
     return slow, call.run()
 

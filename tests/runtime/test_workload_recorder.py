@@ -229,14 +229,20 @@ def test_shapes_beyond_the_bound_are_dropped_and_counted(
 
 
 def test_a_call_never_waits(recorder_at: Callable[..., tuple[WorkloadRecorder, CounterGroup]], tmp_path: Path) -> None:
-    """While another thread's call is being counted, this one is dropped; it would hang here if it waited."""
+    """While another thread's call is being counted, this one is dropped."""
     recorder, counters = recorder_at()
-    with recorder._lock:
-        recorder.record(context())
+
+    def recorded_under(lock: threading.Lock) -> bool:
+        calling = threading.Thread(target=recorder.record, args=(context(),), daemon=True)
+        with lock:
+            calling.start()
+            calling.join(10.0)
+            return not calling.is_alive()
+
+    assert recorded_under(recorder._lock)
     assert dict(counters) == {"workload_dropped": 1}
     # Nor does it wait for the disk.
-    with recorder._writing:
-        recorder.record(context())
+    assert recorded_under(recorder._writing)
     recorder.close()
     assert recorded(tmp_path / "w.jsonl") == {(4, 64): 1}
 

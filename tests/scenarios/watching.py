@@ -7,10 +7,11 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -18,12 +19,13 @@ from layerzero_runtime import live_selector
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import detect_device
 from layerzero_runtime.kernel import Kernel
-from layerzero_runtime.limits import Limit, Rejection
+from layerzero_runtime.limits import Limit, Rejection, rejections
 from layerzero_runtime.snapshot import Snapshot
 from tests.runtime.conftest import tables_in_force
 from tests.runtime.synthetic_table import write_table
 
 PACKAGE = "layerzero_runtime"
+_Result = TypeVar("_Result")
 Entered = tuple[str, str]  # (module, function); of a function written in C the module is ""
 
 
@@ -79,14 +81,27 @@ def judgements(patch: pytest.MonkeyPatch, kernels: Sequence[Kernel]) -> Counter[
     """Counts, from now on, how often each kernel's limits are checked against a call."""
     counted: Counter[str] = Counter()
     names = {id(kernel.spec.limits): kernel.kernel_id for kernel in kernels}
-    check = live_selector.rejections
 
     def counting(limits: Sequence[Limit], context: SelectionContext) -> tuple[Rejection, ...]:
         counted[names.get(id(limits), "another")] += 1
-        return check(limits, context)
+        return rejections(limits, context)
 
     patch.setattr(live_selector, "rejections", counting)
     return counted
+
+
+def promptly(work: Callable[[], _Result], seconds: float = 30.0) -> _Result:
+    """What the work gives, in a thread of its own; fails where that waits for something which does not come."""
+    future: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result(seconds)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from layerzero_runtime import dispatch
+from layerzero_runtime.published import PUBLISHED
 from layerzero_runtime.table_files import TABLES_VARIABLE
 from layerzero_tune.command_line.main import main
 
@@ -69,7 +69,7 @@ class CommandsHere:
         self._monkeypatch = monkeypatch
         self._capsys = capsys
         monkeypatch.setenv(TABLES_VARIABLE, "")
-        monkeypatch.setattr(dispatch, "_snapshot", None)
+        monkeypatch.setattr(PUBLISHED, "snapshot", None)
 
     def __call__(self, *arguments: object) -> Ended:
         self._monkeypatch.setattr("sys.argv", ["layerzero-tune", *map(str, arguments)])
