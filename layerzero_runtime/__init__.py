@@ -36,15 +36,18 @@ if TYPE_CHECKING:
         NoKernelAvailableError,
         PolicyLoadError,
         QueueFullError,
+        RanksDifferError,
         ResultsError,
         TableError,
     )
+    from layerzero_runtime.execution import execution_mode, preparation
     from layerzero_runtime.explanation import explain
     from layerzero_runtime.kernel import KernelSpec
     from layerzero_runtime.plan import ExecutionPlan
     from layerzero_runtime.policy import Policy
     from layerzero_runtime.selection_queue import select_async
     from layerzero_runtime.snapshot import Snapshot
+    from layerzero_runtime.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -71,14 +74,18 @@ _MODULES = {
     "NoKernelAvailableError": "errors",
     "PolicyLoadError": "errors",
     "QueueFullError": "errors",
+    "RanksDifferError": "errors",
     "ResultsError": "errors",
     "TableError": "errors",
+    "execution_mode": "execution",
+    "preparation": "execution",
     "explain": "explanation",
     "KernelSpec": "kernel",
     "ExecutionPlan": "plan",
     "Policy": "policy",
     "select_async": "selection_queue",
     "Snapshot": "snapshot",
+    "warmup": "warmup",
 }
 
 __all__ = [
@@ -91,15 +98,18 @@ __all__ = [
     "Policy",
     "PolicyLoadError",
     "QueueFullError",
+    "RanksDifferError",
     "ResultsError",
     "SelectionContext",
     "Snapshot",
     "TableError",
     "add_rms_norm",
     "attention",
+    "execution_mode",
     "explain",
     "geglu",
     "layer_norm",
+    "preparation",
     "record_workload",
     "register_kernel",
     "register_kernels",
@@ -112,6 +122,7 @@ __all__ = [
     "swiglu",
     "unregister_kernel",
     "verify_results",
+    "warmup",
 ]
 
 

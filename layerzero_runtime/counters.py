@@ -29,13 +29,17 @@ class CounterGroup:
     def __init__(self) -> None:
         self._counters: dict[str, Counter] = {}
 
-    def raise_by_one(self, name: str) -> int:
-        """Raise the counter of that name; returns its value before."""
+    def counter(self, name: str) -> Counter:
+        """The counter of that name."""
         counter = self._counters.get(name)
         if counter is None:
             # setdefault is atomic: of two threads that both make one, one wins and both use it.
             counter = self._counters.setdefault(name, Counter())
-        return counter.raise_by_one()
+        return counter
+
+    def raise_by_one(self, name: str) -> int:
+        """Raise the counter of that name; returns its value before."""
+        return self.counter(name).raise_by_one()
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
         return ((name, counter.value) for name, counter in sorted(self._counters.items()))

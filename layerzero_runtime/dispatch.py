@@ -91,12 +91,13 @@ def _publish(change: Callable[[_Sources], _Sources], *, only_if_none: bool = Fal
         return PUBLISHED.snapshot
 
 
-def _republish() -> None:
+def republish() -> None:
+    """Publish a snapshot of the same sources: what health and prepared kernels allow has changed."""
     _publish(lambda sources: sources)
 
 
 # A breaker that opens or closes makes a new snapshot.
-_health = Health(_republish)
+_health = Health(republish)
 
 
 def health() -> Health:
@@ -111,7 +112,7 @@ def select(context: SelectionContext) -> ExecutionPlan:
         ContextError: the operation is unknown or a size is missing.
         NoKernelAvailableError: no registered kernel accepts the context.
     """
-    return current_snapshot().select(_on_a_device(context))
+    return current_snapshot().select(on_a_device(context))
 
 
 def select_batch(contexts: Iterable[SelectionContext]) -> list[ExecutionPlan]:
@@ -126,12 +127,13 @@ def select_batch(contexts: Iterable[SelectionContext]) -> list[ExecutionPlan]:
     for context in contexts:
         key = (context, context.device)
         if key not in plans:
-            plans[key] = snapshot.select(_on_a_device(context))
+            plans[key] = snapshot.select(on_a_device(context))
         found.append(plans[key])
     return found
 
 
-def _on_a_device(context: SelectionContext) -> SelectionContext:
+def on_a_device(context: SelectionContext) -> SelectionContext:
+    """The context with a device: its own, else the detected one."""
     return context if context.device is not None else context.with_device(detect_device())
 
 

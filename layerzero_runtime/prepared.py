@@ -78,10 +78,7 @@ class PreparedKernels:
         Raises:
             KernelExecutionError: its library is missing, or loading it failed.
         """
-        # A configuration may hold lists, and 1 and True are one key; their texts are neither unhashable nor equal.
-        configured = repr(sorted(configuration.items()))
-        # The kernel itself counts, not its name: another may be registered under the same one later.
-        key = (id(kernel), configured, context.device, operation.name, operation.static_key(context), densify)
+        key = _key(kernel, configuration, operation, context, densify)
         found = self._prepared.get(key)
         if found is not None:
             return found
@@ -104,11 +101,33 @@ class PreparedKernels:
                     self._loading.pop(key, None)
         return found
 
+    def is_proven(
+        self,
+        kernel: Kernel,
+        configuration: Mapping[str, Any],
+        operation: Operation,
+        context: SelectionContext,
+        *,
+        densify: bool = False,
+    ) -> bool:
+        """Whether the kernel is loaded for the context's static features and has served a call."""
+        found = self._prepared.get(_key(kernel, configuration, operation, context, densify))
+        return found is not None and found.proven
+
     def forget(self, kernel: Kernel) -> None:
         """Let go of a kernel that was unregistered."""
         with self._lock:
             for key in [key for key, held in self._prepared.items() if held.kernel is kernel]:
                 del self._prepared[key]
+
+
+def _key(
+    kernel: Kernel, configuration: Mapping[str, Any], operation: Operation, context: SelectionContext, densify: bool
+) -> tuple[Any, ...]:
+    # A configuration may hold lists, and 1 and True are one key; their texts are neither unhashable nor equal.
+    configured = repr(sorted(configuration.items()))
+    # The kernel itself counts, not its name: another may be registered under the same one later.
+    return (id(kernel), configured, context.device, operation.name, operation.static_key(context), densify)
 
 
 def _load(kernel: Kernel, configuration: Mapping[str, Any], context: SelectionContext, densify: bool) -> KernelFunction:

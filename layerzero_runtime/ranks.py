@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-_group: object | None = None
+from typing import Any
+
+_group: Any = None
 
 
 def attached() -> bool:
@@ -10,10 +12,10 @@ def attached() -> bool:
     return _group is not None
 
 
-def set_group(group: object | None) -> None:
+def set_group(group: Any) -> None:
     global _group
     _group = group
 
 
-def group() -> object | None:
+def group() -> Any:
     return _group

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from layerzero_runtime.errors import (
     LayerZeroError,
     NoKernelAvailableError,
 )
+from layerzero_runtime.execution import is_capturing
 from layerzero_runtime.live_selector import Choice
 
 if TYPE_CHECKING:
@@ -94,13 +94,15 @@ def recover(
             f"{failed.kernel.kernel_id} or a kernel before it left the device unusable ({_brief(error)}) "
             f"at {context.to_dict()}, device {context.device}; no retry is possible in this process: restart it"
         ) from error
+    is_default = failed.kernel.kernel_id == operation.default_kernel
+    if is_default and not _is_of_the_machine(error):
+        raise error
     if ranks.attached():
         raise KernelExecutionError(
             f"{failed.kernel.kernel_id} failed ({_brief(error)}) at {context.to_dict()}; ranks are attached, so it is "
             "not replaced on this one alone: deny the kernel in the policy of every rank, or fix it"
         ) from error
-    is_default = failed.kernel.kernel_id == operation.default_kernel
-    if _is_capturing() or (is_default and not _is_of_the_machine(error)):
+    if is_capturing():
         raise error
     try:
         second = snapshot.choose(operation, context, without=without, to_run=True).choice
@@ -137,13 +139,3 @@ def _is_of_the_machine(error: Exception) -> bool:
 def _brief(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _is_capturing() -> bool:
-    torch = sys.modules.get("torch")
-    return bool(
-        torch is not None
-        and torch.cuda.is_available()
-        and torch.cuda.is_initialized()
-        and torch.cuda.is_current_stream_capturing()
-    )

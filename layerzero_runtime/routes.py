@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.counters import Counter, log_warning
+from layerzero_runtime.execution import STATE
 from layerzero_runtime.kernel import KernelFunction
 from layerzero_runtime.live_selector import Choice
 from layerzero_runtime.operation import Operation
@@ -73,6 +74,9 @@ class Route:
     def _first_use(self, leaf: int, chain: tuple[TableStep, ...]) -> KernelFunction:
         def first_use(*arguments: Any) -> Any:
             context = self.describe(arguments)
+            stand_in = self._stand_in(leaf, chain, context)
+            if stand_in is not None:
+                return stand_in(*arguments)
             steps = self._steps(chain, context)
             if any(prepared.kernel.kernel_id in self._snapshot.half_open for _, prepared in steps):
                 return self._described(*arguments)
@@ -87,6 +91,34 @@ class Route:
             return result
 
         return first_use
+
+    def _stand_in(self, leaf: int, chain: tuple[TableStep, ...], context: SelectionContext) -> KernelFunction | None:
+        """What serves while a plan of the leaf is not ready, None where all are; it stays until the next snapshot."""
+        for step in chain:
+            assert self._table is not None
+            kernel = self._snapshot.usable_kernel(self._table, step)
+            if kernel is None or self._snapshot.live.missing(kernel) is not None:
+                continue
+            choice = Choice(kernel, step.configuration)
+            if self._snapshot.is_ready(choice, self.operation, context):
+                continue
+            default = self._snapshot.stand_in(choice, self.operation, context)
+            if default.kernel.kernel_id != self.operation.default_kernel or STATE.special:
+                return lambda *arguments: self._snapshot.serve(default, self.operation, context, arguments)
+            function = self._snapshot.instrumented(self._snapshot.prepare(default, self.operation, context), self)
+            # The call that is under way has been counted.
+            self.functions[leaf] = self._counted_as_unprepared(function)
+            return function
+        return None
+
+    def _counted_as_unprepared(self, function: KernelFunction) -> KernelFunction:
+        count = self._snapshot.counters.counter("unprepared").raise_by_one
+
+        def unprepared(*arguments: Any) -> Any:
+            count()
+            return function(*arguments)
+
+        return unprepared
 
     def _steps(
         self, chain: tuple[TableStep, ...], context: SelectionContext

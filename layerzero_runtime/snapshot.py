@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from layerzero_runtime.context import SelectionContext
-from layerzero_runtime.counters import CallCounters, CounterGroup
+from layerzero_runtime.counters import CallCounters, CounterGroup, log_warning
 from layerzero_runtime.errors import KernelExecutionError, NoKernelAvailableError
+from layerzero_runtime.execution import STATE, is_capturing
 from layerzero_runtime.health import Health
 from layerzero_runtime.kernel import KernelFunction
 from layerzero_runtime.live_selector import Choice
@@ -72,6 +73,32 @@ class Snapshot(Selector):
         """
         return self._prepared.prepare(choice.kernel, choice.configuration, operation, context, densify=choice.densify)
 
+    def is_ready(self, choice: Choice, operation: Operation, context: SelectionContext) -> bool:
+        """Whether a choice may serve a call here and now: one that has to be prepared first may not under capture of a
+        graph, nor where it compiles and only `warmup` prepares."""
+        if not choice.kernel.spec.compiles and not STATE.special:
+            return True
+        if self._prepared.is_proven(choice.kernel, choice.configuration, operation, context, densify=choice.densify):
+            return True
+        if choice.kernel.spec.compiles and STATE.preparation == "warmup":
+            return False
+        return not (STATE.special and is_capturing())
+
+    def stand_in(self, choice: Choice, operation: Operation, context: SelectionContext) -> Choice:
+        """What serves in place of a choice that is not ready, counted: the default, where that may serve."""
+        if self.counters.raise_by_one("unprepared") == 0:
+            log_warning(
+                f"{choice.kernel.kernel_id} has to be prepared before it serves; the default serves until "
+                "layerzero_runtime.warmup(contexts) has done so, or call preparation('on_first_use') in a script"
+            )
+        default = self.registry.get(operation.default_kernel)
+        if default is not None and not self.live.refusals(default, context):
+            return Choice(default, {})
+        try:
+            return self.choose(operation, context, without=(choice.kernel.kernel_id,), to_run=True).choice
+        except NoKernelAvailableError:
+            return choice
+
     def serve(
         self,
         choice: Choice,
@@ -86,6 +113,8 @@ class Snapshot(Selector):
         Raises:
             FailedInstead: such a next best raised.
         """
+        if not self.is_ready(choice, operation, context):
+            choice = self.stand_in(choice, operation, context)
         kernel_id = choice.kernel.kernel_id
         if kernel_id not in self.half_open:
             return self.run(self.prepare(choice, operation, context), operation, context, arguments)

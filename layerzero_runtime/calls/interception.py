@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.autograd.forward_ad as forward_mode
 
+from layerzero_runtime.execution import watch_captures
+
 _C = torch._C
 autocast = _C._is_any_autocast_enabled
 function_modes = _C._len_torch_function_stack
@@ -16,6 +18,7 @@ dispatch_modes = _C._len_torch_dispatch_stack
 transforms = _C._functorch.peek_interpreter_stack
 deterministic = _C._get_deterministic_algorithms
 grad_enabled = _C.is_grad_enabled if hasattr(_C, "is_grad_enabled") else torch.is_grad_enabled
+watch_captures()
 PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from layerzero_runtime.calls.empty import empty_outputs
 from layerzero_runtime.calls.interception import is_intercepted
+from layerzero_runtime.execution import STATE, current_mode
 from layerzero_runtime.operation import Operation
 from layerzero_runtime.snapshot import MAX_ROUTES, Snapshot
 from layerzero_runtime.tensors import gradients_needed
@@ -49,6 +50,9 @@ def serve(
                 return outputs if len(outputs) > 1 else outputs[0]
         default = snapshot.default(operation, {**features, **(default_features or {})})
         return default.function(*arguments)
+    if STATE.special:
+        # Only here: the fast paths, which leave such calls to this function, know eager calls alone.
+        features, fast_key = {**features, "mode": current_mode()}, None
     context = operation.describe(*arguments, **features)
     route = snapshot.route(operation, context, features)
     if fast_key is not None and len(snapshot.fast_routes) < MAX_ROUTES:

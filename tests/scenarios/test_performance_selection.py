@@ -161,13 +161,10 @@ def test_candidates_are_found_without_looking_at_other_kernels(monkeypatch: pyte
 def test_a_hit_describes_nothing_and_asks_no_selector(table: Snapshot) -> None:
     torch.testing.assert_close(hit(), silu(GATE) * UP)
     functions = of_the_package(entered(hit))
-    # The public function, the snapshot's reference, whether torch intercepts, and the kernel.
-    assert {module.removeprefix("layerzero_runtime.") for module, _ in functions} == {
-        "calls.mlp",
-        "calls.interception",
-        "dispatch",
-        "kernels.torch_activation",
-    }
+    modules = {module.removeprefix("layerzero_runtime.") for module, _ in functions}
+    # The public function and the kernel; between them at most the snapshot's reference, and whether torch intercepts.
+    assert {"calls.mlp", "kernels.torch_activation"} <= modules
+    assert modules <= {"calls.mlp", "kernels.torch_activation", "calls.interception", "dispatch"}
     assert len(functions) <= 10
     [route] = table.fast_routes.values()
     # With the sizes in hand a selection is the table's decision and one subscript.
