@@ -76,7 +76,7 @@ def _publish(change: Callable[[_Sources], _Sources], *, only_if_none: bool = Fal
             return PUBLISHED.snapshot
         with _sources_lock:
             sources, newest = _sources, _requested
-        PUBLISHED.snapshot = Snapshot(
+        snapshot = Snapshot(
             sources.registry,
             _counters,
             policy=sources.policy,
@@ -87,8 +87,9 @@ def _publish(change: Callable[[_Sources], _Sources], *, only_if_none: bool = Fal
             verification=sources.verification,
             recorder=sources.recorder,
         )
+        PUBLISHED.publish(snapshot)
         _built = newest
-        return PUBLISHED.snapshot
+        return snapshot
 
 
 def republish() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,6 +10,7 @@ from typing import Any
 
 from layerzero_runtime.context import MODES
 from layerzero_runtime.errors import ContextError
+from layerzero_runtime.published import PUBLISHED
 
 PREPARATIONS = ("warmup", "on_first_use")
 
@@ -18,30 +18,18 @@ _mode: ContextVar[str] = ContextVar("layerzero_execution_mode", default="eager")
 
 
 class ExecutionState:
-    """What the fast paths ask before anything else, by one attribute: whether any thread may be in graph mode.
+    """What holds for the whole process.
 
     Attributes:
-        special: number of `execution_mode("graph")` blocks and of CUDA graph captures under way in this process; while
-            it is 0, every call is eager.
         preparation: "warmup": a kernel that compiles serves no call before `warmup` has prepared it; "on_first_use": it
             compiles in its first call.
     """
 
-    __slots__ = ("_lock", "preparation", "special", "watches_captures")
+    __slots__ = ("preparation", "watches_captures")
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.special = 0
         self.preparation = "warmup"
         self.watches_captures = False
-
-    def enter(self) -> None:
-        with self._lock:
-            self.special += 1
-
-    def leave(self) -> None:
-        with self._lock:
-            self.special -= 1
 
 
 STATE = ExecutionState()
@@ -57,11 +45,11 @@ def execution_mode(mode: str) -> Iterator[None]:
     if mode not in MODES:
         raise ContextError(f"mode is {mode!r}, allowed: {', '.join(MODES)}")
     token = _mode.set(mode)
-    STATE.enter()
+    PUBLISHED.enter_special()
     try:
         yield
     finally:
-        STATE.leave()
+        PUBLISHED.leave_special()
         _mode.reset(token)
 
 
@@ -89,13 +77,13 @@ def is_capturing() -> bool:
 
 def current_mode() -> str:
     """The mode of a call made here and now."""
-    if not STATE.special:
+    if not PUBLISHED.special:
         return "eager"
     return "graph" if _mode.get() == "graph" or is_capturing() else "eager"
 
 
 def watch_captures() -> None:
-    """Have captures through `torch.cuda.CUDAGraph` counted in `STATE.special`, so that eager calls need not ask.
+    """Have captures through `torch.cuda.CUDAGraph` counted as special, so that eager calls need not ask.
 
     The class's two methods are wrapped once; torch's own `torch.cuda.graph` and frameworks go through them.
     """
@@ -107,17 +95,17 @@ def watch_captures() -> None:
     begin, end = graph.capture_begin, graph.capture_end
 
     def capture_begin(self: Any, *arguments: Any, **options: Any) -> Any:
-        STATE.enter()
+        PUBLISHED.enter_special()
         try:
             return begin(self, *arguments, **options)
         except BaseException:
-            STATE.leave()
+            PUBLISHED.leave_special()
             raise
 
     def capture_end(self: Any, *arguments: Any, **options: Any) -> Any:
         try:
             return end(self, *arguments, **options)
         finally:
-            STATE.leave()
+            PUBLISHED.leave_special()
 
     graph.capture_begin, graph.capture_end = capture_begin, capture_end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,12 +10,41 @@ if TYPE_CHECKING:
 
 
 class Published:
-    """Holds the snapshot in force, None before the first selection."""
+    """Holds the snapshot in force.
 
-    __slots__ = ("snapshot",)
+    Attributes:
+        snapshot: None before the first selection.
+        eager: the same while no thread is in graph mode and no graph is being captured, else None: what the fast paths
+            read, so that one look tells them whether they may serve.
+    """
+
+    __slots__ = ("_lock", "_special", "eager", "snapshot")
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._special = 0
         self.snapshot: Snapshot | None = None
+        self.eager: Snapshot | None = None
+
+    @property
+    def special(self) -> int:
+        """Number of graph-mode blocks and captures under way in this process."""
+        return self._special
+
+    def publish(self, snapshot: Snapshot | None) -> None:
+        with self._lock:
+            self.snapshot = snapshot
+            self.eager = None if self._special else snapshot
+
+    def enter_special(self) -> None:
+        with self._lock:
+            self._special += 1
+            self.eager = None
+
+    def leave_special(self) -> None:
+        with self._lock:
+            self._special -= 1
+            self.eager = None if self._special else self.snapshot
 
 
 PUBLISHED = Published()

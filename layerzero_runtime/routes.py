@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.counters import Counter, log_warning
-from layerzero_runtime.execution import STATE
 from layerzero_runtime.kernel import KernelFunction
 from layerzero_runtime.live_selector import Choice
 from layerzero_runtime.operation import Operation
 from layerzero_runtime.prepared import PreparedKernel
+from layerzero_runtime.published import PUBLISHED
 from layerzero_runtime.table import MISS, Table, TableEntry, TableStep
 from layerzero_runtime.tensors import FIELD_READERS
 
@@ -103,7 +103,7 @@ class Route:
             if self._snapshot.is_ready(choice, self.operation, context):
                 continue
             default = self._snapshot.stand_in(choice, self.operation, context)
-            if default.kernel.kernel_id != self.operation.default_kernel or STATE.special:
+            if default.kernel.kernel_id != self.operation.default_kernel or PUBLISHED.special:
                 return lambda *arguments: self._snapshot.serve(default, self.operation, context, arguments)
             function = self._snapshot.instrumented(self._snapshot.prepare(default, self.operation, context), self)
             # The call that is under way has been counted.

@@ -15,6 +15,7 @@ from layerzero_runtime.live_selector import Choice
 from layerzero_runtime.operation import Operation
 from layerzero_runtime.policy import EMPTY, Policy
 from layerzero_runtime.prepared import PreparedKernel, PreparedKernels
+from layerzero_runtime.published import PUBLISHED
 from layerzero_runtime.recovery import FailedInstead
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.routes import Route
@@ -76,13 +77,13 @@ class Snapshot(Selector):
     def is_ready(self, choice: Choice, operation: Operation, context: SelectionContext) -> bool:
         """Whether a choice may serve a call here and now: one that has to be prepared first may not under capture of a
         graph, nor where it compiles and only `warmup` prepares."""
-        if not choice.kernel.spec.compiles and not STATE.special:
+        if not choice.kernel.spec.compiles and not PUBLISHED.special:
             return True
         if self._prepared.is_proven(choice.kernel, choice.configuration, operation, context, densify=choice.densify):
             return True
         if choice.kernel.spec.compiles and STATE.preparation == "warmup":
             return False
-        return not (STATE.special and is_capturing())
+        return not (PUBLISHED.special and is_capturing())
 
     def stand_in(self, choice: Choice, operation: Operation, context: SelectionContext) -> Choice:
         """What serves in place of a choice that is not ready, counted: the default, where that may serve."""

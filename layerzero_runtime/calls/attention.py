@@ -20,7 +20,6 @@ from layerzero_runtime.calls.serving import serve
 from layerzero_runtime.context import ALIGNMENTS, DENSE_LAYOUTS
 from layerzero_runtime.dispatch import current_snapshot
 from layerzero_runtime.errors import ContextError
-from layerzero_runtime.execution import STATE
 from layerzero_runtime.operation import Operation
 from layerzero_runtime.operations.attention import CAUSAL, CROSS, FULL
 from layerzero_runtime.published import PUBLISHED
@@ -65,10 +64,11 @@ def attention(
         ContextTypeError: query, key, value or attn_mask is no tensor.
         NoKernelAvailableError: no kernel accepts the call.
     """
-    snapshot = PUBLISHED.snapshot or current_snapshot()
+    snapshot = PUBLISHED.eager
     route_key = None
     if (
-        attn_mask is None
+        snapshot is not None
+        and attn_mask is None
         and scale is None
         and dropout_p == 0.0
         and layout == "bhsd"
@@ -77,7 +77,7 @@ def attention(
         and type(key) is Tensor
         and type(value) is Tensor
         # As `is_intercepted` has it, written out: a call and a loop would cost more than the checks.
-        and not (STATE.special or function_modes() or dispatch_modes() or autocast() or deterministic())
+        and not (function_modes() or dispatch_modes() or autocast() or deterministic())
         and transforms() is None
         and forward_mode._current_level < 0
         and not (grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
@@ -160,7 +160,7 @@ def attention(
         "num_heads": 1 if query.shape[heads_at] == key.shape[heads_at] else 2,
     }
     arguments = (query, key, value, attn_mask, dropout_p, scale)
-    result: Tensor = serve(snapshot, operation, arguments, features, route_key, sizes_alike)
+    result: Tensor = serve(current_snapshot(), operation, arguments, features, route_key, sizes_alike)
     return result
 
 

@@ -18,7 +18,6 @@ from layerzero_runtime.calls.interception import (
 )
 from layerzero_runtime.calls.serving import serve
 from layerzero_runtime.dispatch import current_snapshot
-from layerzero_runtime.execution import STATE
 from layerzero_runtime.operation import Operation
 from layerzero_runtime.operations.mlp import GEGLU, SWIGLU
 from layerzero_runtime.published import PUBLISHED
@@ -54,13 +53,14 @@ def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
 
 
 def _gated(operation: Operation, gate: Tensor, up: Tensor, features: dict[str, Any]) -> Tensor:
-    snapshot = PUBLISHED.snapshot or current_snapshot()
+    snapshot = PUBLISHED.eager
     key = None
     if (
-        type(gate) is Tensor
+        snapshot is not None
+        and type(gate) is Tensor
         and type(up) is Tensor
         # As `is_intercepted` has it, written out: a call and a loop would cost more than the checks.
-        and not (STATE.special or function_modes() or dispatch_modes() or autocast() or deterministic())
+        and not (function_modes() or dispatch_modes() or autocast() or deterministic())
         and transforms() is None
         and forward_mode._current_level < 0
         and not (grad_enabled() and (gate.requires_grad or up.requires_grad))
@@ -79,5 +79,5 @@ def _gated(operation: Operation, gate: Tensor, up: Tensor, features: dict[str, A
                 except Exception as error:  # noqa: BLE001 - recover judges it
                     output = route.recover(error, (gate, up))
                 return output
-    result: Tensor = serve(snapshot, operation, (gate, up), features, key)
+    result: Tensor = serve(current_snapshot(), operation, (gate, up), features, key)
     return result

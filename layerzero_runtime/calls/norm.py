@@ -17,7 +17,6 @@ from layerzero_runtime.calls.interception import (
 )
 from layerzero_runtime.calls.serving import serve
 from layerzero_runtime.dispatch import current_snapshot
-from layerzero_runtime.execution import STATE
 from layerzero_runtime.operations.norm import ADD_RMS, LAYER, LAYER_EPS, RMS, RMS_EPS
 from layerzero_runtime.published import PUBLISHED
 
@@ -38,14 +37,15 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = RMS_EPS, offset: flo
         ContextError: shapes or devices do not fit together.
         NoKernelAvailableError: no kernel accepts the call.
     """
-    snapshot = PUBLISHED.snapshot or current_snapshot()
+    snapshot = PUBLISHED.eager
     key = None
     if (
-        type(x) is Tensor
+        snapshot is not None
+        and type(x) is Tensor
         and weight is not None
         and type(weight) in PLAIN_TYPES
         # As `is_intercepted` has it, written out: a call and a loop would cost more than the checks.
-        and not (STATE.special or function_modes() or dispatch_modes() or autocast() or deterministic())
+        and not (function_modes() or dispatch_modes() or autocast() or deterministic())
         and transforms() is None
         and forward_mode._current_level < 0
         and not (grad_enabled() and (x.requires_grad or weight.requires_grad))
@@ -90,7 +90,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = RMS_EPS, offset: flo
                     route,
                 )
                 return output
-    result: Tensor = serve(snapshot, RMS, (x, weight, eps, offset), {}, key, {"offset": offset})
+    result: Tensor = serve(current_snapshot(), RMS, (x, weight, eps, offset), {}, key, {"offset": offset})
     return result
 
 
@@ -110,14 +110,15 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float 
         ContextError: shapes, dtypes or devices do not fit together.
         NoKernelAvailableError: no kernel accepts the call.
     """
-    snapshot = PUBLISHED.snapshot or current_snapshot()
+    snapshot = PUBLISHED.eager
     key = None
     if (
-        type(x) is Tensor
+        snapshot is not None
+        and type(x) is Tensor
         and type(residual) is Tensor
         and weight is not None
         and type(weight) in PLAIN_TYPES
-        and not (STATE.special or function_modes() or dispatch_modes() or autocast() or deterministic())
+        and not (function_modes() or dispatch_modes() or autocast() or deterministic())
         and transforms() is None
         and forward_mode._current_level < 0
         and not (grad_enabled() and (x.requires_grad or residual.requires_grad or weight.requires_grad))
@@ -143,7 +144,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float 
                 except Exception as error:  # noqa: BLE001 - recover judges it
                     outputs = route.recover(error, (x, residual, weight, eps))
                 return outputs
-    result: tuple[Tensor, Tensor] = serve(snapshot, ADD_RMS, (x, residual, weight, eps), {}, key)
+    result: tuple[Tensor, Tensor] = serve(current_snapshot(), ADD_RMS, (x, residual, weight, eps), {}, key)
     return result
 
 
@@ -163,15 +164,16 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, eps
         ContextError: shapes or devices do not fit together.
         NoKernelAvailableError: no kernel accepts the call.
     """
-    snapshot = PUBLISHED.snapshot or current_snapshot()
+    snapshot = PUBLISHED.eager
     key = None
     if (
-        type(x) is Tensor
+        snapshot is not None
+        and type(x) is Tensor
         and weight is not None
         and type(weight) in PLAIN_TYPES
         and bias is not None
         and type(bias) in PLAIN_TYPES
-        and not (STATE.special or function_modes() or dispatch_modes() or autocast() or deterministic())
+        and not (function_modes() or dispatch_modes() or autocast() or deterministic())
         and transforms() is None
         and forward_mode._current_level < 0
         and not (grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad))
@@ -191,5 +193,5 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, eps
                 except Exception as error:  # noqa: BLE001 - recover judges it
                     output = route.recover(error, (x, weight, bias, eps))
                 return output
-    result: Tensor = serve(snapshot, LAYER, (x, weight, bias, eps), {}, key)
+    result: Tensor = serve(current_snapshot(), LAYER, (x, weight, bias, eps), {}, key)
     return result

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from layerzero_runtime.calls.empty import empty_outputs
 from layerzero_runtime.calls.interception import is_intercepted
-from layerzero_runtime.execution import STATE, current_mode
+from layerzero_runtime.execution import current_mode
 from layerzero_runtime.operation import Operation
+from layerzero_runtime.published import PUBLISHED
 from layerzero_runtime.snapshot import MAX_ROUTES, Snapshot
 from layerzero_runtime.tensors import gradients_needed
 
@@ -50,7 +51,7 @@ def serve(
                 return outputs if len(outputs) > 1 else outputs[0]
         default = snapshot.default(operation, {**features, **(default_features or {})})
         return default.function(*arguments)
-    if STATE.special:
+    if PUBLISHED.special:
         # Only here: the fast paths, which leave such calls to this function, know eager calls alone.
         features, fast_key = {**features, "mode": current_mode()}, None
     context = operation.describe(*arguments, **features)

@@ -18,6 +18,7 @@ from layerzero_tune.results.store import ResultsStore
 from selection_bench.measuring import H100, Hit, Row, attention, held_bytes, in_force, kernel
 
 CACHED, RECORDS = 25_600, 1_000_000
+CANDIDATES = 50  # of a contest
 
 
 def rows(hit: Hit, full: bool) -> Iterator[Row]:
@@ -61,7 +62,7 @@ def _cache() -> Row:
 
 
 def _store(full: bool) -> Row:
-    contests = RECORDS // 10 if full else 2000
+    contests = (RECORDS if full else RECORDS // 50) // CANDIDATES
     with tempfile.TemporaryDirectory() as folder:
         store = ResultsStore(Path(folder, "results"))
         for number in range(contests):
@@ -70,19 +71,19 @@ def _store(full: bool) -> Row:
                 store.compact()
         store.compact()
         size = sum(path.stat().st_size for path in store.directory.rglob("*") if path.is_file())
-    scaled = size * RECORDS / (contests * 10)
-    how = "measured" if full else f"from {contests * 10:,}; --full writes them all"
+    scaled = size * RECORDS / (contests * CANDIDATES)
+    how = "measured" if full else f"from {contests * CANDIDATES:,}; --full writes them all"
     return Row(
         "PS-013", "< 500 MB", f"{scaled / 1e6:.0f} MB for 1,000,000 rows of 16 samples ({how})", met=scaled < 500e6
     )
 
 
 def _contest(number: int) -> list[Measurement]:
-    """Ten candidates with 16 samples each; times from a generator that repeats after no less than 2^31 numbers."""
+    """Candidates with 16 samples each; times from a generator that repeats after no less than 2^31 numbers."""
     state = number + 1
     context = replace(attention(batch_size=1 + number % 4096, seq_len_q=1 + number // 4096), device=None)
     found = []
-    for candidate in range(10):
+    for candidate in range(CANDIDATES):
         samples = []
         for _ in range(16):
             state = (state * 48271) % 2147483647
@@ -93,7 +94,7 @@ def _contest(number: int) -> list[Measurement]:
                 job_id=content_hash(["job", number, candidate]),
                 context=context,
                 kernel_id=f"my.kernel_{candidate}",
-                configuration={"block": 2**candidate},
+                configuration={"block": 1 + candidate},
                 is_default=candidate == 0,
                 status="ok",
                 message="",

@@ -11,10 +11,12 @@ import torch
 from torch.nn.functional import silu
 
 import layerzero_runtime as lz
-from layerzero_runtime import execution
+from layerzero_runtime import dispatch, execution
 from layerzero_runtime.errors import ContextError, KernelExecutionError
 from layerzero_runtime.execution import STATE
 from layerzero_runtime.kernel import Kernel
+from layerzero_runtime.prepared import PreparedKernels
+from layerzero_runtime.published import PUBLISHED
 from layerzero_runtime.snapshot import Snapshot
 from tests.runtime.test_dispatch import (
     DEFAULT,
@@ -33,7 +35,10 @@ from tests.runtime.test_dispatch import (
 
 @pytest.fixture(autouse=True)
 def as_in_serving(monkeypatch: pytest.MonkeyPatch, snapshot: Snapshot) -> None:
+    """Nothing is prepared yet, whatever the tests before have used."""
     monkeypatch.setattr(STATE, "preparation", "warmup")
+    monkeypatch.setattr(dispatch, "_prepared", PreparedKernels())
+    dispatch.publish_snapshot()
 
 
 def compiling(kernel_id: str = "test.compiling") -> tuple[Kernel, Failing]:
@@ -123,7 +128,7 @@ def test_graph_mode_asks_for_the_graph_table_in_its_own_block_and_thread(tmp_pat
             swiglu(*SMALL)
     swiglu(*SMALL)
     assert changes(before) == {"calls": 4, "misses": 1, "hits": 3}
-    assert STATE.special == 0
+    assert PUBLISHED.special == 0
 
 
 @pytest.fixture
@@ -134,9 +139,9 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     for module in (execution, recovery, snapshot_module):
         monkeypatch.setattr(module, "is_capturing", lambda: True)
-    STATE.enter()
+    PUBLISHED.enter_special()
     yield
-    STATE.leave()
+    PUBLISHED.leave_special()
 
 
 def test_under_capture_only_what_was_prepared_serves(capturing: None) -> None:

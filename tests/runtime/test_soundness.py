@@ -61,10 +61,11 @@ def used() -> list[str]:
 @pytest.fixture
 def watched_snapshot(shared_snapshot: Snapshot, used: list[str]) -> Iterator[Snapshot]:
     registry = Registry(replace(kernel, load=Watched(kernel, used)) for kernel in builtin_kernels())
-    with pytest.MonkeyPatch.context() as patch:
-        snapshot = Snapshot(registry, CounterGroup())
-        patch.setattr(PUBLISHED, "snapshot", snapshot)
-        yield snapshot
+    before = PUBLISHED.snapshot
+    snapshot = Snapshot(registry, CounterGroup())
+    PUBLISHED.publish(snapshot)
+    yield snapshot
+    PUBLISHED.publish(before)
 
 
 def test_random_calls_get_legal_kernels_and_right_results(watched_snapshot: Snapshot, used: list[str]) -> None:

@@ -69,7 +69,7 @@ class CommandsHere:
         self._monkeypatch = monkeypatch
         self._capsys = capsys
         monkeypatch.setenv(TABLES_VARIABLE, "")
-        monkeypatch.setattr(PUBLISHED, "snapshot", None)
+        PUBLISHED.publish(None)
 
     def __call__(self, *arguments: object) -> Ended:
         self._monkeypatch.setattr("sys.argv", ["layerzero-tune", *map(str, arguments)])

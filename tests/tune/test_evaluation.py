@@ -72,7 +72,7 @@ def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Snapshot:
 
 
 def evaluated(device: ScriptedDevice, snapshot: Snapshot, results: Path) -> Evaluation:
-    return evaluate(device, snapshot, [norm(3), norm(20), norm(100)], ResultsStore(results), "a" * 32)
+    return evaluate(device, snapshot, [norm(3), norm(20), norm(5000)], ResultsStore(results), "a" * 32)
 
 
 def test_every_shape_is_measured_and_scored(snapshot: Snapshot, tmp_path: Path) -> None:
