@@ -188,6 +188,11 @@ def detect_device(name: str = "auto") -> DeviceSpec:
     return _cuda_device(name)
 
 
+def uses_cuda() -> bool:
+    """Whether this process has found CUDA devices; asks for none itself."""
+    return bool(_cuda_devices.cache_info().currsize and _cuda_devices())
+
+
 def forget_devices() -> None:
     """Detect anew at the next call, after a change of CUDA_VISIBLE_DEVICES or of the process's CPU affinity."""
     for cached in (_cuda_device, _cuda_devices, _inventory, _physical_cpu, _cpu_with_threads):

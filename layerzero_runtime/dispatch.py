@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.counters import CallCounters, CounterGroup, log_warning
-from layerzero_runtime.device import detect_device
+from layerzero_runtime.device import detect_device, uses_cuda
 from layerzero_runtime.errors import SpecError
 from layerzero_runtime.health import Health
 from layerzero_runtime.kernel import FunctionLoader, Kernel, KernelFunction, KernelSpec
@@ -231,7 +231,9 @@ def record_workload(path: str | None, *, hits: bool = False) -> None:
 
 def stats() -> Statistics:
     """Counters by name: `calls`, `hits`, `misses`, `intercepted`, `empty`, `fallbacks` and those that were raised, with
-    the state of the live cache, which is that of the snapshot in force, and the broken kernels.
+    the state of the live cache, which is that of the snapshot in force, the broken kernels and, where CUDA devices are
+    in use, the GPUs that run below their clocks for want of power or cooling.
+
     `stats().prometheus()` gives them in Prometheus' text format.
     """
     snapshot = PUBLISHED.snapshot
@@ -246,7 +248,12 @@ def stats() -> Statistics:
             "live_cache_entries": len(snapshot.live_cache),
         }
         broken = tuple(sorted(snapshot.broken))
-    return Statistics(values | dict(_counters), broken)
+    throttled: dict[int, tuple[str, ...]] = {}
+    if uses_cuda():
+        from layerzero_runtime.throttling import throttled_gpus
+
+        throttled = throttled_gpus()
+    return Statistics(values | dict(_counters), broken, throttled)
 
 
 def count(name: str) -> None:

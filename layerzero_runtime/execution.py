@@ -109,3 +109,6 @@ def watch_captures() -> None:
             PUBLISHED.leave_special()
 
     graph.capture_begin, graph.capture_end = capture_begin, capture_end
+    if is_capturing():
+        # The capture that is under way here began before anybody counted; its end will be counted.
+        PUBLISHED.enter_special()

@@ -6,7 +6,7 @@ Function names, structures and units are those of NVIDIA's NVML API reference (d
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 LIBRARIES = ("libnvidia-ml.so.1", "libnvidia-ml.so", "nvml.dll")
@@ -114,6 +114,22 @@ def read_inventory(library: ctypes.CDLL | None) -> Inventory:
         # The order of NVML's own indices is not promised; CUDA and nvidia-smi count by PCI bus address.
         found.sort(key=lambda pair: pair[0])
         return Inventory(tuple(gpu for _, gpu in found), "" if found else problem)
+    finally:
+        _call(library, "nvmlShutdown")
+
+
+def with_gpus(library: ctypes.CDLL) -> Iterator[tuple[int, ctypes.c_void_p]]:
+    """NVML's index and handle of each GPU that answers, while a session of NVML is open."""
+    if _call(library, "nvmlInit_v2"):
+        return
+    try:
+        count = ctypes.c_uint()
+        if _call(library, "nvmlDeviceGetCount_v2", ctypes.byref(count)):
+            return
+        for index in range(count.value):
+            handle = _Handle()
+            if not _call(library, "nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(index), ctypes.byref(handle)):
+                yield index, handle
     finally:
         _call(library, "nvmlShutdown")
 

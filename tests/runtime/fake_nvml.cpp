@@ -94,6 +94,19 @@ nvmlReturn_t nvmlDeviceGetMaxClockInfo(nvmlDevice_t device, unsigned type, unsig
     *mhz = type == 2 ? device->memory_mhz : device->sm_mhz;
     return 0;
 }
+static nvmlReturn_t reasons(nvmlDevice_t device, unsigned long long* bits) {
+    *bits = device != &devices[1] ? 1 : mode("hot") ? 0x20 | 0x04 : 1;  // 1: idle
+    return 0;
+}
+#ifdef OLD
+nvmlReturn_t nvmlDeviceGetCurrentClocksThrottleReasons(nvmlDevice_t device, unsigned long long* bits) {
+    return reasons(device, bits);
+}
+#else
+nvmlReturn_t nvmlDeviceGetCurrentClocksEventReasons(nvmlDevice_t device, unsigned long long* bits) {
+    return reasons(device, bits);
+}
+#endif
 #ifndef OLD
 nvmlReturn_t nvmlDeviceGetNumGpuCores(nvmlDevice_t device, unsigned* cores) {
     *cores = device->cores;
