@@ -40,14 +40,14 @@ if TYPE_CHECKING:
         ResultsError,
         TableError,
     )
-    from layerzero_runtime.execution import execution_mode, preparation
     from layerzero_runtime.explanation import explain
     from layerzero_runtime.kernel import KernelSpec
     from layerzero_runtime.plan import ExecutionPlan
-    from layerzero_runtime.policy import Policy
-    from layerzero_runtime.selection_queue import select_async
+    from layerzero_runtime.policies.policy import Policy
+    from layerzero_runtime.selection.selection_queue import select_async
+    from layerzero_runtime.serving.execution import execution_mode, preparation
+    from layerzero_runtime.serving.warmup import warmup
     from layerzero_runtime.snapshot import Snapshot
-    from layerzero_runtime.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -77,15 +77,15 @@ _MODULES = {
     "RanksDifferError": "errors",
     "ResultsError": "errors",
     "TableError": "errors",
-    "execution_mode": "execution",
-    "preparation": "execution",
+    "execution_mode": "serving.execution",
+    "preparation": "serving.execution",
     "explain": "explanation",
     "KernelSpec": "kernel",
     "ExecutionPlan": "plan",
-    "Policy": "policy",
-    "select_async": "selection_queue",
+    "Policy": "policies.policy",
+    "select_async": "selection.selection_queue",
     "Snapshot": "snapshot",
-    "warmup": "warmup",
+    "warmup": "serving.warmup",
 }
 
 __all__ = [

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from layerzero_runtime.cpu import detect_processor, intra_op_threads
+from layerzero_runtime.devices.cpu import detect_processor, intra_op_threads
 from layerzero_runtime.errors import ContextError, ContextTypeError, DeviceError
 
 if TYPE_CHECKING:
-    from layerzero_runtime.nvml import Gpu, Inventory
+    from layerzero_runtime.devices.nvml import Gpu, Inventory
 
 PLATFORMS = ("cpu", "cuda", "rocm", "hpu", "mps")
 
@@ -47,7 +47,7 @@ class DeviceSpec:
     Attributes:
         platform: one of `PLATFORMS`.
         name: the product's name as its driver (a CPU's: its operating system) reports it.
-        instruction_set: of a CPU, a name of `layerzero_runtime.cpu.INSTRUCTION_SETS`.
+        instruction_set: of a CPU, a name of `layerzero_runtime.devices.cpu.INSTRUCTION_SETS`.
         physical_cores, threads: of a CPU, cores that the process may use and threads within one operation.
         compute_capability: of a GPU, (major, minor); the major number is the architecture.
         multiprocessors: streaming multiprocessors or compute units.
@@ -216,14 +216,14 @@ def _physical_cpu() -> DeviceSpec:
 
 @lru_cache(maxsize=1)
 def _inventory() -> Inventory:
-    from layerzero_runtime.nvml import load_library, read_inventory
+    from layerzero_runtime.devices.nvml import load_library, read_inventory
 
     return read_inventory(load_library())
 
 
 @lru_cache(maxsize=1)
 def _cuda_devices() -> tuple[DeviceSpec, ...]:
-    from layerzero_runtime.visible_devices import visible_gpus
+    from layerzero_runtime.devices.visible_devices import visible_gpus
 
     visible, order = os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("CUDA_DEVICE_ORDER")
     return tuple(_describe(gpu, index) for index, gpu in enumerate(visible_gpus(_inventory().gpus, visible, order)))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from layerzero_runtime.kernel import Kernel
     from layerzero_runtime.snapshot import Snapshot
-    from layerzero_runtime.table import Table
+    from layerzero_runtime.tables.table import Table
 
 # Where a rule was written decides nothing: ranks may read one policy from different files.
 _NOT_COMPARED = frozenset({"origin"})
@@ -24,7 +24,7 @@ def digest_parts(snapshot: Snapshot) -> dict[str, str]:
     the kernels' sources, tables by their files, those of approximately matching devices among them.
     """
     from layerzero_runtime.device import detect_device
-    from layerzero_runtime.staleness import version_that_matters
+    from layerzero_runtime.tables.staleness import version_that_matters
 
     device = detect_device()
     kernels = sorted(snapshot.registry, key=lambda kernel: kernel.kernel_id)
@@ -77,7 +77,7 @@ def _text(value: Any) -> str:
 
 
 def _source(kernel: Kernel) -> str:
-    from layerzero_runtime.staleness import kernel_source_hash
+    from layerzero_runtime.tables.staleness import kernel_source_hash
 
     try:
         return kernel_source_hash(kernel)
@@ -87,7 +87,7 @@ def _source(kernel: Kernel) -> str:
 
 def _content(table: Table) -> tuple[object, ...]:
     """What a table is: its provenance, and the files of its decisions and of its evidence."""
-    from layerzero_runtime.table_evidence import EVIDENCE_FILE
+    from layerzero_runtime.tables.table_evidence import EVIDENCE_FILE
 
     if table.path is None:
         return (table.device.slug, table.provenance)

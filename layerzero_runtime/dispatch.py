@@ -10,20 +10,20 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.counters import CallCounters, CounterGroup, log_warning
 from layerzero_runtime.device import detect_device, uses_cuda
 from layerzero_runtime.errors import SpecError
-from layerzero_runtime.health import Health
 from layerzero_runtime.kernel import FunctionLoader, Kernel, KernelFunction, KernelSpec
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.operations import OPERATIONS
 from layerzero_runtime.plan import ExecutionPlan
-from layerzero_runtime.policy import EMPTY, Policy
-from layerzero_runtime.prepared import PreparedKernels
-from layerzero_runtime.published import PUBLISHED
+from layerzero_runtime.policies.policy import EMPTY, Policy
 from layerzero_runtime.registry import Registry
+from layerzero_runtime.serving.health import Health
+from layerzero_runtime.serving.prepared import PreparedKernels
+from layerzero_runtime.serving.published import PUBLISHED
+from layerzero_runtime.serving.verification import Verification
+from layerzero_runtime.serving.workload_recorder import WorkloadRecorder
 from layerzero_runtime.snapshot import MAX_ROUTES, Snapshot
 from layerzero_runtime.statistics import Statistics
-from layerzero_runtime.table_set import TableSet
-from layerzero_runtime.verification import Verification
-from layerzero_runtime.workload_recorder import WorkloadRecorder
+from layerzero_runtime.tables.table_set import TableSet
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def set_policy(policy: Policy | str | None) -> None:
         policy = EMPTY
     elif not isinstance(policy, Policy):
         from layerzero_runtime.errors import PolicyLoadError
-        from layerzero_runtime.policy_file import load_policy
+        from layerzero_runtime.policies.policy_file import load_policy
 
         try:
             policy = load_policy(policy)
@@ -250,7 +250,7 @@ def stats() -> Statistics:
         broken = tuple(sorted(snapshot.broken))
     throttled: dict[int, tuple[str, ...]] = {}
     if uses_cuda():
-        from layerzero_runtime.throttling import throttled_gpus
+        from layerzero_runtime.devices.throttling import throttled_gpus
 
         throttled = throttled_gpus()
     return Statistics(values | dict(_counters), broken, throttled)

@@ -12,7 +12,7 @@ from layerzero_runtime.dispatch import current_snapshot
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.plan import ExecutionPlan
 from layerzero_runtime.snapshot import Snapshot
-from layerzero_runtime.table_evidence import evidence_of
+from layerzero_runtime.tables.table_evidence import evidence_of
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from functools import cached_property
 from typing import Any
 
 from layerzero_runtime.context import ALIGNMENTS, DENSE_LAYOUTS, DTYPES, LAYOUTS, QUANT_FORMATS, SelectionContext
-from layerzero_runtime.cpu import INSTRUCTION_SETS
 from layerzero_runtime.device import PLATFORMS
+from layerzero_runtime.devices.cpu import INSTRUCTION_SETS
 from layerzero_runtime.errors import SpecError
-from layerzero_runtime.limits import Limit
+from layerzero_runtime.selection.limits import Limit
 
 KERNEL_ID = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
 

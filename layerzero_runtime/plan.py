@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from layerzero_runtime.transforms import Transform
+    from layerzero_runtime.selection.transforms import Transform
 
 Source = Literal["table", "live"]
 
@@ -17,7 +17,7 @@ class ExecutionPlan:
     """Which kernel serves a context, with which configuration, and where the choice comes from.
 
     Attributes:
-        pre_transforms, post_transforms: steps before and behind the kernel, in order (`layerzero_runtime.transforms`).
+        pre_transforms, post_transforms: steps before and behind the kernel, in order (`selection.transforms`).
         source: "table" for a measured entry, "live" for the live selector's choice on a miss.
         cached: the live selector had the answer already.
         available: whether the kernel's libraries are installed here.

@@ -8,22 +8,22 @@ from typing import Any
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.counters import CallCounters, CounterGroup, log_warning
 from layerzero_runtime.errors import KernelExecutionError, NoKernelAvailableError
-from layerzero_runtime.execution import STATE, is_capturing
-from layerzero_runtime.health import Health
 from layerzero_runtime.kernel import KernelFunction
-from layerzero_runtime.live_selector import Choice
 from layerzero_runtime.operation import Operation
-from layerzero_runtime.policy import EMPTY, Policy
-from layerzero_runtime.prepared import PreparedKernel, PreparedKernels
-from layerzero_runtime.published import PUBLISHED
-from layerzero_runtime.recovery import FailedInstead
+from layerzero_runtime.policies.policy import EMPTY, Policy
 from layerzero_runtime.registry import Registry
-from layerzero_runtime.routes import Route
-from layerzero_runtime.selector import Selector
-from layerzero_runtime.table import TableEntry
-from layerzero_runtime.table_set import TableSet
-from layerzero_runtime.verification import Verification
-from layerzero_runtime.workload_recorder import WorkloadRecorder
+from layerzero_runtime.selection.live_selector import Choice
+from layerzero_runtime.selection.selector import Selector
+from layerzero_runtime.serving.execution import STATE, is_capturing
+from layerzero_runtime.serving.health import Health
+from layerzero_runtime.serving.prepared import PreparedKernel, PreparedKernels
+from layerzero_runtime.serving.published import PUBLISHED
+from layerzero_runtime.serving.recovery import FailedInstead
+from layerzero_runtime.serving.routes import Route
+from layerzero_runtime.serving.verification import Verification
+from layerzero_runtime.serving.workload_recorder import WorkloadRecorder
+from layerzero_runtime.tables.table import TableEntry
+from layerzero_runtime.tables.table_set import TableSet
 
 # Distinct static features are few in a process; beyond this a route is built for each call instead of being kept.
 MAX_ROUTES = 4096

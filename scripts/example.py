@@ -4,6 +4,9 @@ import torch
 
 import layerzero_runtime as lz
 
+# A script may wait for a kernel that compiles; a server prepares with lz.warmup(contexts) instead.
+lz.preparation("on_first_use")
+
 torch.manual_seed(0)
 query = torch.randn(2, 32, 1, 64, dtype=torch.bfloat16)
 key, value = (torch.randn(2, 8, 400, 64, dtype=torch.bfloat16) for _ in range(2))

@@ -8,8 +8,8 @@ from typing import Any
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernel import KernelSpec
-from layerzero_runtime.limits import Limit
-from layerzero_runtime.policy import Rule
+from layerzero_runtime.policies.policy import Rule
+from layerzero_runtime.selection.limits import Limit
 from layerzero_runtime.snapshot import Snapshot
 
 

@@ -30,8 +30,8 @@ from layerzero_runtime import dispatch
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec, detect_device
 from layerzero_runtime.kernel import KernelSpec
-from layerzero_runtime.limits import Limit
-from layerzero_runtime.policy import Policy, Rule
+from layerzero_runtime.policies.policy import Policy, Rule
+from layerzero_runtime.selection.limits import Limit
 from layerzero_runtime.snapshot import Snapshot
 
 THREADS = 32

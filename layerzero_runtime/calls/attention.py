@@ -22,7 +22,7 @@ from layerzero_runtime.dispatch import current_snapshot
 from layerzero_runtime.errors import ContextError
 from layerzero_runtime.operation import Operation
 from layerzero_runtime.operations.attention import CAUSAL, CROSS, FULL
-from layerzero_runtime.published import PUBLISHED
+from layerzero_runtime.serving.published import PUBLISHED
 from layerzero_runtime.tensors import check_tensors
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.autograd.forward_ad as forward_mode
 
-from layerzero_runtime.execution import watch_captures
+from layerzero_runtime.serving.execution import watch_captures
 
 _C = torch._C
 autocast = _C._is_any_autocast_enabled

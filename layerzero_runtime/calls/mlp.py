@@ -20,7 +20,7 @@ from layerzero_runtime.calls.serving import serve
 from layerzero_runtime.dispatch import current_snapshot
 from layerzero_runtime.operation import Operation
 from layerzero_runtime.operations.mlp import GEGLU, SWIGLU
-from layerzero_runtime.published import PUBLISHED
+from layerzero_runtime.serving.published import PUBLISHED
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

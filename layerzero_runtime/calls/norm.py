@@ -18,7 +18,7 @@ from layerzero_runtime.calls.interception import (
 from layerzero_runtime.calls.serving import serve
 from layerzero_runtime.dispatch import current_snapshot
 from layerzero_runtime.operations.norm import ADD_RMS, LAYER, LAYER_EPS, RMS, RMS_EPS
-from layerzero_runtime.published import PUBLISHED
+from layerzero_runtime.serving.published import PUBLISHED
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = RMS_EPS, offset: float = 0.0) -> Tensor:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from layerzero_runtime.calls.empty import empty_outputs
 from layerzero_runtime.calls.interception import is_intercepted
-from layerzero_runtime.execution import current_mode
 from layerzero_runtime.operation import Operation
-from layerzero_runtime.published import PUBLISHED
+from layerzero_runtime.serving.execution import current_mode
+from layerzero_runtime.serving.published import PUBLISHED
 from layerzero_runtime.snapshot import MAX_ROUTES, Snapshot
 from layerzero_runtime.tensors import gradients_needed
 

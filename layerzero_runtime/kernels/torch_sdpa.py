@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from layerzero_runtime.context import ALIGNMENTS, SelectionContext
 from layerzero_runtime.errors import ContextError
 from layerzero_runtime.kernel import Configuration, Kernel, KernelFunction, KernelSpec
-from layerzero_runtime.limits import Limit
+from layerzero_runtime.selection.limits import Limit
 
 if TYPE_CHECKING:
     from torch import Tensor

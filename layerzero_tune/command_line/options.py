@@ -14,8 +14,8 @@ from layerzero_runtime.device import DeviceSpec, detect_device
 from layerzero_runtime.errors import ContextError, ResultsError, TableError
 from layerzero_runtime.operations import OPERATIONS
 from layerzero_runtime.registry import Registry
-from layerzero_runtime.table import Table
-from layerzero_runtime.table_files import TABLES_VARIABLE, check_device, load_table_file
+from layerzero_runtime.tables.table import Table
+from layerzero_runtime.tables.table_files import TABLES_VARIABLE, check_device, load_table_file
 from layerzero_tune.worker.kernels import load_kernels
 
 RECORDED_PREFIX = "recorded:"

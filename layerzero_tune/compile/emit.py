@@ -13,9 +13,9 @@ from jinja2 import Environment, StrictUndefined
 
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.errors import ResultsError
-from layerzero_runtime.limits import Limit
 from layerzero_runtime.operations import operation_named
-from layerzero_runtime.table import MISS, SCHEMA_VERSION
+from layerzero_runtime.selection.limits import Limit
+from layerzero_runtime.tables.table import MISS, SCHEMA_VERSION
 from layerzero_tune.compile.form import Box, Entry, Leaf, Split, TableForm, Tree
 from layerzero_tune.compile.judge import Choice
 from layerzero_tune.results.atomic import write_atomically

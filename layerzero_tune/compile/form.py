@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from layerzero_runtime.limits import Limit
 from layerzero_runtime.operation import Sizes, StaticKey
+from layerzero_runtime.selection.limits import Limit
 from layerzero_tune.compile.judge import Choice
 
 Box = tuple[tuple[int, int], ...]  # inclusive range of each axis

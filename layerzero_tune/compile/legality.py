@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernel import Kernel
-from layerzero_runtime.limits import Limit
 from layerzero_runtime.operation import Operation
+from layerzero_runtime.selection.limits import Limit
 from layerzero_tune.compile.form import Box
 
 # Fields that every static key fixes.

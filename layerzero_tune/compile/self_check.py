@@ -10,8 +10,8 @@ from pathlib import Path
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.errors import TableError
 from layerzero_runtime.operation import Sizes
-from layerzero_runtime.table import MISS, Table
-from layerzero_runtime.table_files import load_table_file
+from layerzero_runtime.tables.table import MISS, Table
+from layerzero_runtime.tables.table_files import load_table_file
 from layerzero_tune.compile.emit import MODULE_FILE, leaf_at
 from layerzero_tune.compile.form import Entry, TableForm
 from layerzero_tune.identity import canonical_json

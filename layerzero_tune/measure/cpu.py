@@ -18,9 +18,9 @@ from layerzero_runtime.device import detect_device
 from layerzero_runtime.errors import ContextError
 from layerzero_runtime.kernel import Kernel, KernelFunction
 from layerzero_runtime.libraries import missing_requirement
-from layerzero_runtime.limits import rejections
 from layerzero_runtime.operations import operation_named
-from layerzero_runtime.transforms import apply_transforms
+from layerzero_runtime.selection.limits import rejections
+from layerzero_runtime.selection.transforms import apply_transforms
 from layerzero_tune.measure.clock import BLOCKS, Rotation, take_sample, time_calls, warm_up
 from layerzero_tune.measure.contention import MAX_ATTEMPTS, MAX_SHARE, ProcessorTime, others_share
 from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, JobOutcome

@@ -11,7 +11,7 @@ from layerzero_runtime.errors import ResultsError
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.libraries import library_version
 from layerzero_runtime.registry import Registry
-from layerzero_runtime.staleness import kernel_source_hash
+from layerzero_runtime.tables.staleness import kernel_source_hash
 from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, MeasurementPolicy
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.search.jobs import JobIdentity, contest_of, legal_candidates

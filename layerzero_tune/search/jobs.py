@@ -9,10 +9,10 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.libraries import missing_requirement
-from layerzero_runtime.limits import rejections
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.registry import Registry
-from layerzero_runtime.staleness import kernel_source_hash, version_that_matters
+from layerzero_runtime.selection.limits import rejections
+from layerzero_runtime.tables.staleness import kernel_source_hash, version_that_matters
 from layerzero_tune.identity import content_hash
 from layerzero_tune.measure.contest import Candidate, Contest, MeasurementPolicy
 

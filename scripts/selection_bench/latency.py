@@ -17,9 +17,9 @@ import torch
 
 import layerzero_runtime as lz
 from layerzero_runtime import dispatch
-from layerzero_runtime.limits import Limit
-from layerzero_runtime.policy import Policy, Rule
+from layerzero_runtime.policies.policy import Policy, Rule
 from layerzero_runtime.registry import Registry
+from layerzero_runtime.selection.limits import Limit
 from selection_bench.measuring import REPEATS, Hit, Row, attention, each_ns, in_force, kernel, per_call_ns, ratio_of
 
 # All modules of the way are imported before the selection is timed, and all of what the import takes is timed.

@@ -16,8 +16,8 @@ import torch
 import layerzero_runtime as lz
 from layerzero_runtime import dispatch
 from layerzero_runtime.errors import QueueFullError
-from layerzero_runtime.live_cache import MAX_ENTRIES, LiveCache
-from layerzero_runtime.selection_queue import SelectionQueue
+from layerzero_runtime.selection.live_cache import MAX_ENTRIES, LiveCache
+from layerzero_runtime.selection.selection_queue import SelectionQueue
 from selection_bench.measuring import Hit, Row, attention, calls_per_second, each_ns, in_force, in_threads, kernel
 
 THREADS = (1, 2, 4, 8, 16)

@@ -25,9 +25,9 @@ from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.kernel import FunctionLoader, Kernel, KernelSpec
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.registry import Registry
-from layerzero_runtime.routes import Route
-from layerzero_runtime.table import MISS, Table, load_table
-from layerzero_runtime.table_set import TableSet
+from layerzero_runtime.serving.routes import Route
+from layerzero_runtime.tables.table import MISS, Table, load_table
+from layerzero_runtime.tables.table_set import TableSet
 
 REPEATS = 7
 H100 = DeviceSpec("cuda", "NVIDIA H100 80GB HBM3", compute_capability=(9, 0), multiprocessors=132)

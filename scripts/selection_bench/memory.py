@@ -10,8 +10,8 @@ from pathlib import Path
 import layerzero_runtime as lz
 from layerzero_runtime import dispatch
 from layerzero_runtime.kernels import builtin_kernels
-from layerzero_runtime.live_cache import LiveCache
-from layerzero_runtime.live_selector import Ranking
+from layerzero_runtime.selection.live_cache import LiveCache
+from layerzero_runtime.selection.live_selector import Ranking
 from layerzero_tune.identity import content_hash
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import layerzero_runtime as lz
-from layerzero_runtime.execution import current_mode
-from layerzero_runtime.published import PUBLISHED
+from layerzero_runtime.serving.execution import current_mode
+from layerzero_runtime.serving.published import PUBLISHED
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

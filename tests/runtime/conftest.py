@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from layerzero_runtime import dispatch, table_files
+from layerzero_runtime import dispatch
 from layerzero_runtime.counters import CallCounters
 from layerzero_runtime.device import detect_device
 from layerzero_runtime.dispatch import publish_snapshot
-from layerzero_runtime.execution import STATE
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.registry import Registry
+from layerzero_runtime.serving.execution import STATE
 from layerzero_runtime.snapshot import MAX_ROUTES, Snapshot
+from layerzero_runtime.tables import table_files
 from layerzero_tune.compile.form import TableForm
 from tests.runtime.synthetic_table import write_table
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernel import Kernel, KernelFunction
 from layerzero_runtime.kernels import builtin_kernels
-from layerzero_runtime.limits import rejections
 from layerzero_runtime.operation import StaticKey
 from layerzero_runtime.operations import OPERATIONS
+from layerzero_runtime.selection.limits import rejections
 
 KERNELS = {kernel.kernel_id: kernel for kernel in builtin_kernels()}
 # Allowed beside twice the default's own error: about the rounding of one output element.

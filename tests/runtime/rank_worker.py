@@ -22,8 +22,8 @@ import layerzero_runtime as lz
 from layerzero_runtime import dispatch, distributed, ranks
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ContextError, KernelExecutionError, RanksDifferError
-from layerzero_runtime.limits import Limit
-from layerzero_runtime.policy import Policy, Rule
+from layerzero_runtime.policies.policy import Policy, Rule
+from layerzero_runtime.selection.limits import Limit
 
 # Long enough for the slowest process to come, where all do.
 LONG_S = 60.0

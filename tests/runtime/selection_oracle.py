@@ -13,8 +13,8 @@ from typing import Any
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernel import KernelSpec
 from layerzero_runtime.libraries import missing_requirement
-from layerzero_runtime.limits import Limit
-from layerzero_runtime.policy import Policy, Rule
+from layerzero_runtime.policies.policy import Policy, Rule
+from layerzero_runtime.selection.limits import Limit
 
 TOO_NEW = "999"  # the oldest version of a library that no machine has
 DENSE = {"bhsd", "bshd"}

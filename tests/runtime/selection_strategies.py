@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from layerzero_runtime.context import DTYPES, SelectionContext
 from layerzero_runtime.kernel import KernelSpec
-from layerzero_runtime.limits import Kind, Limit
-from layerzero_runtime.policy import Policy, Rule
+from layerzero_runtime.policies.policy import Policy, Rule
+from layerzero_runtime.selection.limits import Kind, Limit
 from tests.runtime.selection_oracle import TOO_NEW
 from tests.scenarios.conftest import GAUDI, GRAVITON, H100, OLD_PC, T4, XEON
 

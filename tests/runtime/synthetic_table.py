@@ -14,11 +14,11 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.libraries import library_version
-from layerzero_runtime.limits import rejections
 from layerzero_runtime.operation import Sizes
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.registry import Registry
-from layerzero_runtime.staleness import kernel_source_hash
+from layerzero_runtime.selection.limits import rejections
+from layerzero_runtime.tables.staleness import kernel_source_hash
 from layerzero_tune.compile.emit import emit
 from layerzero_tune.compile.form import TableForm
 from layerzero_tune.compile.pipeline import compile_table

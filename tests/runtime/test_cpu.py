@@ -13,7 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerzero_runtime.cpu import INSTRUCTION_SETS, detect_processor, instruction_set, intra_op_threads, parse_cpuinfo
+from layerzero_runtime.devices.cpu import (
+    INSTRUCTION_SETS,
+    detect_processor,
+    instruction_set,
+    intra_op_threads,
+    parse_cpuinfo,
+)
 
 TEXTS = Path(__file__).parent / "cpuinfo"
 

@@ -99,10 +99,10 @@ def test_auto_is_the_cpu_where_cuda_shows_nothing(nvml_library: Path) -> None:
 def test_detection_is_kept_until_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_devices()
     try:
-        monkeypatch.setattr("layerzero_runtime.nvml.LIBRARIES", ("libnot-there.so",))
+        monkeypatch.setattr("layerzero_runtime.devices.nvml.LIBRARIES", ("libnot-there.so",))
         with pytest.raises(DeviceError, match=r"none of libnot-there\.so can be loaded"):
             detect_device("cuda")
-        monkeypatch.setattr("layerzero_runtime.nvml.LIBRARIES", ("libneither.so",))
+        monkeypatch.setattr("layerzero_runtime.devices.nvml.LIBRARIES", ("libneither.so",))
         with pytest.raises(DeviceError, match="libnot-there"):
             detect_device("cuda")
         forget_devices()

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerzero_runtime.cpu import INSTRUCTION_SETS
 from layerzero_runtime.device import ALIASES, PLATFORMS, DeviceSpec
+from layerzero_runtime.devices.cpu import INSTRUCTION_SETS
 from layerzero_runtime.errors import ContextError, ContextTypeError, LayerZeroError
 
 EPYC = DeviceSpec("cpu", "AMD EPYC", "avx512_bf16", physical_cores=2, threads=2)

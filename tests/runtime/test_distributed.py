@@ -18,11 +18,11 @@ from layerzero_runtime import distributed, ranks
 from layerzero_runtime.dispatch import current_snapshot
 from layerzero_runtime.errors import ContextError, ContextTypeError, LayerZeroError, RanksDifferError
 from layerzero_runtime.kernel import FunctionLoader
-from layerzero_runtime.policy import EMPTY, Policy, Rule
+from layerzero_runtime.policies.policy import EMPTY, Policy, Rule
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.snapshot import Snapshot
-from layerzero_runtime.table_files import TABLES_VARIABLE
-from layerzero_runtime.table_set import TableSet
+from layerzero_runtime.tables.table_files import TABLES_VARIABLE
+from layerzero_runtime.tables.table_set import TableSet
 from layerzero_tune.compile.form import TableForm
 from tests.runtime import rank_worker
 from tests.runtime.conftest import tables_in_force

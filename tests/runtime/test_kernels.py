@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from layerzero_runtime.errors import ContextError
 from layerzero_runtime.kernel import Kernel
-from layerzero_runtime.limits import rejections
 from layerzero_runtime.operations import OPERATIONS
+from layerzero_runtime.selection.limits import rejections
 from tests.runtime.kernel_calls import (
     KERNELS,
     Call,

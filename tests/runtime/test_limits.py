@@ -13,12 +13,12 @@ from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.errors import LayerZeroError, NoKernelAvailableError, SpecError
 from layerzero_runtime.kernel import Kernel, KernelSpec
 from layerzero_runtime.kernels import builtin_kernels
-from layerzero_runtime.limits import Limit, rejections
-from layerzero_runtime.live_selector import LiveSelector, no_kernel_error
 from layerzero_runtime.operations import OPERATIONS
-from layerzero_runtime.policy import Policy
-from layerzero_runtime.prior import Prior
+from layerzero_runtime.policies.policy import Policy
 from layerzero_runtime.registry import Registry
+from layerzero_runtime.selection.limits import Limit, rejections
+from layerzero_runtime.selection.live_selector import LiveSelector, no_kernel_error
+from layerzero_runtime.tables.prior import Prior
 
 CPU = DeviceSpec("cpu", "Some CPU")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from layerzero_runtime.nvml import Gpu, load_library, read_inventory
+from layerzero_runtime.devices.nvml import Gpu, load_library, read_inventory
 
 H100 = Gpu(
     name="NVIDIA H100 80GB HBM3",

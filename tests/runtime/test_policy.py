@@ -8,14 +8,14 @@ import pytest
 
 from layerzero_runtime.counters import CounterGroup
 from layerzero_runtime.errors import NoKernelAvailableError, PolicyLoadError
-from layerzero_runtime.health import Health
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.kernels import builtin_kernels
-from layerzero_runtime.limits import Kind, Limit
-from layerzero_runtime.policy import CONDITION_FIELDS, EMPTY, Policy, Rule
+from layerzero_runtime.policies.policy import CONDITION_FIELDS, EMPTY, Policy, Rule
 from layerzero_runtime.registry import Registry
+from layerzero_runtime.selection.limits import Kind, Limit
+from layerzero_runtime.serving.health import Health
 from layerzero_runtime.snapshot import Snapshot
-from layerzero_runtime.table_set import TableSet
+from layerzero_runtime.tables.table_set import TableSet
 from tests.runtime.test_dispatch import IN_PLACE
 from tests.scenarios.conftest import attention, kernel, norm, spec
 

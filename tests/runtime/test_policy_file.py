@@ -15,9 +15,9 @@ import layerzero_runtime as lz
 from layerzero_runtime import dispatch
 from layerzero_runtime.context import FIELD_NAMES, SelectionContext
 from layerzero_runtime.errors import PolicyLoadError
-from layerzero_runtime.limits import Limit
-from layerzero_runtime.policy import CONDITION_FIELDS, EMPTY, Policy, Rule
-from layerzero_runtime.policy_file import load_policy, parse_policy
+from layerzero_runtime.policies.policy import CONDITION_FIELDS, EMPTY, Policy, Rule
+from layerzero_runtime.policies.policy_file import load_policy, parse_policy
+from layerzero_runtime.selection.limits import Limit
 from layerzero_runtime.snapshot import Snapshot
 from tests.runtime.test_dispatch import DEFAULT, IN_PLACE, LARGE, SMALL, changes, lines, swiglu_context
 

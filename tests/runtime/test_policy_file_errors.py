@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from layerzero_runtime.errors import PolicyLoadError
-from layerzero_runtime.policy_file import parse_policy
+from layerzero_runtime.policies.policy_file import parse_policy
 
 
 def rule_with(line: str) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from layerzero_runtime.errors import PolicyLoadError
-from layerzero_runtime.policy import Policy
-from layerzero_runtime.policy_file import load_policy, parse_policy
+from layerzero_runtime.policies.policy import Policy
+from layerzero_runtime.policies.policy_file import load_policy, parse_policy
 from tests.runtime.test_policy_file import WHOLE
 from tests.scenarios.conftest import attention, norm, spec
 

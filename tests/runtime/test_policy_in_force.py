@@ -11,8 +11,8 @@ from torch.nn.functional import silu
 import layerzero_runtime as lz
 from layerzero_runtime import dispatch
 from layerzero_runtime.errors import NoKernelAvailableError
-from layerzero_runtime.limits import Limit
-from layerzero_runtime.policy import Policy, Rule
+from layerzero_runtime.policies.policy import Policy, Rule
+from layerzero_runtime.selection.limits import Limit
 from layerzero_runtime.snapshot import Snapshot
 from tests.runtime.test_dispatch import DEFAULT, IN_PLACE, INDUCTOR, LARGE, MIDDLE, SMALL, changes, swiglu_context
 from tests.scenarios.conftest import spec

@@ -11,12 +11,13 @@ import torch
 from torch.nn.functional import silu
 
 import layerzero_runtime as lz
-from layerzero_runtime import dispatch, execution
+from layerzero_runtime import dispatch
 from layerzero_runtime.errors import ContextError, KernelExecutionError
-from layerzero_runtime.execution import STATE
 from layerzero_runtime.kernel import Kernel
-from layerzero_runtime.prepared import PreparedKernels
-from layerzero_runtime.published import PUBLISHED
+from layerzero_runtime.serving import execution
+from layerzero_runtime.serving.execution import STATE
+from layerzero_runtime.serving.prepared import PreparedKernels
+from layerzero_runtime.serving.published import PUBLISHED
 from layerzero_runtime.snapshot import Snapshot
 from tests.runtime.test_dispatch import (
     DEFAULT,
@@ -134,8 +135,8 @@ def test_graph_mode_asks_for_the_graph_table_in_its_own_block_and_thread(tmp_pat
 @pytest.fixture
 def capturing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As under capture of a CUDA graph, which this machine does not have."""
-    from layerzero_runtime import recovery
     from layerzero_runtime import snapshot as snapshot_module
+    from layerzero_runtime.serving import recovery
 
     for module in (execution, recovery, snapshot_module):
         monkeypatch.setattr(module, "is_capturing", lambda: True)

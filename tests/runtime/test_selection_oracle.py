@@ -13,20 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerzero_runtime import libraries
-from layerzero_runtime.classes import ContextClasses
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.counters import CounterGroup
 from layerzero_runtime.device import detect_device
 from layerzero_runtime.errors import NoKernelAvailableError
-from layerzero_runtime.health import Health
 from layerzero_runtime.kernel import FunctionLoader, Kernel, KernelSpec
 from layerzero_runtime.kernels import builtin_kernels
-from layerzero_runtime.limits import Limit
 from layerzero_runtime.operations import operation_named
-from layerzero_runtime.policy import EMPTY, Policy, Rule
+from layerzero_runtime.policies.policy import EMPTY, Policy, Rule
 from layerzero_runtime.registry import Registry
+from layerzero_runtime.selection.classes import ContextClasses
+from layerzero_runtime.selection.limits import Limit
+from layerzero_runtime.serving.health import Health
 from layerzero_runtime.snapshot import Snapshot
-from layerzero_runtime.table_set import TableSet
+from layerzero_runtime.tables.table_set import TableSet
 from layerzero_tune.compile.form import TableForm
 from tests.runtime.conftest import tables_in_force
 from tests.runtime.selection_oracle import Expected, expect, expect_with_table

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 
 import layerzero_runtime as lz
-from layerzero_runtime import selection_queue
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ContextError, ContextTypeError, NoKernelAvailableError, QueueFullError
 from layerzero_runtime.kernel import KernelSpec
 from layerzero_runtime.plan import ExecutionPlan
-from layerzero_runtime.policy import Policy
-from layerzero_runtime.selection_queue import SelectionQueue, select_async
+from layerzero_runtime.policies.policy import Policy
+from layerzero_runtime.selection import selection_queue
+from layerzero_runtime.selection.selection_queue import SelectionQueue, select_async
 from layerzero_runtime.snapshot import Snapshot
 from tests.runtime.conftest import tables_in_force
 

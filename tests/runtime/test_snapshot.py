@@ -24,9 +24,9 @@ from layerzero_runtime.device import detect_device
 from layerzero_runtime.dispatch import current_snapshot, publish_snapshot
 from layerzero_runtime.kernel import Configuration, Kernel, KernelFunction, KernelSpec
 from layerzero_runtime.kernels import builtin_kernels
-from layerzero_runtime.live_selector import Choice
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.registry import Registry
+from layerzero_runtime.selection.live_selector import Choice
 from layerzero_runtime.snapshot import Snapshot
 from tests.runtime.conftest import registry_in_force
 

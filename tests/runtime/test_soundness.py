@@ -21,11 +21,11 @@ from layerzero_runtime.counters import CounterGroup
 from layerzero_runtime.device import detect_device
 from layerzero_runtime.kernel import Configuration, Kernel, KernelFunction
 from layerzero_runtime.kernels import builtin_kernels
-from layerzero_runtime.limits import rejections
 from layerzero_runtime.operation import Operation, Sizes
 from layerzero_runtime.operations import operation_named
-from layerzero_runtime.published import PUBLISHED
 from layerzero_runtime.registry import Registry
+from layerzero_runtime.selection.limits import rejections
+from layerzero_runtime.serving.published import PUBLISHED
 from layerzero_runtime.snapshot import Snapshot
 from layerzero_tune.compile.form import Entry, Leaf, TableForm
 from tests.runtime.public_calls import PublicCall, public_calls

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from layerzero_runtime.staleness import kernel_source_hash
+from layerzero_runtime.tables.staleness import kernel_source_hash
 
 ADAPTER = '''"""An adapter."""
 

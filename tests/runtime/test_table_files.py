@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 import layerzero_runtime as lz
-from layerzero_runtime import table_files
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec, detect_device
 from layerzero_runtime.errors import TableError
-from layerzero_runtime.table import load_table
-from layerzero_runtime.table_files import find_table, load_table_file
+from layerzero_runtime.tables import table_files
+from layerzero_runtime.tables.table import load_table
+from layerzero_runtime.tables.table_files import find_table, load_table_file
 from layerzero_tune.compile.form import TableForm
 from tests.runtime.conftest import tables_in_force
 

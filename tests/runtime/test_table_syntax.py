@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerzero_runtime.errors import TableError
-from layerzero_runtime.table_syntax import MAX_CHARACTERS, MAX_NESTING, check_table_source
+from layerzero_runtime.tables.table_syntax import MAX_CHARACTERS, MAX_NESTING, check_table_source
 from tests.runtime.odd_statements import ODD_IN_FUNCTION, ODD_STATEMENTS
 
 MODULE = '''"""A generated table."""

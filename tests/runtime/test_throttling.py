@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import layerzero_runtime as lz
-from layerzero_runtime import nvml, throttling
 from layerzero_runtime.device import detect_device, forget_devices
-from layerzero_runtime.throttling import throttled_gpus
+from layerzero_runtime.devices import nvml, throttling
+from layerzero_runtime.devices.throttling import throttled_gpus
 
 
 @pytest.fixture

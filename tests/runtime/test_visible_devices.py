@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerzero_runtime.nvml import Gpu
-from layerzero_runtime.visible_devices import visible_gpus
+from layerzero_runtime.devices.nvml import Gpu
+from layerzero_runtime.devices.visible_devices import visible_gpus
 
 A = Gpu(name="A", uuid="GPU-4d8a22f6-e8e8-86e5-4b1a-d8fc31360a40", multiprocessors=132, max_clock_mhz=1980)
 B = Gpu(name="B", uuid="GPU-4d8a0000-e8e8-86e5-4b1a-d8fc31360a41", multiprocessors=132, max_clock_mhz=1980)

@@ -22,10 +22,10 @@ import layerzero_runtime as lz
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.counters import CounterGroup
 from layerzero_runtime.errors import ContextError
-from layerzero_runtime.limits import Limit
-from layerzero_runtime.policy import Policy, Rule
+from layerzero_runtime.policies.policy import Policy, Rule
+from layerzero_runtime.selection.limits import Limit
+from layerzero_runtime.serving.workload_recorder import WorkloadRecorder
 from layerzero_runtime.snapshot import Snapshot
-from layerzero_runtime.workload_recorder import WorkloadRecorder
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.workload.lines import read_workload
 from tests.runtime.call_examples import CALLS, each_call

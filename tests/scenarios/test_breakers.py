@@ -9,7 +9,7 @@ import torch
 
 import layerzero_runtime as lz
 from layerzero_runtime import dispatch
-from layerzero_runtime.policy import Policy, Rule
+from layerzero_runtime.policies.policy import Policy, Rule
 from tests.runtime.conftest import tables_in_force
 from tests.scenarios.conftest import beside_builtin, only
 from tests.scenarios.failing_kernels import (

@@ -16,12 +16,12 @@ from layerzero_runtime import device as device_module
 from layerzero_runtime import dispatch
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import detect_device, forget_devices
+from layerzero_runtime.devices.nvml import Gpu, Inventory
 from layerzero_runtime.dispatch import current_snapshot, publish_snapshot
 from layerzero_runtime.errors import ContextError
 from layerzero_runtime.kernel import Configuration, Kernel, KernelFunction
-from layerzero_runtime.live_cache import LiveCache
-from layerzero_runtime.nvml import Gpu, Inventory
-from layerzero_runtime.policy import Policy, Rule
+from layerzero_runtime.policies.policy import Policy, Rule
+from layerzero_runtime.selection.live_cache import LiveCache
 from layerzero_runtime.snapshot import Snapshot
 from tests.runtime.conftest import tables_in_force
 from tests.scenarios.conftest import A100, H100, attention, beside_builtin, kernel, norm, only
@@ -90,7 +90,9 @@ def test_a_gpu_that_is_assigned_later_is_selected_for(monkeypatch: pytest.Monkey
         try:
             forget_devices()
             with monkeypatch.context() as patch:
-                patch.setattr("layerzero_runtime.nvml.read_inventory", lambda library: Inventory(tuple(gpus.values())))
+                patch.setattr(
+                    "layerzero_runtime.devices.nvml.read_inventory", lambda library: Inventory(tuple(gpus.values()))
+                )
                 patch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
                 for visible, kernel_id in (
                     ("0", "fa.v3"),

@@ -14,15 +14,16 @@ import pytest
 import torch
 
 import layerzero_runtime as lz
-from layerzero_runtime import dispatch, live_selector
+from layerzero_runtime import dispatch
 from layerzero_runtime.device import detect_device
 from layerzero_runtime.dispatch import current_snapshot, publish_snapshot
 from layerzero_runtime.kernels import builtin_kernels
-from layerzero_runtime.limits import rejections
-from layerzero_runtime.live_cache import LiveCache
-from layerzero_runtime.live_selector import LiveSelector
-from layerzero_runtime.policy import Policy, Rule
-from layerzero_runtime.table import Table
+from layerzero_runtime.policies.policy import Policy, Rule
+from layerzero_runtime.selection import live_selector
+from layerzero_runtime.selection.limits import rejections
+from layerzero_runtime.selection.live_cache import LiveCache
+from layerzero_runtime.selection.live_selector import LiveSelector
+from layerzero_runtime.tables.table import Table
 from layerzero_tune.results.store import ResultsStore
 from tests.runtime.conftest import tables_in_force
 from tests.runtime.synthetic_table import write_table

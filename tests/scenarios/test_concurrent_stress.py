@@ -16,8 +16,8 @@ from layerzero_runtime.counters import Counter, CounterGroup
 from layerzero_runtime.dispatch import current_snapshot, publish_snapshot
 from layerzero_runtime.errors import SpecError
 from layerzero_runtime.kernels import builtin_kernels
-from layerzero_runtime.live_cache import LiveCache
-from layerzero_runtime.policy import Policy, Rule
+from layerzero_runtime.policies.policy import Policy, Rule
+from layerzero_runtime.selection.live_cache import LiveCache
 from layerzero_runtime.snapshot import Snapshot
 from tests.runtime.conftest import tables_in_force
 from tests.scenarios.conftest import attention, kernel, only, spec, unreachable

@@ -15,9 +15,9 @@ import layerzero_runtime as lz
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.dispatch import current_snapshot
 from layerzero_runtime.errors import NoKernelAvailableError
-from layerzero_runtime.live_cache import LiveCache
 from layerzero_runtime.operations import operation_named
-from layerzero_runtime.policy import EMPTY, Policy, Rule
+from layerzero_runtime.policies.policy import EMPTY, Policy, Rule
+from layerzero_runtime.selection.live_cache import LiveCache
 from tests.runtime.conftest import tables_in_force
 from tests.scenarios.conftest import (
     A100,

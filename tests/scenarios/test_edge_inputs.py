@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 import layerzero_runtime as lz
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ContextError
-from layerzero_runtime.transforms import Transform
+from layerzero_runtime.selection.transforms import Transform
 from tests.scenarios.conftest import (
     CAUSAL_KERNELS,
     FULL_KERNELS,

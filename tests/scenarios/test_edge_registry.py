@@ -13,8 +13,8 @@ import layerzero_runtime as lz
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.dispatch import current_snapshot
 from layerzero_runtime.errors import NoKernelAvailableError
-from layerzero_runtime.live_selector import LiveSelector, Ranking
-from layerzero_runtime.prior import Prior
+from layerzero_runtime.selection.live_selector import LiveSelector, Ranking
+from layerzero_runtime.tables.prior import Prior
 from tests.scenarios.conftest import (
     Attend,
     assert_near,

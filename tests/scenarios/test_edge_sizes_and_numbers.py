@@ -15,7 +15,7 @@ import layerzero_runtime as lz
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ContextError
 from layerzero_runtime.operations import operation_named
-from layerzero_runtime.transforms import Transform
+from layerzero_runtime.selection.transforms import Transform
 from tests.scenarios.conftest import (
     CAUSAL_KERNELS,
     FULL_KERNELS,

@@ -17,8 +17,8 @@ from layerzero_runtime import dispatch, ranks
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import detect_device
 from layerzero_runtime.errors import KernelExecutionError, NoKernelAvailableError
-from layerzero_runtime.live_cache import LiveCache
-from layerzero_runtime.prepared import PreparedKernels
+from layerzero_runtime.selection.live_cache import LiveCache
+from layerzero_runtime.serving.prepared import PreparedKernels
 from layerzero_tune.measure import cpu
 from layerzero_tune.measure.clock import time_calls
 from layerzero_tune.worker import WorkerProcess
@@ -272,7 +272,7 @@ def test_the_live_cache_stays_within_its_bound_and_right() -> None:
 @pytest.mark.scenario("FS-012")
 def test_no_memory_is_kept_for_features_that_never_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """A scale or a dropout that changes at every call is part of the key."""
-    monkeypatch.setattr("layerzero_runtime.prepared.MAX_PREPARED", 8)
+    monkeypatch.setattr("layerzero_runtime.serving.prepared.MAX_PREPARED", 8)
     prepared = PreparedKernels()
     monkeypatch.setattr(dispatch, "_prepared", prepared)
     dispatch.publish_snapshot()

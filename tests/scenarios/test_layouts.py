@@ -8,7 +8,7 @@ import torch
 
 import layerzero_runtime as lz
 from layerzero_runtime.errors import ContextError, NoKernelAvailableError
-from layerzero_runtime.transforms import Transform
+from layerzero_runtime.selection.transforms import Transform
 from tests.scenarios.conftest import (
     FULL_KERNELS,
     Attend,

@@ -16,8 +16,8 @@ from torch.nn import functional
 import layerzero_runtime as lz
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ContextError
-from layerzero_runtime.limits import Limit
-from layerzero_runtime.transforms import Transform
+from layerzero_runtime.selection.limits import Limit
+from layerzero_runtime.selection.transforms import Transform
 from tests.runtime.conftest import tables_in_force
 from tests.scenarios.conftest import (
     CAUSAL_KERNELS,

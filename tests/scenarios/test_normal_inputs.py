@@ -11,8 +11,8 @@ import layerzero_runtime as lz
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import NoKernelAvailableError
 from layerzero_runtime.kernels import builtin_kernels
-from layerzero_runtime.limits import Limit, rejections
-from layerzero_runtime.transforms import Transform
+from layerzero_runtime.selection.limits import Limit, rejections
+from layerzero_runtime.selection.transforms import Transform
 from tests.scenarios.conftest import (
     A100,
     FULL_KERNELS,

@@ -18,12 +18,12 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.dispatch import current_snapshot
 from layerzero_runtime.kernel import KernelSpec
 from layerzero_runtime.kernels import builtin_kernels
-from layerzero_runtime.limits import Limit
-from layerzero_runtime.live_cache import MAX_ENTRIES, LiveCache
-from layerzero_runtime.live_selector import LiveSelector, Ranking
-from layerzero_runtime.policy import Policy, Rule
-from layerzero_runtime.prior import Prior
+from layerzero_runtime.policies.policy import Policy, Rule
+from layerzero_runtime.selection.limits import Limit
+from layerzero_runtime.selection.live_cache import MAX_ENTRIES, LiveCache
+from layerzero_runtime.selection.live_selector import LiveSelector, Ranking
 from layerzero_runtime.snapshot import Snapshot
+from layerzero_runtime.tables.prior import Prior
 from layerzero_tune.results.store import ResultsStore
 from tests.runtime.test_snapshot import in_threads
 from tests.scenarios.conftest import H100, attention, kernel, only

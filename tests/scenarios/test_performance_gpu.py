@@ -20,7 +20,7 @@ from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.operation import Operation
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.plan import ExecutionPlan
-from layerzero_runtime.staleness import kernel_source_hash, version_that_matters
+from layerzero_runtime.tables.staleness import kernel_source_hash, version_that_matters
 from layerzero_tune.compile.emit import emit
 from layerzero_tune.compile.pipeline import compile_table
 from layerzero_tune.identity import content_hash

@@ -17,15 +17,17 @@ import torch
 from torch.nn.functional import silu
 
 import layerzero_runtime as lz
-from layerzero_runtime import dispatch, prepared, prior
+from layerzero_runtime import dispatch
 from layerzero_runtime import snapshot as snapshot_module
 from layerzero_runtime.calls import serving
 from layerzero_runtime.context import SelectionContext
-from layerzero_runtime.live_cache import LiveCache
-from layerzero_runtime.live_selector import LiveSelector, Ranking
-from layerzero_runtime.policy import Policy, Rule
-from layerzero_runtime.prior import Prior
+from layerzero_runtime.policies.policy import Policy, Rule
+from layerzero_runtime.selection.live_cache import LiveCache
+from layerzero_runtime.selection.live_selector import LiveSelector, Ranking
+from layerzero_runtime.serving import prepared
 from layerzero_runtime.snapshot import Snapshot
+from layerzero_runtime.tables import prior
+from layerzero_runtime.tables.prior import Prior
 from tests.runtime.test_snapshot import in_threads
 from tests.scenarios.conftest import H100, attention, beside_builtin, kernel, only
 from tests.scenarios.watching import all_locks_held, measured_tables, promptly
@@ -52,7 +54,8 @@ def test_threads_of_its_own_run_only_while_there_is_something_to_wait_for(tmp_pa
 import asyncio, threading
 import torch
 import layerzero_runtime as lz
-from layerzero_runtime import dispatch, selection_queue
+from layerzero_runtime import dispatch
+from layerzero_runtime.selection import selection_queue
 
 def running():
     return [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]

@@ -20,9 +20,9 @@ from torch.nn.functional import silu
 
 import layerzero_runtime as lz
 from layerzero_runtime import dispatch
-from layerzero_runtime.limits import Limit
-from layerzero_runtime.policy import Policy, Rule
+from layerzero_runtime.policies.policy import Policy, Rule
 from layerzero_runtime.registry import Registry
+from layerzero_runtime.selection.limits import Limit
 from layerzero_runtime.snapshot import Snapshot
 from tests.scenarios.conftest import H100, attention, beside_builtin, kernel, only
 from tests.scenarios.watching import entered, judgements, measured_tables, of_the_package

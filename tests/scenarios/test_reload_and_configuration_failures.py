@@ -15,7 +15,7 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.dispatch import current_snapshot
 from layerzero_runtime.errors import PolicyLoadError, ResultsError
 from layerzero_runtime.kernel import Configuration, Kernel, KernelFunction
-from layerzero_runtime.table_files import TABLES_VARIABLE
+from layerzero_runtime.tables.table_files import TABLES_VARIABLE
 from layerzero_tune.compile.form import TableForm
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore

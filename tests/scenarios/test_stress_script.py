@@ -18,7 +18,7 @@ import layerzero_runtime as lz
 from layerzero_runtime import dispatch
 from layerzero_runtime.dispatch import current_snapshot
 from layerzero_runtime.kernels import builtin_kernels
-from layerzero_runtime.policy import Policy, Rule
+from layerzero_runtime.policies.policy import Policy, Rule
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.snapshot import Snapshot
 from tests.scenarios.conftest import H100, attention, kernel, only

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 import pytest
 
-from layerzero_runtime import live_selector
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import detect_device
 from layerzero_runtime.kernel import Kernel
-from layerzero_runtime.limits import Limit, Rejection, rejections
+from layerzero_runtime.selection import live_selector
+from layerzero_runtime.selection.limits import Limit, Rejection, rejections
 from layerzero_runtime.snapshot import Snapshot
 from tests.runtime.conftest import tables_in_force
 from tests.runtime.synthetic_table import write_table

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from layerzero_runtime.published import PUBLISHED
-from layerzero_runtime.table_files import TABLES_VARIABLE
+from layerzero_runtime.serving.published import PUBLISHED
+from layerzero_runtime.tables.table_files import TABLES_VARIABLE
 from layerzero_tune.command_line.main import main
 
 EXECUTABLE = str(Path(sys.executable).with_name("layerzero-tune"))

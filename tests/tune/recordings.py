@@ -8,8 +8,8 @@ from pathlib import Path
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernels import builtin_kernels
-from layerzero_runtime.limits import rejections
 from layerzero_runtime.operations import OPERATIONS, operation_named
+from layerzero_runtime.selection.limits import rejections
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.workload.presets import preset_workload

@@ -14,8 +14,8 @@ from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.operations import operation_named
-from layerzero_runtime.table import MISS, Table
-from layerzero_runtime.table_files import load_table_file
+from layerzero_runtime.tables.table import MISS, Table
+from layerzero_runtime.tables.table_files import load_table_file
 from layerzero_tune.compile.emit import emit
 from layerzero_tune.compile.form import TableForm
 from layerzero_tune.compile.pipeline import compile_table

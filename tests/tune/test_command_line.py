@@ -13,7 +13,7 @@ from layerzero_runtime.device import detect_device
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.libraries import library_version
 from layerzero_runtime.operations import OPERATIONS
-from layerzero_runtime.staleness import kernel_source_hash
+from layerzero_runtime.tables.staleness import kernel_source_hash
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 from tests.tune.command import CommandsHere, tune

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerzero_runtime.context import SelectionContext
-from layerzero_runtime.limits import Limit
 from layerzero_runtime.operations import operation_named
-from layerzero_runtime.table import MISS, Table
+from layerzero_runtime.selection.limits import Limit
+from layerzero_runtime.tables.table import MISS, Table
 from layerzero_tune.compile.form import Entry
 from layerzero_tune.compile.legality import legality
 from layerzero_tune.results.measurement import Measurement, Status

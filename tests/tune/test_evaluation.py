@@ -14,7 +14,7 @@ from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.libraries import library_version
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.snapshot import Snapshot
-from layerzero_runtime.staleness import kernel_source_hash
+from layerzero_runtime.tables.staleness import kernel_source_hash
 from layerzero_tune.compile.emit import emit
 from layerzero_tune.evaluate.evaluation import Evaluation, evaluate
 from layerzero_tune.evaluate.public_calls import KERNELS, PUBLIC_CALL

@@ -20,7 +20,7 @@ from layerzero_runtime.errors import ContextError
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.libraries import missing_requirement
 from layerzero_runtime.operations import operation_named
-from layerzero_runtime.transforms import apply_transforms
+from layerzero_runtime.selection.transforms import apply_transforms
 from layerzero_tune.measure import cpu
 from layerzero_tune.measure.clock import Rotation, take_sample, time_calls, warm_up
 from layerzero_tune.measure.contest import Candidate, ContestOutcome, MeasurementPolicy

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.counters import CounterGroup
-from layerzero_runtime.workload_recorder import WorkloadRecorder
+from layerzero_runtime.serving.workload_recorder import WorkloadRecorder
 from layerzero_tune.workload.errors import WorkloadError
 from layerzero_tune.workload.lines import WorkloadLine, format_workload, parse_workload, read_workload
 from layerzero_tune.workload.merge import merge_sorted

@@ -9,8 +9,8 @@ from typing import Any
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operation import Operation, StaticKey
-from layerzero_runtime.table import Table, TableEntry
-from layerzero_runtime.table_evidence import evidence_of
+from layerzero_runtime.tables.table import Table, TableEntry
+from layerzero_runtime.tables.table_evidence import evidence_of
 
 # A bucket says nothing of sizes further away than this factor on any axis: as wide as the steps between the measured
 # points of a tuning are at most.

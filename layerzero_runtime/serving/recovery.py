@@ -15,8 +15,8 @@ from layerzero_runtime.errors import (
     LayerZeroError,
     NoKernelAvailableError,
 )
-from layerzero_runtime.execution import is_capturing
-from layerzero_runtime.live_selector import Choice
+from layerzero_runtime.selection.live_selector import Choice
+from layerzero_runtime.serving.execution import is_capturing
 
 if TYPE_CHECKING:
     from layerzero_runtime.operation import Operation

@@ -11,7 +11,7 @@ from layerzero_runtime.errors import KernelExecutionError, KernelOutputError
 from layerzero_runtime.kernel import Kernel, KernelFunction
 from layerzero_runtime.libraries import missing_requirement
 from layerzero_runtime.operation import Operation
-from layerzero_runtime.transforms import apply_transforms
+from layerzero_runtime.selection.transforms import apply_transforms
 
 # A static key holds whatever is unusual of a call, such as its scale: there may be more than a process should keep.
 MAX_PREPARED = 4096

@@ -16,14 +16,14 @@ from typing import Any
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import NoKernelAvailableError
-from layerzero_runtime.health import Breaker
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.libraries import missing_requirement, unfit_version
-from layerzero_runtime.limits import rejections
-from layerzero_runtime.policy import Policy
-from layerzero_runtime.prior import Prior
+from layerzero_runtime.policies.policy import Policy
 from layerzero_runtime.registry import Registry
-from layerzero_runtime.transforms import DENSITY_FIELDS, transforms_of
+from layerzero_runtime.selection.limits import rejections
+from layerzero_runtime.selection.transforms import DENSITY_FIELDS, transforms_of
+from layerzero_runtime.serving.health import Breaker
+from layerzero_runtime.tables.prior import Prior
 
 
 @dataclass(frozen=True, slots=True)

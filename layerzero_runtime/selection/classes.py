@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 from layerzero_runtime.context import SelectionContext
-from layerzero_runtime.limits import Limit
+from layerzero_runtime.selection.limits import Limit
 
 _OTHER = ("other",)  # equal to no value of a field
 

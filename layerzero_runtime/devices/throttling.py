@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-from layerzero_runtime.nvml import load_library, with_gpus
+from layerzero_runtime.devices.nvml import load_library, with_gpus
 
 # Bits of nvmlDeviceGetCurrentClocksEventReasons (before driver 535: ...ThrottleReasons) that mean a limit of power or
 # heat; idle clocks and clocks that somebody has set are none.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from layerzero_runtime.nvml import Gpu
+    from layerzero_runtime.devices.nvml import Gpu
 
 # The driver reads an index as C's strtol does ("1gpu" is 1), and of a UUID the digits, in either case, up to the first
 # other character. Old drivers name a MIG device by its GPU and two numbers: "MIG-GPU-<UUID>/<GPU instance>/<compute>".

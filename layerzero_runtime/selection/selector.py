@@ -6,23 +6,23 @@ from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from layerzero_runtime.classes import ContextClasses
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.counters import CounterGroup, log_warning
 from layerzero_runtime.errors import TableError
-from layerzero_runtime.health import Breaker
 from layerzero_runtime.kernel import Kernel
-from layerzero_runtime.live_cache import LiveCache
-from layerzero_runtime.live_selector import Choice, LiveSelector, Ranking, no_kernel_error
 from layerzero_runtime.operation import Operation
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.plan import ExecutionPlan
-from layerzero_runtime.policy import Policy
-from layerzero_runtime.prior import NearestBuckets, Prior
+from layerzero_runtime.policies.policy import Policy
 from layerzero_runtime.registry import Registry
-from layerzero_runtime.table import MISS, Table, TableStep
-from layerzero_runtime.table_set import TableSet
-from layerzero_runtime.transforms import transforms_of
+from layerzero_runtime.selection.classes import ContextClasses
+from layerzero_runtime.selection.live_cache import LiveCache
+from layerzero_runtime.selection.live_selector import Choice, LiveSelector, Ranking, no_kernel_error
+from layerzero_runtime.selection.transforms import transforms_of
+from layerzero_runtime.serving.health import Breaker
+from layerzero_runtime.tables.prior import NearestBuckets, Prior
+from layerzero_runtime.tables.table import MISS, Table, TableStep
+from layerzero_runtime.tables.table_set import TableSet
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,10 @@ import threading
 from layerzero_runtime.counters import CounterGroup, log_warning
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.kernel import Kernel
-from layerzero_runtime.prior import NearestBuckets
-from layerzero_runtime.staleness import stale_reason
-from layerzero_runtime.table import Table
-from layerzero_runtime.table_files import find_alike, find_table
+from layerzero_runtime.tables.prior import NearestBuckets
+from layerzero_runtime.tables.staleness import stale_reason
+from layerzero_runtime.tables.table import Table
+from layerzero_runtime.tables.table_files import find_alike, find_table
 
 
 class TableSet:

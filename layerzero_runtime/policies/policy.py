@@ -10,7 +10,7 @@ from functools import lru_cache
 from layerzero_runtime.context import FIELD_NAMES, SelectionContext
 from layerzero_runtime.errors import PolicyLoadError
 from layerzero_runtime.kernel import KernelSpec
-from layerzero_runtime.limits import Limit
+from layerzero_runtime.selection.limits import Limit
 
 # What a condition may read: the fields of a context and what follows from them.
 CONDITION_FIELDS = tuple(

@@ -9,7 +9,7 @@ from types import ModuleType
 
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.errors import TableError
-from layerzero_runtime.table import Table, load_table
+from layerzero_runtime.tables.table import Table, load_table
 
 TABLES_VARIABLE = "LAYERZERO_TABLES"
 INSTALLED_PACKAGE = "layerzero_tables"
@@ -32,7 +32,7 @@ def load_table_file(path: Path) -> Table:
         raise TableError(f"{path}: cannot be read: {error}") from error
     digest = hashlib.sha256(source.encode()).digest()
     if digest not in _checked:
-        from layerzero_runtime.table_syntax import check_table_source
+        from layerzero_runtime.tables.table_syntax import check_table_source
 
         check_table_source(source, str(path))
         _checked.add(digest)

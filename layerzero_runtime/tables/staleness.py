@@ -6,7 +6,7 @@ from functools import cache
 
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.libraries import library_version
-from layerzero_runtime.table import Table
+from layerzero_runtime.tables.table import Table
 
 # What an adapter's file calls to declare its kernels.
 _DECLARATIONS = frozenset({"Kernel", "KernelSpec"})

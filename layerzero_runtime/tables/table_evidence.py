@@ -8,7 +8,7 @@ from typing import Any
 
 from layerzero_runtime.errors import TableError
 from layerzero_runtime.operation import StaticKey
-from layerzero_runtime.table import Table
+from layerzero_runtime.tables.table import Table
 
 EVIDENCE_FILE = "evidence.json"
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.counters import Counter, log_warning
 from layerzero_runtime.kernel import KernelFunction
-from layerzero_runtime.live_selector import Choice
 from layerzero_runtime.operation import Operation
-from layerzero_runtime.prepared import PreparedKernel
-from layerzero_runtime.published import PUBLISHED
-from layerzero_runtime.table import MISS, Table, TableEntry, TableStep
+from layerzero_runtime.selection.live_selector import Choice
+from layerzero_runtime.serving.prepared import PreparedKernel
+from layerzero_runtime.serving.published import PUBLISHED
+from layerzero_runtime.tables.table import MISS, Table, TableEntry, TableStep
 from layerzero_runtime.tensors import FIELD_READERS
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Route:
 
     def recover(self, error: Exception, arguments: tuple[Any, ...]) -> Any:
         """After a function of this route has raised: the result of another kernel, or an error (`recovery.recover`)."""
-        from layerzero_runtime.recovery import recover
+        from layerzero_runtime.serving.recovery import recover
 
         return recover(self._snapshot, self.operation, arguments, self._features, error)
 

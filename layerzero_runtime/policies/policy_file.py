@@ -17,12 +17,12 @@ from layerzero_runtime.context import (
     QUANT_FORMATS,
     SelectionContext,
 )
-from layerzero_runtime.cpu import INSTRUCTION_SETS
 from layerzero_runtime.device import PLATFORMS
+from layerzero_runtime.devices.cpu import INSTRUCTION_SETS
 from layerzero_runtime.errors import PolicyLoadError
-from layerzero_runtime.limits import Kind, Limit
-from layerzero_runtime.policy import CONDITION_FIELDS, EMPTY, Policy, Rule
-from layerzero_runtime.yaml_part import LARGEST_INTEGER, YamlPart, compose_yaml, suggestion
+from layerzero_runtime.policies.policy import CONDITION_FIELDS, EMPTY, Policy, Rule
+from layerzero_runtime.policies.yaml_part import LARGEST_INTEGER, YamlPart, compose_yaml, suggestion
+from layerzero_runtime.selection.limits import Kind, Limit
 
 VERSION = 1
 

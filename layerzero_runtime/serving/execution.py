@@ -10,7 +10,7 @@ from typing import Any
 
 from layerzero_runtime.context import MODES
 from layerzero_runtime.errors import ContextError
-from layerzero_runtime.published import PUBLISHED
+from layerzero_runtime.serving.published import PUBLISHED
 
 PREPARATIONS = ("warmup", "on_first_use")
 

@@ -8,8 +8,8 @@ from layerzero_runtime import ranks
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.counters import Counter, CounterGroup, log_warning
 from layerzero_runtime.errors import ContextError, KernelExecutionError
-from layerzero_runtime.health import Health
 from layerzero_runtime.operation import Operation
+from layerzero_runtime.serving.health import Health
 
 
 class Verification:

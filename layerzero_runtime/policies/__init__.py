@@ -1,0 +1,1 @@
+"""Policies: rules that bind the selection, from code or from YAML."""

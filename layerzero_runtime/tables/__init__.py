@@ -1,0 +1,1 @@
+"""Generated tables: found, checked, loaded, judged for staleness; the evidence beside them, and what it says nearby."""
