@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from layerzero_runtime.calls.attention import attention
+    from layerzero_runtime.calls.bound import bind
     from layerzero_runtime.calls.mlp import geglu, swiglu
     from layerzero_runtime.calls.norm import add_rms_norm, layer_norm, rms_norm
     from layerzero_runtime.context import SelectionContext
@@ -53,6 +54,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "attention": "calls.attention",
+    "bind": "calls.bound",
     "geglu": "calls.mlp",
     "swiglu": "calls.mlp",
     "add_rms_norm": "calls.norm",
@@ -105,6 +107,7 @@ __all__ = [
     "TableError",
     "add_rms_norm",
     "attention",
+    "bind",
     "execution_mode",
     "explain",
     "geglu",
