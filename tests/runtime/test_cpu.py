@@ -121,7 +121,7 @@ def test_this_machine() -> None:
 def in_a_new_process(code: str, **environment: str) -> str:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     completed = subprocess.run(
-        [sys.executable, "-c", f"from layerzero_runtime import cpu\n{code}"],
+        [sys.executable, "-c", f"from layerzero_runtime.devices import cpu\n{code}"],
         env={**inherited, **environment},
         capture_output=True,
         text=True,
