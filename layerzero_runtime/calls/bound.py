@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from layerzero_runtime.calls.serving import serve
-from layerzero_runtime.context import FIELD_NAMES, SelectionContext
+from layerzero_runtime.context import FIELD_NAMES, MODES, SelectionContext
 from layerzero_runtime.device import detect_device
 from layerzero_runtime.dispatch import current_snapshot
 from layerzero_runtime.errors import ContextError, ContextTypeError
@@ -40,7 +41,7 @@ class _Binding:
     def __init__(self, operation: Operation, context: SelectionContext, features: Mapping[str, Any]) -> None:
         self.operation = operation
         self.features = dict(features)
-        self._contexts = {mode: _in_mode(context, mode) for mode in ("eager", "graph")}
+        self._contexts = {mode: replace(context, mode=mode) for mode in MODES}
 
     def route(self) -> tuple[Route, object]:
         """The route, and the snapshot in which eager calls may take it again; None for one of graph mode."""
@@ -118,11 +119,6 @@ def bind(operation: str, *, device: str = "auto", equal_lengths: bool = False, *
     return _rms(binding, width, eps, context.offset) if operation == "norm.rms" else _three(binding, width, eps)
 
 
-def _in_mode(context: SelectionContext, mode: str) -> SelectionContext:
-    assert context.device is not None
-    return SelectionContext(**{**context.to_dict(), "mode": mode}).with_device(context.device)
-
-
 def _unset(*arguments: Any) -> Any:
     raise AssertionError("no call came before this one")
 
@@ -168,11 +164,7 @@ def _two_shapes(binding: _Binding, context: SelectionContext, kv_heads: int) -> 
     # Of causal attention, calls whose lengths happen to be equal are of another static key.
     square = None
     if context.operation == "attention.causal":
-        square = _Binding(
-            binding.operation,
-            SelectionContext(**{**context.to_dict(), "seq_len_k": context.seq_len_q}).with_device(context.device),  # type: ignore[arg-type]
-            binding.features,
-        )
+        square = _Binding(binding.operation, replace(context, seq_len_k=context.seq_len_q), binding.features)
 
     def bound(query: Tensor, key: Tensor, value: Tensor) -> Any:
         nonlocal last
