@@ -20,6 +20,7 @@ from layerzero_runtime.serving.prepared import PreparedKernel, PreparedKernels
 from layerzero_runtime.serving.published import PUBLISHED
 from layerzero_runtime.serving.recovery import FailedInstead
 from layerzero_runtime.serving.routes import Route
+from layerzero_runtime.serving.seen_calls import SeenCalls
 from layerzero_runtime.serving.verification import Verification
 from layerzero_runtime.serving.workload_recorder import WorkloadRecorder
 from layerzero_runtime.tables.table import TableEntry
@@ -37,7 +38,7 @@ class Snapshot(Selector):
 
     Attributes:
         half_open: kernels of which one call at a time finds out whether they work again.
-        fast_routes: routes by the keys that the public functions build from tensors.
+        seen: what the public functions have served under it.
     """
 
     def __init__(
@@ -58,10 +59,7 @@ class Snapshot(Selector):
         self.half_open = self.health.half_open
         self.verification = verification
         self.recorder = recorder
-        self.fast_routes: dict[tuple[Any, ...], Route] = {}
-        # The last call of a fast path and what served it: `calls.attention` and `calls.norm` say what is where.
-        self.attention_memo: tuple[Any, ...] = (None,) * 10
-        self.rms_norm_memo: tuple[Any, ...] = (None,) * 9
+        self.seen = SeenCalls()
         self._prepared = prepared or PreparedKernels()
         self._routes: dict[tuple[Any, ...], Route] = {}
         self._calls = calls or CallCounters(MAX_ROUTES)

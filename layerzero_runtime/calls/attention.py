@@ -7,22 +7,17 @@ from typing import Any
 import torch.autograd.forward_ad as forward_mode
 from torch import Tensor
 
-from layerzero_runtime.calls.interception import (
-    autocast,
-    cuda_device,
-    deterministic,
-    dispatch_modes,
-    function_modes,
-    grad_enabled,
-    transforms,
-)
+from layerzero_runtime.calls.guards import Keeper, tensor_guard
+from layerzero_runtime.calls.interception import deterministic, function_mode
 from layerzero_runtime.calls.serving import serve
-from layerzero_runtime.context import ALIGNMENTS, DENSE_LAYOUTS
+from layerzero_runtime.context import ALIGNMENTS, DENSE_LAYOUTS, is_usual_scale
 from layerzero_runtime.dispatch import current_snapshot
 from layerzero_runtime.errors import ContextError
 from layerzero_runtime.operation import Operation
 from layerzero_runtime.operations.attention import CAUSAL, CROSS, FULL
 from layerzero_runtime.serving.published import PUBLISHED
+from layerzero_runtime.serving.routes import Route
+from layerzero_runtime.serving.seen_calls import REPEATS, SeenCalls
 from layerzero_runtime.tensors import check_tensors
 
 
@@ -64,88 +59,63 @@ def attention(
         ContextTypeError: query, key, value or attn_mask is no tensor.
         NoKernelAvailableError: no kernel accepts the call.
     """
-    snapshot = PUBLISHED.eager
-    route_key = None
+    seen = PUBLISHED.eager
     if (
-        snapshot is not None
+        seen is not None
         and attn_mask is None
-        and scale is None
         and dropout_p == 0.0
         and layout == "bhsd"
         and quant_format is None
-        and type(query) is Tensor
-        and type(key) is Tensor
-        and type(value) is Tensor
-        # As `is_intercepted` has it, written out: a call and a loop would cost more than the checks.
-        and not (function_modes() or dispatch_modes() or autocast() or deterministic())
-        and transforms() is None
+        and not (function_mode() or deterministic())
         and forward_mode._current_level < 0
-        and not (grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
     ):
-        query_shape, key_shape, dtype = query.shape, key.shape, query.dtype
-        if key_shape == value.shape and dtype is key.dtype and dtype is value.dtype:
-            device = "cpu" if query.is_cpu and key.is_cpu and value.is_cpu else cuda_device(query, key, value)
-            memo = snapshot.attention_memo
+        guard, causal, alignment, grouped, usual_scale, function, count_call, recover = seen.last_attention
+        if (
+            guard(query, key, value)
+            and is_causal is causal
+            and causal_alignment == alignment
+            and enable_gqa >= grouped
+            and (scale is None or scale == usual_scale)
+        ):
+            count_call()
+            try:
+                return function(query, key, value, None, 0.0, scale)  # type: ignore[no-any-return]
+            except Exception as error:  # noqa: BLE001 - recover judges it
+                return recover(error, (query, key, value, None, 0.0, scale))  # type: ignore[no-any-return]
+        for guard, causal, alignment, grouped, usual_scale, square, kv_heads, route in seen.attention:
             if (
-                query_shape == memo[0]
-                and key_shape == memo[1]
-                and dtype is memo[2]
-                and device == memo[3]
-                and is_causal is memo[4]
-                and causal_alignment == memo[5]
-                and enable_gqa >= memo[6]
+                is_causal is causal
+                and causal_alignment == alignment
+                and enable_gqa >= grouped
+                and (scale is None or scale == usual_scale)
+                and guard(query, key, value)
             ):
-                memo[8]()
+                key_shape = key.shape
+                batch, _, length_q, _ = query.shape
+                batch_k, _, length_k, _ = key_shape
+                if (length_q == length_k) is not square:
+                    continue
+                if key_shape != value.shape or batch != batch_k or not (batch and length_q and length_k):
+                    break
+                if square and not causal:
+                    leaf = route.decide(batch * kv_heads, length_q)
+                else:
+                    leaf = route.decide(batch * kv_heads, length_q, length_k)
+                route.count_call()
                 try:
-                    return memo[7](query, key, value, None, 0.0, None)  # type: ignore[no-any-return]
+                    output: Tensor = route.functions[leaf](query, key, value, None, 0.0, scale)
                 except Exception as error:  # noqa: BLE001 - recover judges it
-                    return memo[9].recover(error, (query, key, value, None, 0.0, None))  # type: ignore[no-any-return]
-            if device is not None and len(query_shape) == len(key_shape) == 4:
-                batch, heads, length_q, head_dim = query_shape
-                batch_k, kv_heads, length_k, head_dim_k = key_shape
-                if (
-                    batch == batch_k
-                    and head_dim == head_dim_k
-                    and length_k
-                    and kv_heads
-                    and (enable_gqa or heads == kv_heads)
-                ):
-                    operation = CAUSAL if is_causal else FULL if length_q == length_k else CROSS
-                    is_square = length_q == length_k
-                    route_key = (
-                        operation.name,
-                        dtype,
-                        device,
-                        head_dim,
-                        heads / kv_heads,
-                        is_square,
-                        causal_alignment,
-                    )
-                    route = snapshot.fast_routes.get(route_key)
-                    if route is not None and batch and length_q:
-                        route.count_call()
-                        if operation is FULL:
-                            leaf = route.decide(batch * kv_heads, length_q)
-                        else:
-                            leaf = route.decide(batch * kv_heads, length_q, length_k)
-                        try:
-                            output: Tensor = route.functions[leaf](query, key, value, None, 0.0, None)
-                        except Exception as error:  # noqa: BLE001 - recover judges it
-                            output = route.recover(error, (query, key, value, None, 0.0, None))
-                        # A layer of a model repeats the shapes of the one before it.
-                        snapshot.attention_memo = (
-                            query_shape,
-                            key_shape,
-                            dtype,
-                            device,
-                            is_causal,
-                            causal_alignment,
-                            heads != kv_heads,
-                            route.functions[leaf],
-                            route.count_call,
-                            route,
-                        )
-                        return output
+                    return route.recover(error, (query, key, value, None, 0.0, scale))  # type: ignore[no-any-return]
+                if key_shape != seen.key_shape:
+                    seen.key_shape, seen.repeats = key_shape, 0
+                elif seen.repeats < REPEATS:
+                    seen.repeats += 1
+                else:
+                    # The layers of a model repeat each other's shapes.
+                    guard = tensor_guard((query, key, value), [list(query.shape), list(key_shape), list(key_shape)])
+                    served = (route.functions[leaf], route.count_call, route.recover)
+                    seen.last_attention, seen.repeats = (guard, causal, alignment, grouped, usual_scale, *served), 0
+                return output
     length, heads_at = _layout_dimensions(layout)
     check_tensors({"query": query, "key": key, "value": value})
     operation = _operation(query, key, is_causal, enable_gqa, length, heads_at)
@@ -160,8 +130,37 @@ def attention(
         "num_heads": 1 if query.shape[heads_at] == key.shape[heads_at] else 2,
     }
     arguments = (query, key, value, attn_mask, dropout_p, scale)
-    result: Tensor = serve(current_snapshot(), operation, arguments, features, route_key, sizes_alike)
+    is_plain = attn_mask is None and dropout_p == 0.0 and layout == "bhsd" and quant_format is None
+    keep = _keeper(query, key, value, is_causal, causal_alignment, scale) if is_plain else None
+    result: Tensor = serve(current_snapshot(), operation, arguments, features, sizes_alike, keep)
     return result
+
+
+def _keeper(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, alignment: str, scale: float | None
+) -> Keeper | None:
+    """What keeps the kind of a call in layout "bhsd"; None where the call has what no kind holds.
+
+    Batch size and lengths may differ, but not whether the lengths are equal. A kind is (guard, is_causal,
+    causal_alignment, whether heads are grouped, scale, whether lengths are equal, kv heads, route).
+    """
+    head_dim = query.shape[3]
+    if key.shape != value.shape or not (scale is None or is_usual_scale(scale, head_dim)):
+        return None
+
+    def keep(seen: SeenCalls, route: Route) -> None:
+        heads, kv_heads = query.shape[1], key.shape[1]
+        guard = tensor_guard(
+            (query, key, value), [[None, heads, None, head_dim], *[[None, kv_heads, None, head_dim]] * 2]
+        )
+        # There are several floats next to 1/sqrt(head_dim).
+        usual_scale = head_dim**-0.5 if scale is None else scale
+        is_square = query.shape[2] == key.shape[2]
+        seen.keep(
+            "attention", (guard, is_causal, alignment, heads != kv_heads, usual_scale, is_square, kv_heads, route)
+        )
+
+    return keep
 
 
 def _layout_dimensions(layout: str) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -20,19 +20,22 @@ from layerzero_runtime.operations.norm import LAYER_EPS, RMS_EPS
 from layerzero_runtime.serving.execution import current_mode
 from layerzero_runtime.serving.published import PUBLISHED
 from layerzero_runtime.serving.routes import Route
+from layerzero_runtime.serving.seen_calls import SeenCalls
 
 # Sizes that stand for any: a static key does not hold them.
 _ANY = {"attention": {"batch_size": 1, "seq_len_q": 2}, "norm": {"rows": 1}, "mlp": {"rows": 1}}
 
 
-class _Last(NamedTuple):
-    """The last call of a bound function: while its snapshot is in force and its sizes repeat, `function` serves."""
+# The last call of a bound function, (seen, sizes, function, count_call, recover): while what was seen is that of the
+# snapshot in force and the sizes repeat, the function serves. A plain tuple, because each change of sizes makes one.
+_Last = tuple[SeenCalls | None, object, KernelFunction, Callable[[], int], Callable[..., Any]]
 
-    snapshot: object
-    sizes: object
-    function: KernelFunction
-    count_call: Callable[[], int]
-    route: Route
+
+def _unset(*arguments: Any) -> Any:
+    raise AssertionError("no call came before this one")
+
+
+_NONE: _Last = (None, None, _unset, int, _unset)
 
 
 class _Binding:
@@ -42,26 +45,33 @@ class _Binding:
         self.operation = operation
         self.features = dict(features)
         self._contexts = {mode: replace(context, mode=mode) for mode in MODES}
+        self._current: tuple[Route, SeenCalls] | None = None
+        self.route()
 
-    def route(self) -> tuple[Route, object]:
-        """The route, and the snapshot in which eager calls may take it again; None for one of graph mode."""
+    def route(self) -> tuple[Route, SeenCalls | None]:
+        """The route, and what was seen under its snapshot: while that is in force, eager calls may take it again."""
+        current = self._current
+        if current is not None and PUBLISHED.eager is current[1]:
+            return current
         mode, snapshot = current_mode(), current_snapshot()
         route = snapshot.route(self.operation, self._contexts[mode], {**self.features, "mode": mode})
-        return route, snapshot if mode == "eager" else None
+        if mode != "eager":
+            return route, None
+        self._current = route, snapshot.seen
+        return self._current
 
     def run(self, sizes: tuple[int, ...], arguments: tuple[Any, ...], key: object) -> tuple[Any, _Last]:
         """The result of a call, and what serves the next one of equal sizes."""
-        route, snapshot = self.route()
+        route, seen = self.route()
         if not all(sizes):
-            nothing = _Last(None, None, _unset, int, route)
-            return serve(current_snapshot(), self.operation, arguments, self.features), nothing
+            return serve(current_snapshot(), self.operation, arguments, self.features), _NONE
         leaf = route.decide(*sizes)
         route.count_call()
         try:
             result = route.functions[leaf](*arguments)
         except Exception as error:  # noqa: BLE001 - recover judges it
             result = route.recover(error, arguments)
-        return result, _Last(snapshot, key, route.functions[leaf], route.count_call, route)
+        return result, (seen, key, route.functions[leaf], route.count_call, route.recover)
 
 
 def bind(operation: str, *, device: str = "auto", equal_lengths: bool = False, **features: Any) -> Callable[..., Any]:
@@ -119,37 +129,33 @@ def bind(operation: str, *, device: str = "auto", equal_lengths: bool = False, *
     return _rms(binding, width, eps, context.offset) if operation == "norm.rms" else _three(binding, width, eps)
 
 
-def _unset(*arguments: Any) -> Any:
-    raise AssertionError("no call came before this one")
-
-
 def _kernel_by_sizes(binding: _Binding) -> Callable[..., KernelFunction]:
-    last: tuple[object, Callable[..., int], list[KernelFunction]] = (None, int, [])
+    last: tuple[SeenCalls | None, Callable[..., int], list[KernelFunction]] = (None, int, [])
 
     def kernel(*sizes: int) -> KernelFunction:
         nonlocal last
-        snapshot, decide, functions = last
-        if snapshot is None or PUBLISHED.eager is not snapshot:
-            route, snapshot = binding.route()
-            last = _, decide, functions = snapshot, route.decide, route.functions
+        seen, decide, functions = last
+        if seen is None or PUBLISHED.eager is not seen:
+            route, seen = binding.route()
+            last = _, decide, functions = seen, route.decide, route.functions
         return functions[decide(*sizes)]
 
     return kernel
 
 
 def _one_shape(binding: _Binding, kv_heads: int) -> Callable[..., Any]:
-    last = _Last(None, None, _unset, int, binding.route()[0])
+    last = _NONE
 
     def bound(query: Tensor, key: Tensor, value: Tensor) -> Any:
         nonlocal last
         shape = query.shape
-        snapshot, sizes, function, count_call, route = last
-        if shape == sizes and PUBLISHED.eager is snapshot:
+        seen, sizes, function, count_call, recover = last
+        if shape == sizes and PUBLISHED.eager is seen:
             count_call()
             try:
                 return function(query, key, value, None, 0.0, None)
             except Exception as error:  # noqa: BLE001 - recover judges it
-                return route.recover(error, (query, key, value, None, 0.0, None))
+                return recover(error, (query, key, value, None, 0.0, None))
         arguments = (query, key, value, None, 0.0, None)
         lengths = (shape[2],) * (len(binding.operation.axes) - 1)
         result, last = binding.run((shape[0] * kv_heads, *lengths), arguments, shape)
@@ -160,7 +166,7 @@ def _one_shape(binding: _Binding, kv_heads: int) -> Callable[..., Any]:
 
 
 def _two_shapes(binding: _Binding, context: SelectionContext, kv_heads: int) -> Callable[..., Any]:
-    last = _Last(None, None, _unset, int, binding.route()[0])
+    last = _NONE
     # Of causal attention, calls whose lengths happen to be equal are of another static key.
     square = None
     if context.operation == "attention.causal":
@@ -169,13 +175,13 @@ def _two_shapes(binding: _Binding, context: SelectionContext, kv_heads: int) -> 
     def bound(query: Tensor, key: Tensor, value: Tensor) -> Any:
         nonlocal last
         shapes = (query.shape, key.shape)
-        snapshot, sizes, function, count_call, route = last
-        if shapes == sizes and PUBLISHED.eager is snapshot:
+        seen, sizes, function, count_call, recover = last
+        if shapes == sizes and PUBLISHED.eager is seen:
             count_call()
             try:
                 return function(query, key, value, None, 0.0, None)
             except Exception as error:  # noqa: BLE001 - recover judges it
-                return route.recover(error, (query, key, value, None, 0.0, None))
+                return recover(error, (query, key, value, None, 0.0, None))
         batch, _, length_q, _ = shapes[0]
         length_k = shapes[1][2]
         chosen = square if square is not None and length_q == length_k else binding
@@ -195,18 +201,18 @@ def _rows_of(first: Tensor, width: int | None) -> tuple[int, int]:
 
 # One function for each number of arguments: passing them on as a list costs as much as all the checks.
 def _rms(binding: _Binding, width: int | None, eps: float, offset: float) -> Callable[..., Any]:
-    last = _Last(None, None, _unset, int, binding.route()[0])
+    last = _NONE
 
     def bound(x: Tensor, weight: Tensor) -> Any:
         nonlocal last
         key = x.shape if width is None else x.numel()
-        snapshot, sizes, function, count_call, route = last
-        if key == sizes and PUBLISHED.eager is snapshot:
+        seen, sizes, function, count_call, recover = last
+        if key == sizes and PUBLISHED.eager is seen:
             count_call()
             try:
                 return function(x, weight, eps, offset)
             except Exception as error:  # noqa: BLE001 - recover judges it
-                return route.recover(error, (x, weight, eps, offset))
+                return recover(error, (x, weight, eps, offset))
         result, last = binding.run(_rows_of(x, width), (x, weight, eps, offset), key)
         return result
 
@@ -215,18 +221,18 @@ def _rms(binding: _Binding, width: int | None, eps: float, offset: float) -> Cal
 
 
 def _gated(binding: _Binding, width: int | None) -> Callable[..., Any]:
-    last = _Last(None, None, _unset, int, binding.route()[0])
+    last = _NONE
 
     def bound(gate: Tensor, up: Tensor) -> Any:
         nonlocal last
         key = gate.shape if width is None else gate.numel()
-        snapshot, sizes, function, count_call, route = last
-        if key == sizes and PUBLISHED.eager is snapshot:
+        seen, sizes, function, count_call, recover = last
+        if key == sizes and PUBLISHED.eager is seen:
             count_call()
             try:
                 return function(gate, up)
             except Exception as error:  # noqa: BLE001 - recover judges it
-                return route.recover(error, (gate, up))
+                return recover(error, (gate, up))
         result, last = binding.run(_rows_of(gate, width), (gate, up), key)
         return result
 
@@ -235,18 +241,18 @@ def _gated(binding: _Binding, width: int | None) -> Callable[..., Any]:
 
 
 def _three(binding: _Binding, width: int | None, eps: float) -> Callable[..., Any]:
-    last = _Last(None, None, _unset, int, binding.route()[0])
+    last = _NONE
 
     def bound(x: Tensor, second: Tensor, third: Tensor) -> Any:
         nonlocal last
         key = x.shape if width is None else x.numel()
-        snapshot, sizes, function, count_call, route = last
-        if key == sizes and PUBLISHED.eager is snapshot:
+        seen, sizes, function, count_call, recover = last
+        if key == sizes and PUBLISHED.eager is seen:
             count_call()
             try:
                 return function(x, second, third, eps)
             except Exception as error:  # noqa: BLE001 - recover judges it
-                return route.recover(error, (x, second, third, eps))
+                return recover(error, (x, second, third, eps))
         result, last = binding.run(_rows_of(x, width), (x, second, third, eps), key)
         return result
 

@@ -1,18 +1,19 @@
-"""The way of a call that the fast path of its function does not know."""
+"""The way of a call of a kind that its function has not seen."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from layerzero_runtime.calls.empty import empty_outputs
+from layerzero_runtime.calls.guards import Keeper
 from layerzero_runtime.calls.interception import is_intercepted
 from layerzero_runtime.operation import Operation
 from layerzero_runtime.serving.execution import current_mode
 from layerzero_runtime.serving.published import PUBLISHED
-from layerzero_runtime.snapshot import MAX_ROUTES, Snapshot
+from layerzero_runtime.snapshot import Snapshot
 from layerzero_runtime.tensors import gradients_needed
 
 # Types of devices, as torch names them, that `detect_device` knows.
@@ -24,18 +25,19 @@ def serve(
     operation: Operation,
     arguments: tuple[Any, ...],
     features: Mapping[str, Any],
-    fast_key: tuple[Hashable, ...] | None = None,
     default_features: Mapping[str, Any] | None = None,
+    keep: Keeper | None = None,
 ) -> Any:
     """Serve a call whose features have to be read one by one.
 
     Args:
         arguments: positional arguments of the operation's kernels.
         features: what `operation.describe` takes by keyword.
-        fast_key: where the function's fast path will find the route again.
         default_features: fields that the default's loader needs beside `features`. The default takes intercepted calls,
             those on devices that cannot be described, and empty ones whose result does not follow from the shapes; what
             they lack, torch itself reports.
+        keep: keeps the kind of the call, which its function will then serve by itself; not asked to where a call says
+            more than its arguments do.
 
     Raises:
         ContextError: the arguments do not fit together.
@@ -52,17 +54,18 @@ def serve(
         default = snapshot.default(operation, {**features, **(default_features or {})})
         return default.function(*arguments)
     if PUBLISHED.special:
-        # Only here: the fast paths, which leave such calls to this function, know eager calls alone.
-        features, fast_key = {**features, "mode": current_mode()}, None
+        # Only here: what the public functions serve by themselves is eager calls alone.
+        features, keep = {**features, "mode": current_mode()}, None
     context = operation.describe(*arguments, **features)
     route = snapshot.route(operation, context, features)
-    if fast_key is not None and len(snapshot.fast_routes) < MAX_ROUTES:
-        snapshot.fast_routes[fast_key] = route
     route.count_call()
     try:
-        return route.functions[route.decide(*operation.sizes(context))](*arguments)
+        result = route.functions[route.decide(*operation.sizes(context))](*arguments)
     except Exception as error:  # noqa: BLE001 - recover judges it
         return route.recover(error, arguments)
+    if keep is not None and not context.requires_grad and not context.requires_deterministic:
+        keep(snapshot.seen, route)
+    return result
 
 
 def _why_undescribed(tensors: list[Tensor]) -> str | None:

@@ -1,4 +1,4 @@
-"""The snapshot in force, where the fast paths read it: one attribute."""
+"""The snapshot in force, where the public functions read it: one attribute."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from layerzero_runtime.serving.seen_calls import SeenCalls
     from layerzero_runtime.snapshot import Snapshot
 
 
@@ -14,8 +15,8 @@ class Published:
 
     Attributes:
         snapshot: None before the first selection.
-        eager: the same while no thread is in graph mode and no graph is being captured, else None: what the fast paths
-            read, so that one look tells them whether they may serve.
+        eager: what was seen under it, while no thread is in graph mode and no graph is being captured, else None: what
+            the public functions read, so that one look tells them whether they may serve by themselves.
     """
 
     __slots__ = ("_lock", "_special", "eager", "snapshot")
@@ -24,7 +25,7 @@ class Published:
         self._lock = threading.Lock()
         self._special = 0
         self.snapshot: Snapshot | None = None
-        self.eager: Snapshot | None = None
+        self.eager: SeenCalls | None = None
 
     @property
     def special(self) -> int:
@@ -34,7 +35,7 @@ class Published:
     def publish(self, snapshot: Snapshot | None) -> None:
         with self._lock:
             self.snapshot = snapshot
-            self.eager = None if self._special else snapshot
+            self.eager = None if self._special or snapshot is None else snapshot.seen
 
     def enter_special(self) -> None:
         with self._lock:
@@ -44,7 +45,7 @@ class Published:
     def leave_special(self) -> None:
         with self._lock:
             self._special -= 1
-            self.eager = None if self._special else self.snapshot
+            self.eager = None if self._special or self.snapshot is None else self.snapshot.seen
 
 
 PUBLISHED = Published()

@@ -24,6 +24,7 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.kernel import FunctionLoader, Kernel, KernelSpec
 from layerzero_runtime.kernels import builtin_kernels
+from layerzero_runtime.operations import operation_named
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.serving.routes import Route
 from layerzero_runtime.tables.table import MISS, Table, load_table
@@ -214,8 +215,8 @@ class Hit:
     @property
     def route(self) -> Route:
         """That of the snapshot in force."""
-        self.call()
-        return next(iter(dispatch.current_snapshot().fast_routes.values()))
+        operation = operation_named("mlp.swiglu")
+        return dispatch.current_snapshot().route(operation, self.context, {})
 
     def call(self) -> torch.Tensor:
         return lz.swiglu(self.gate, self.gate)

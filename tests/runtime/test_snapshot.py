@@ -17,7 +17,6 @@ from torch.nn.functional import gelu, rms_norm, silu
 import layerzero_runtime as lz
 from layerzero_runtime import dispatch
 from layerzero_runtime import snapshot as snapshot_module
-from layerzero_runtime.calls import serving
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.counters import CallCounters, Counter, CounterGroup
 from layerzero_runtime.device import detect_device
@@ -92,11 +91,11 @@ def test_threads_are_served_rightly_while_snapshots_are_published(snapshot: Snap
 def test_a_snapshot_serves_on_after_another_was_published(snapshot: Snapshot) -> None:
     gate = torch.randn(256, 512)
     lz.swiglu(gate, gate)
-    [route] = snapshot.fast_routes.values()
+    [route] = snapshot._routes.values()
     published = publish_snapshot()
     assert published is current_snapshot()
     assert published is not snapshot
-    assert published.fast_routes == {}
+    assert published.seen.swiglu == ()
     torch.testing.assert_close(route.functions[route.decide(256, 512)](gate, gate), silu(gate) * gate)
     # A leaf that the old one had not used yet.
     small = gate[:1, :32].clone()
@@ -161,8 +160,7 @@ def test_routes_are_bounded_and_every_call_is_counted_all_the_same(
     snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "layerzero")
-    for module in (snapshot_module, serving):
-        monkeypatch.setattr(module, "MAX_ROUTES", 5)
+    monkeypatch.setattr(snapshot_module, "MAX_ROUTES", 5)
     monkeypatch.setattr(dispatch, "_calls", CallCounters(5))
     snapshot = publish_snapshot()
     query = torch.randn(1, 1, 16, 16)
@@ -174,7 +172,6 @@ def test_routes_are_bounded_and_every_call_is_counted_all_the_same(
         lz.swiglu(query, query)
         lz.rms_norm(query, query[0, 0, 0], 1e-6, 0.25)
     assert len(snapshot._routes) == 5
-    assert len(snapshot.fast_routes) <= 5
     counted = lz.stats()
     assert (counted["calls"], counted["misses"]) == (46, 46)
     # One line for each route that was kept, and one for all the others.

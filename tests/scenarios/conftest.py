@@ -189,11 +189,16 @@ def exact_attention(
     return scores.softmax(dim=-1) @ value
 
 
-def assert_near(found: Tensor, exact: Tensor) -> None:
-    """Equal shapes, and a relative L2 distance of a few roundings in the dtype of what was found."""
+def assert_near(found: Tensor, exact: Tensor, default: Tensor | None = None) -> None:
+    """Equal shapes, and a relative L2 distance of a few roundings in the dtype of what was found, beside twice that of
+    the default, which for long sums differs from one instruction set to the other."""
+
+    def distance(result: Tensor) -> float:
+        return float((result.double() - exact.double()).norm() / exact.double().norm())
+
     assert found.shape == exact.shape
-    distance = float((found.double() - exact.double()).norm() / exact.double().norm())
-    assert distance <= 8 * torch.finfo(found.dtype).eps, distance
+    allowed = 8 * torch.finfo(found.dtype).eps + (0.0 if default is None else 2 * distance(default))
+    assert distance(found) <= allowed, (distance(found), allowed)
 
 
 def by_each_kernel(operation: str, call: Callable[[], Tensor]) -> dict[str, Tensor]:

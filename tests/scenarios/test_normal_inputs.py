@@ -105,7 +105,8 @@ def test_a_long_sequence_has_right_values() -> None:
     query, key, value = qkv(1, 1, 8192, 8)
     output = lz.attention(query, key, value)
     sampled = torch.tensor([0, 1, 4095, 4096, 8191])
-    assert_near(output[:, :, sampled], exact_attention(query[:, :, sampled], key, value))
+    default = torch.nn.functional.scaled_dot_product_attention(query, key, value)[:, :, sampled]
+    assert_near(output[:, :, sampled], exact_attention(query[:, :, sampled], key, value), default)
 
 
 @pytest.mark.scenario("NO-015")

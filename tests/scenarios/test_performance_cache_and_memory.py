@@ -256,7 +256,7 @@ def test_hits_leave_nothing_behind(table: Snapshot) -> None:
     hits()
     assert memory_of(hits) < 1024
     # With the sizes in hand a selection allocates nothing at all, not even for the moment.
-    [route] = table.fast_routes.values()
+    [route] = table._routes.values()
     decide, functions = route.decide, route.functions
     gc.collect()
     tracemalloc.start()

@@ -19,12 +19,12 @@ from torch.nn.functional import silu
 import layerzero_runtime as lz
 from layerzero_runtime import dispatch
 from layerzero_runtime import snapshot as snapshot_module
-from layerzero_runtime.calls import serving
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.policies.policy import Policy, Rule
 from layerzero_runtime.selection.live_cache import LiveCache
 from layerzero_runtime.selection.live_selector import LiveSelector, Ranking
 from layerzero_runtime.serving import prepared
+from layerzero_runtime.serving.seen_calls import MAX_SEEN
 from layerzero_runtime.snapshot import Snapshot
 from layerzero_runtime.tables import prior
 from layerzero_runtime.tables.prior import Prior
@@ -256,8 +256,7 @@ def distinct_calls(numbers: range) -> None:
 @pytest.mark.scenario("PS-029")
 def test_what_is_kept_does_not_grow_with_what_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that a call may leave behind, with small bounds: an hour of ever new features ends at these."""
-    for module in (snapshot_module, serving):
-        monkeypatch.setattr(module, "MAX_ROUTES", 20)
+    monkeypatch.setattr(snapshot_module, "MAX_ROUTES", 20)
     monkeypatch.setattr(prepared, "MAX_PREPARED", 25)
     monkeypatch.setattr(prior, "MAX_KEPT", 15)
     # Of this process so far; the bound is on what is added.
@@ -267,7 +266,7 @@ def test_what_is_kept_does_not_grow_with_what_was_seen(monkeypatch: pytest.Monke
     calls = lz.stats()["calls"]
     distinct_calls(range(150))
     assert len(snapshot._routes) == 20
-    assert len(snapshot.fast_routes) <= 20
+    assert all(len(getattr(snapshot.seen, name)) <= MAX_SEEN for name in ("attention", "rms_norm", "swiglu"))
     assert len(snapshot.live_cache) == 30
     assert lz.stats()["calls"] == calls + 150
     assert len(dispatch._prepared._prepared) == 25

@@ -153,7 +153,7 @@ def test_a_hit_describes_nothing_and_asks_no_selector(table: Snapshot) -> None:
     assert {"calls.mlp", "kernels.torch_activation"} <= modules
     assert modules <= {"calls.mlp", "kernels.torch_activation", "calls.interception", "dispatch"}
     assert len(functions) <= 10
-    [route] = table.fast_routes.values()
+    [route] = table._routes.values()
     # With the sizes in hand a selection is the table's decision and one subscript.
     decided = entered(lambda: route.functions[route.decide(1, 32)])
     assert [name for _, name in decided] == [route.decide.__name__]
@@ -205,7 +205,7 @@ def test_a_kernel_that_becomes_slower_is_neither_broken_nor_replaced() -> None:
 @pytest.mark.scenario("PS-035")
 def test_counting_a_hit_is_one_call_into_c(table: Snapshot, tmp_path: Path) -> None:
     hit()
-    [route] = table.fast_routes.values()
+    [route] = table._routes.values()
     # A method of an itertools.count: no Python function is entered, no lock taken, nothing allocated but the number.
     assert type(route.calls.raise_by_one).__name__ == "method-wrapper"
     assert entered(route.calls.raise_by_one) == []
