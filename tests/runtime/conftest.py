@@ -17,6 +17,7 @@ from layerzero_runtime.dispatch import publish_snapshot
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.serving.execution import STATE
+from layerzero_runtime.serving.seen_calls import SeenCalls
 from layerzero_runtime.snapshot import MAX_ROUTES, Snapshot
 from layerzero_runtime.tables import table_files
 from layerzero_tune.compile.form import TableForm
@@ -74,6 +75,13 @@ def registry_in_force(registry: Registry) -> Iterator[Snapshot]:
     finally:
         dispatch._publish(lambda sources: replace(sources, registry=Registry(builtin_kernels())))
         dispatch.health().reset()
+
+
+def forget(seen: SeenCalls) -> None:
+    """As if no call had been served."""
+    nothing = SeenCalls()
+    for name in SeenCalls.__slots__:
+        setattr(seen, name, getattr(nothing, name))
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,9 @@ from layerzero_runtime.operations import operation_named
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.selection.limits import rejections
 from layerzero_runtime.serving.published import PUBLISHED
-from layerzero_runtime.serving.seen_calls import SeenCalls
 from layerzero_runtime.snapshot import Snapshot
 from layerzero_tune.compile.form import Entry, Leaf, TableForm
+from tests.runtime.conftest import forget
 from tests.runtime.public_calls import PublicCall, public_calls
 from tests.runtime.synthetic_table import REGIONS
 
@@ -139,12 +139,6 @@ def leaves_taken(snapshot: Snapshot, call: PublicCall) -> tuple[object, object]:
         kinds = tuple(tuple(replaced.get(id(part), part) for part in kind) for kind in getattr(snapshot.seen, name))
         setattr(snapshot.seen, name, kinds)
     return slow, call.run()
-
-
-def forget(seen: SeenCalls) -> None:
-    nothing = SeenCalls()
-    for name in SeenCalls.__slots__:
-        setattr(seen, name, getattr(nothing, name))
 
 
 def call_of(operation: Operation, context: SelectionContext) -> PublicCall:
