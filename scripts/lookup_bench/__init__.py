@@ -1,0 +1,1 @@
+"""What `scripts/bench_lookup.py` measures, by subject."""

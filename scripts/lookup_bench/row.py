@@ -1,0 +1,32 @@
+"""`Row`: one line of the benchmark of dispatch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was asked of one path, and what it took.
+
+    Attributes:
+        name: what is measured; unique over all groups.
+        asked: the bound, such as "<= 2.0x", or "" where the row is there for comparison.
+        ns: median time of one call in nanoseconds; None where it was not measured or the row is not about time.
+        ratio: median over the repeats of the time against the yardstick's of the same repeat; in group "tail" of the
+            99.9th percentile against the median. None where the row is not compared.
+        low, high: the smallest and the largest of the repeats: of the ratio where there is one, else of the time.
+        note: how it was measured where the name does not say it, or why it was not.
+        met: whether the median keeps the bound; None without a bound or without a measurement.
+        group: "floor", "ours", "tail", "memory", "peers" or "loading".
+    """
+
+    name: str
+    asked: str
+    ns: float | None
+    ratio: float | None
+    low: float | None
+    high: float | None
+    note: str
+    met: bool | None
+    group: str
