@@ -16,8 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from benchmarking.timing import lru_hit_ns
 from selection_bench import latency, load, memory
-from selection_bench.measuring import Row, lru_hit_ns, table_hit
+from selection_bench.measuring import Row, table_hit
 
 from layerzero_runtime.device import detect_device
 

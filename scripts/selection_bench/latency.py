@@ -14,15 +14,15 @@ from pathlib import Path
 from time import perf_counter_ns
 
 import torch
+from benchmarking.in_force import in_force, without_kernels
+from benchmarking.timing import REPEATS, each_ns, per_call_ns
 
 import layerzero_runtime as lz
 from layerzero_runtime import dispatch
-from layerzero_runtime.operations import operation_named
 from layerzero_runtime.policies.policy import Policy, Rule
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.selection.limits import Limit
-from layerzero_runtime.serving.seen_calls import SeenCalls
-from selection_bench.measuring import REPEATS, Hit, Row, attention, each_ns, in_force, kernel, per_call_ns, ratio_of
+from selection_bench.measuring import Hit, Row, attention, kernel, ratio_of
 
 # All modules of the way are imported before the selection is timed, and all of what the import takes is timed.
 _COLD = """
@@ -124,20 +124,11 @@ def _lookup() -> Row:
 def _share_of_a_call(hit: Hit) -> Iterator[Row]:
     """What the front of a public call adds, beside a decode step of one layer."""
     query = torch.randn(4, 16, 1, 128, dtype=torch.bfloat16)
-    key = torch.randn(4, 4, 4096, 128, dtype=torch.bfloat16)
+    key = torch.randn(4, 4, 2048, 128, dtype=torch.bfloat16)
     names = {"lz": lz, "query": query, "key": key}
     whole = per_call_ns("lz.attention(query, key, key, enable_gqa=True)", names, 10)
-    snapshot = dispatch.current_snapshot()
-    operation = operation_named("attention.cross")
-    context = lz.SelectionContext.from_tensors("attention.cross", query, key, key)
-    route = snapshot.route(operation, context, {"layout": "bhsd", "causal_alignment": "top_left"})
-    leaf = route.decide(16, 1, 4096)
-    served, route.functions[leaf] = route.functions[leaf], lambda *arguments: arguments[0]
-    # What is kept of the last call is the function that served it; layers of one model repeat their shapes.
-    snapshot.seen.last_attention = SeenCalls().last_attention
-    front = per_call_ns("lz.attention(query, key, key, enable_gqa=True)", names, 5000)
-    route.functions[leaf] = served
-    snapshot.seen.last_attention = SeenCalls().last_attention
+    with without_kernels():
+        front = per_call_ns("lz.attention(query, key, key, enable_gqa=True)", names, 5000)
     text = f"{front / whole:.2%}: {front / 1e3:.1f} us before a decode step of {whole / 1e6:.1f} ms on this CPU"
     yield Row("PS-015", "< 1% overhead", text, front, front / whole < 0.01)
     yield Row(
@@ -224,7 +215,7 @@ def _throughput(hit: Hit, names: dict[str, object], measured: float) -> Iterator
     route = hit.route
     in_hand = {"decide": route.decide, "functions": route.functions, "sizes": hit.sizes}
     lookup = per_call_ns("for rows, width in sizes: functions[decide(rows, width)]", in_hand, 50) / len(hit.sizes)
-    with hit.without_kernel():
+    with without_kernels():
         front = per_call_ns("lz.swiglu(gate, gate)", names, 20_000)
     text = (
         f"{1e3 / lookup:.1f} M/s of a table with the sizes in hand ({lookup:.0f} ns), {1e3 / front:.2f} M/s from "

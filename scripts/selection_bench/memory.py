@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarking.in_force import in_force
+from benchmarking.timing import held_bytes
+
 import layerzero_runtime as lz
 from layerzero_runtime import dispatch
 from layerzero_runtime.kernels import builtin_kernels
@@ -15,7 +18,7 @@ from layerzero_runtime.selection.live_selector import Ranking
 from layerzero_tune.identity import content_hash
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
-from selection_bench.measuring import H100, Hit, Row, attention, held_bytes, in_force, kernel
+from selection_bench.measuring import H100, Hit, Row, attention, kernel
 
 CACHED, RECORDS = 25_600, 1_000_000
 CANDIDATES = 50  # of a contest
