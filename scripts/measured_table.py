@@ -1,17 +1,19 @@
-"""Print the README's measured section from the committed evaluations; with --write, put it into the README."""
+"""Print the README's sections of figures from the committed results; with --write, put them into the README."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from lookup_bench.report import readme_section
 
 from layerzero_tune.evaluate.summary import SUMMARY_COLUMNS, summary_cells
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-BEGIN, END = "<!-- measured -->\n", "<!-- end measured -->\n"
+DISPATCH = ROOT / "scripts" / "results" / "bench_lookup.json"
 
 
 def measured_section() -> str:
@@ -42,14 +44,37 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def readme_with(section: str) -> str:
-    """The README with the section in its place."""
-    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-    return f"{before}{BEGIN}\n{section}\n{END}{rest.split(END)[1]}"
+def dispatch_section() -> str:
+    """What `scripts/bench_lookup.py` found."""
+    results = json.loads(DISPATCH.read_text(encoding="utf-8"))
+    return readme_section(results, str(DISPATCH.relative_to(ROOT)))
+
+
+def marked(name: str, section: str) -> str:
+    """The section as it stands in the README, between its marks."""
+    return f"{_begin(name)}\n{section}\n{_end(name)}"
+
+
+def _begin(name: str) -> str:
+    return f"<!-- {name} -->\n"
+
+
+def _end(name: str) -> str:
+    return f"<!-- end {name} -->\n"
+
+
+def readme_with(sections: Mapping[str, str]) -> str:
+    """The README with the sections in their places."""
+    readme = README.read_text(encoding="utf-8")
+    for name, section in sections.items():
+        before, rest = readme.split(_begin(name))
+        readme = before + marked(name, section) + rest.split(_end(name))[1]
+    return readme
 
 
 if __name__ == "__main__":
+    found = {"measured": measured_section(), "dispatch": dispatch_section()}
     if "--write" in sys.argv[1:]:
-        README.write_text(readme_with(measured_section()), encoding="utf-8")
+        README.write_text(readme_with(found), encoding="utf-8")
     else:
-        print(measured_section())
+        print("\n".join(marked(name, section) for name, section in found.items()))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lookup_bench.stopwatch import Timed
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class Row:
         low, high: the smallest and the largest of the repeats: of the ratio where there is one, else of the time.
         note: how it was measured where the name does not say it, or why it was not.
         met: whether the median keeps the bound; None without a bound or without a measurement.
-        group: "floor", "ours", "tail", "memory", "peers" or "loading".
+        group: one of GROUPS.
     """
 
     name: str
@@ -30,3 +34,16 @@ class Row:
     note: str
     met: bool | None
     group: str
+
+
+# In the order of the report.
+GROUPS = ("floor", "ours", "tail", "memory", "loading", "peers")
+
+
+def within(
+    found: Timed, name: str, group: str, most: float | None = None, *, goal: float | None = None, note: str = ""
+) -> Row:
+    """The row of a path that may take `most` times the yardstick; without a bound it is there for comparison."""
+    asked = "" if most is None else f"<= {most:g}x" if goal is None else f"<= {most:g}x, goal {goal:g}x"
+    met = None if most is None else found.ratio <= most
+    return Row(name, asked, found.ns, found.ratio, found.low, found.high, note, met, group)
