@@ -31,12 +31,12 @@ from lookup_bench.row import Row
 from lookup_bench.stopwatch import QUICK, Effort, Stopwatch
 
 from layerzero_runtime.device import detect_device
+from layerzero_runtime.tables.table import Table
 
 ROOT = Path(__file__).parent.parent
 
 
-def measured(stopwatch: Stopwatch) -> Iterator[Row]:
-    table = shipped_table()
+def measured(stopwatch: Stopwatch, table: Table) -> Iterator[Row]:
     put_in_force(table)
     yield from floor.rows(stopwatch)
     calls = {name: answered(table, name) for name in overheads.OPERATIONS}
@@ -53,7 +53,7 @@ def measured(stopwatch: Stopwatch) -> Iterator[Row]:
     yield from peers.rows(stopwatch)
 
 
-def results(rows: Sequence[Row], stopwatch: Stopwatch) -> dict[str, Any]:
+def results(rows: Sequence[Row], stopwatch: Stopwatch, table: Table) -> dict[str, Any]:
     """What `--json` writes."""
     yardsticks = stopwatch.yardsticks
     return {
@@ -67,6 +67,7 @@ def results(rows: Sequence[Row], stopwatch: Stopwatch) -> dict[str, Any]:
         },
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         **_commit(),
+        "table": table.name,
         "effort": asdict(stopwatch.effort),
         "yardstick_ns": {"median": statistics.median(yardsticks), "low": min(yardsticks), "high": max(yardsticks)},
         "rows": [asdict(row) for row in rows],
@@ -98,13 +99,13 @@ def main() -> None:
         if arguments.repeats < 1:
             parser.error(f"--repeats is {arguments.repeats}, required at least 1")
         effort = replace(effort, repeats=arguments.repeats)
-    stopwatch = Stopwatch(effort)
+    stopwatch, table = Stopwatch(effort), shipped_table()
     rows = []
-    for row in measured(stopwatch):
+    for row in measured(stopwatch, table):
         rows.append(row)
         print(f"\r{len(rows)} measured ", end="", file=sys.stderr, flush=True)
     print("\r" + " " * 20 + "\r", end="", file=sys.stderr)
-    found = results(rows, stopwatch)
+    found = results(rows, stopwatch, table)
     yardstick = found["yardstick_ns"]
     print(
         f"{found['device']['name']}, {found['processors']} processors, Python {found['versions']['python']}, torch "

@@ -148,4 +148,4 @@ def _torch(stopwatch: Stopwatch) -> Iterator[Row]:
             ("scaled_dot_product_attention", Loop("f(query, query, query)", {"f": attend, "query": query})),
             ("rms_norm", Loop("f(x, (8,), weight, 1e-6)", {"f": normalise, "x": x, "weight": weight})),
         ):
-            yield within(stopwatch.timed(loop), f"torch {name}", "peers", note="float32, 8 numbers; with its kernel")
+            yield within(stopwatch.timed(loop), f"torch {name} of 8 numbers, kernel included", "peers")

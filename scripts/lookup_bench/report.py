@@ -28,8 +28,9 @@ def readme_section(results: Mapping[str, Any], path: str) -> str:
     shown = [row for row in rows if row.asked or (row.group == "peers" and row.ns is not None)]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items() if version)
     lines = [
-        f"{results['device']['name']}; {versions}; measured {results['measured_at'][:10]}; from `{path}`. 1.00x is "
-        f"{results['yardstick_ns']['median']:.0f} ns, a hit of an `lru_cache` with four fresh ints in the same run.",
+        f"{results['device']['name']}; {versions}; measured {results['measured_at'][:10]}; over "
+        f"`{results['table']}`; from `{path}`. 1.00x is {results['yardstick_ns']['median']:.0f} ns, a hit of an "
+        "`lru_cache` with four fresh ints in the same run.",
         "",
         _line(_COLUMNS),
         _RULE,
