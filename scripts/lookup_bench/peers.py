@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -39,13 +39,17 @@ def rows(stopwatch: Stopwatch) -> Iterator[Row]:
     yield from _torch(stopwatch)
 
 
-def _row(name: str, distribution: str, measure: Any) -> Row:
+def _row(name: str, distribution: str, measure: Callable[[], tuple[Timed, str]]) -> Row:
+    """The row of a library that may not be installed, or in a version whose inner parts have other names."""
     found = installed(distribution)
-    if found is None:
-        note = f"not measured: {distribution} is not installed"
-        return Row(name, "", None, None, None, None, note, None, "peers")
-    timed, note = measure()
-    return within(timed, name, "peers", note=f"{distribution} {found}; {note}")
+    problem = "is not installed"
+    if found is not None:
+        try:
+            timed, note = measure()
+            return within(timed, name, "peers", note=f"{distribution} {found}; {note}")
+        except (ImportError, AttributeError, TypeError) as error:
+            problem = f"{found}: {type(error).__name__}: {error}"
+    return Row(name, "", None, None, None, None, f"not measured: {distribution} {problem}", None, "peers")
 
 
 class _Launcher:
