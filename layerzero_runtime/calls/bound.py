@@ -19,23 +19,19 @@ from layerzero_runtime.operations import operation_named
 from layerzero_runtime.operations.norm import LAYER_EPS, RMS_EPS
 from layerzero_runtime.serving.execution import current_mode
 from layerzero_runtime.serving.published import PUBLISHED
-from layerzero_runtime.serving.routes import Route
-from layerzero_runtime.serving.seen_calls import SeenCalls
+from layerzero_runtime.tables.table import MISS
 
 # Sizes that stand for any: a static key does not hold them.
 _ANY = {"attention": {"batch_size": 1, "seq_len_q": 2}, "norm": {"rows": 1}, "mlp": {"rows": 1}}
 
 
-# The last call of a bound function, (seen, sizes, function, count_call, recover): while what was seen is that of the
-# snapshot in force and the sizes repeat, the function serves. A plain tuple, because each change of sizes makes one.
-_Last = tuple[SeenCalls | None, object, KernelFunction, Callable[[], int], Callable[..., Any]]
-
-
-def _unset(*arguments: Any) -> Any:
-    raise AssertionError("no call came before this one")
-
-
-_NONE: _Last = (None, None, _unset, int, _unset)
+# The last call of a bound function, (seen, sizes, leaf, and the parts of its route): the leaf serves while its sizes
+# repeat, and the parts while what was seen is that of the snapshot in force. Plain tuples, because each change of sizes
+# makes one.
+_Parts = tuple[Callable[..., int], list[KernelFunction], Callable[[], int], Callable[..., Any]]
+_Last = tuple[object, object, int, *_Parts]
+# What no snapshot has seen: after a call in graph mode the next one looks for its route again.
+_NEVER = object()
 
 
 class _Binding:
@@ -45,33 +41,27 @@ class _Binding:
         self.operation = operation
         self.features = dict(features)
         self._contexts = {mode: replace(context, mode=mode) for mode in MODES}
-        self._current: tuple[Route, SeenCalls] | None = None
-        self.route()
+        self.nothing: _Last = (_NEVER, None, MISS, *self.parts()[1:])
 
-    def route(self) -> tuple[Route, SeenCalls | None]:
-        """The route, and what was seen under its snapshot: while that is in force, eager calls may take it again."""
-        current = self._current
-        if current is not None and PUBLISHED.eager is current[1]:
-            return current
+    def parts(self) -> tuple[object, *_Parts]:
+        """What was seen under the snapshot in force, and (decide, functions, count_call, recover) of the route."""
         mode, snapshot = current_mode(), current_snapshot()
         route = snapshot.route(self.operation, self._contexts[mode], {**self.features, "mode": mode})
-        if mode != "eager":
-            return route, None
-        self._current = route, snapshot.seen
-        return self._current
+        seen = snapshot.seen if mode == "eager" else _NEVER
+        return seen, route.decide, route.functions, route.count_call, route.recover
 
-    def run(self, sizes: tuple[int, ...], arguments: tuple[Any, ...], key: object) -> tuple[Any, _Last]:
-        """The result of a call, and what serves the next one of equal sizes."""
-        route, seen = self.route()
+    def serve(self, sizes: tuple[int, ...], arguments: tuple[Any, ...]) -> tuple[Any, _Last]:
+        """The result of a call under another snapshot or mode than the last, and what serves the next one."""
         if not all(sizes):
-            return serve(current_snapshot(), self.operation, arguments, self.features), _NONE
-        leaf = route.decide(*sizes)
-        route.count_call()
+            return serve(current_snapshot(), self.operation, arguments, self.features), self.nothing
+        seen, decide, functions, count_call, recover = self.parts()
+        leaf = decide(*sizes)
+        count_call()
         try:
-            result = route.functions[leaf](*arguments)
+            result = functions[leaf](*arguments)
         except Exception as error:  # noqa: BLE001 - recover judges it
-            result = route.recover(error, arguments)
-        return result, (seen, key, route.functions[leaf], route.count_call, route.recover)
+            result = recover(error, arguments)
+        return result, (seen, None, leaf, decide, functions, count_call, recover)
 
 
 def bind(operation: str, *, device: str = "auto", equal_lengths: bool = False, **features: Any) -> Callable[..., Any]:
@@ -130,131 +120,151 @@ def bind(operation: str, *, device: str = "auto", equal_lengths: bool = False, *
 
 
 def _kernel_by_sizes(binding: _Binding) -> Callable[..., KernelFunction]:
-    last: tuple[SeenCalls | None, Callable[..., int], list[KernelFunction]] = (None, int, [])
+    parts = binding.parts()
 
     def kernel(*sizes: int) -> KernelFunction:
-        nonlocal last
-        seen, decide, functions = last
-        if seen is None or PUBLISHED.eager is not seen:
-            route, seen = binding.route()
-            last = _, decide, functions = seen, route.decide, route.functions
-        return functions[decide(*sizes)]
+        nonlocal parts
+        if PUBLISHED.eager is not parts[0]:
+            parts = binding.parts()
+        return parts[2][parts[1](*sizes)]
 
     return kernel
 
 
+# One function for each way of reading sizes and each number of arguments: to share their parts, or to pass arguments on
+# as a list, costs as much as all the checks.
 def _one_shape(binding: _Binding, kv_heads: int) -> Callable[..., Any]:
-    last = _NONE
+    last = binding.nothing
+    is_full = len(binding.operation.axes) == 2
 
     def bound(query: Tensor, key: Tensor, value: Tensor) -> Any:
         nonlocal last
+        seen, sizes, leaf, decide, functions, count_call, recover = last
         shape = query.shape
-        seen, sizes, function, count_call, recover = last
-        if shape == sizes and PUBLISHED.eager is seen:
-            count_call()
-            try:
-                return function(query, key, value, None, 0.0, None)
-            except Exception as error:  # noqa: BLE001 - recover judges it
-                return recover(error, (query, key, value, None, 0.0, None))
-        arguments = (query, key, value, None, 0.0, None)
-        lengths = (shape[2],) * (len(binding.operation.axes) - 1)
-        result, last = binding.run((shape[0] * kv_heads, *lengths), arguments, shape)
-        return result
+        if shape != sizes or PUBLISHED.eager is not seen:
+            batch, _, length, _ = shape
+            if not (batch and length) or PUBLISHED.eager is not seen:
+                lengths = (length,) if is_full else (length, length)
+                result, last = binding.serve((batch * kv_heads, *lengths), (query, key, value, None, 0.0, None))
+                return result
+            leaf = decide(batch * kv_heads, length) if is_full else decide(batch * kv_heads, length, length)
+            last = (seen, shape, leaf, decide, functions, count_call, recover)
+        count_call()
+        try:
+            return functions[leaf](query, key, value, None, 0.0, None)
+        except Exception as error:  # noqa: BLE001 - recover judges it
+            return recover(error, (query, key, value, None, 0.0, None))
 
     bound.kernel = _kernel_by_sizes(binding)  # type: ignore[attr-defined]
     return bound
 
 
 def _two_shapes(binding: _Binding, context: SelectionContext, kv_heads: int) -> Callable[..., Any]:
-    last = _NONE
     # Of causal attention, calls whose lengths happen to be equal are of another static key.
-    square = None
+    equal = binding
     if context.operation == "attention.causal":
-        square = _Binding(binding.operation, replace(context, seq_len_k=context.seq_len_q), binding.features)
+        equal = _Binding(binding.operation, replace(context, seq_len_k=context.seq_len_q), binding.features)
+    # The binding of the last call goes with what serves it.
+    last = binding, binding.nothing
 
     def bound(query: Tensor, key: Tensor, value: Tensor) -> Any:
         nonlocal last
-        shapes = (query.shape, key.shape)
-        seen, sizes, function, count_call, recover = last
-        if shapes == sizes and PUBLISHED.eager is seen:
-            count_call()
-            try:
-                return function(query, key, value, None, 0.0, None)
-            except Exception as error:  # noqa: BLE001 - recover judges it
-                return recover(error, (query, key, value, None, 0.0, None))
-        batch, _, length_q, _ = shapes[0]
-        length_k = shapes[1][2]
-        chosen = square if square is not None and length_q == length_k else binding
-        arguments = (query, key, value, None, 0.0, None)
-        result, last = chosen.run((batch * kv_heads, length_q, length_k), arguments, shapes)
-        return result
+        chosen, (seen, sizes, leaf, decide, functions, count_call, recover) = last
+        shapes = query.shape, key.shape
+        if shapes != sizes or PUBLISHED.eager is not seen:
+            batch, _, length_q, _ = shapes[0]
+            length_k = shapes[1][2]
+            wanted = equal if length_q == length_k else binding
+            if wanted is not chosen or PUBLISHED.eager is not seen or not (batch and length_q and length_k):
+                all_sizes = (batch * kv_heads, length_q, length_k)
+                result, served = wanted.serve(all_sizes, (query, key, value, None, 0.0, None))
+                last = wanted, served
+                return result
+            leaf = decide(batch * kv_heads, length_q, length_k)
+            last = chosen, (seen, shapes, leaf, decide, functions, count_call, recover)
+        count_call()
+        try:
+            return functions[leaf](query, key, value, None, 0.0, None)
+        except Exception as error:  # noqa: BLE001 - recover judges it
+            return recover(error, (query, key, value, None, 0.0, None))
 
     bound.kernel = _kernel_by_sizes(binding)  # type: ignore[attr-defined]
     return bound
 
 
-def _rows_of(first: Tensor, width: int | None) -> tuple[int, int]:
-    """(rows, hidden_size), zeros for a tensor without elements."""
-    wide = first.shape[-1] if width is None else width
-    return (first.numel() // wide if wide else 0), wide
+def _rows(x: Tensor, width: int | None) -> tuple[int, int]:
+    """(rows, hidden_size) of a tensor with any number of leading dimensions; no rows without elements."""
+    wide = x.shape[-1] if width is None else width
+    return (x.numel() // wide if wide else 0), wide
 
 
-# One function for each number of arguments: passing them on as a list costs as much as all the checks.
 def _rms(binding: _Binding, width: int | None, eps: float, offset: float) -> Callable[..., Any]:
-    last = _NONE
+    last = binding.nothing
 
     def bound(x: Tensor, weight: Tensor) -> Any:
         nonlocal last
-        key = x.shape if width is None else x.numel()
-        seen, sizes, function, count_call, recover = last
-        if key == sizes and PUBLISHED.eager is seen:
-            count_call()
-            try:
-                return function(x, weight, eps, offset)
-            except Exception as error:  # noqa: BLE001 - recover judges it
-                return recover(error, (x, weight, eps, offset))
-        result, last = binding.run(_rows_of(x, width), (x, weight, eps, offset), key)
-        return result
+        seen, sizes, leaf, decide, functions, count_call, recover = last
+        key: Any = x.shape if width is None else x.numel()
+        if key != sizes or PUBLISHED.eager is not seen:
+            rows, wide = _rows(x, None) if width is None else (key // width, width)
+            if not rows or PUBLISHED.eager is not seen:
+                result, last = binding.serve((rows, wide), (x, weight, eps, offset))
+                return result
+            leaf = decide(rows, wide)
+            last = (seen, key, leaf, decide, functions, count_call, recover)
+        count_call()
+        try:
+            return functions[leaf](x, weight, eps, offset)
+        except Exception as error:  # noqa: BLE001 - recover judges it
+            return recover(error, (x, weight, eps, offset))
 
     bound.kernel = _kernel_by_sizes(binding)  # type: ignore[attr-defined]
     return bound
 
 
 def _gated(binding: _Binding, width: int | None) -> Callable[..., Any]:
-    last = _NONE
+    last = binding.nothing
 
     def bound(gate: Tensor, up: Tensor) -> Any:
         nonlocal last
-        key = gate.shape if width is None else gate.numel()
-        seen, sizes, function, count_call, recover = last
-        if key == sizes and PUBLISHED.eager is seen:
-            count_call()
-            try:
-                return function(gate, up)
-            except Exception as error:  # noqa: BLE001 - recover judges it
-                return recover(error, (gate, up))
-        result, last = binding.run(_rows_of(gate, width), (gate, up), key)
-        return result
+        seen, sizes, leaf, decide, functions, count_call, recover = last
+        key: Any = gate.shape if width is None else gate.numel()
+        if key != sizes or PUBLISHED.eager is not seen:
+            rows, wide = _rows(gate, None) if width is None else (key // width, width)
+            if not rows or PUBLISHED.eager is not seen:
+                result, last = binding.serve((rows, wide), (gate, up))
+                return result
+            leaf = decide(rows, wide)
+            last = (seen, key, leaf, decide, functions, count_call, recover)
+        count_call()
+        try:
+            return functions[leaf](gate, up)
+        except Exception as error:  # noqa: BLE001 - recover judges it
+            return recover(error, (gate, up))
 
     bound.kernel = _kernel_by_sizes(binding)  # type: ignore[attr-defined]
     return bound
 
 
 def _three(binding: _Binding, width: int | None, eps: float) -> Callable[..., Any]:
-    last = _NONE
+    last = binding.nothing
 
     def bound(x: Tensor, second: Tensor, third: Tensor) -> Any:
         nonlocal last
-        key = x.shape if width is None else x.numel()
-        seen, sizes, function, count_call, recover = last
-        if key == sizes and PUBLISHED.eager is seen:
-            count_call()
-            try:
-                return function(x, second, third, eps)
-            except Exception as error:  # noqa: BLE001 - recover judges it
-                return recover(error, (x, second, third, eps))
-        result, last = binding.run(_rows_of(x, width), (x, second, third, eps), key)
-        return result
+        seen, sizes, leaf, decide, functions, count_call, recover = last
+        key: Any = x.shape if width is None else x.numel()
+        if key != sizes or PUBLISHED.eager is not seen:
+            rows, wide = _rows(x, None) if width is None else (key // width, width)
+            if not rows or PUBLISHED.eager is not seen:
+                result, last = binding.serve((rows, wide), (x, second, third, eps))
+                return result
+            leaf = decide(rows, wide)
+            last = (seen, key, leaf, decide, functions, count_call, recover)
+        count_call()
+        try:
+            return functions[leaf](x, second, third, eps)
+        except Exception as error:  # noqa: BLE001 - recover judges it
+            return recover(error, (x, second, third, eps))
 
     bound.kernel = _kernel_by_sizes(binding)  # type: ignore[attr-defined]
     return bound
