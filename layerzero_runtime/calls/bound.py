@@ -19,17 +19,19 @@ from layerzero_runtime.operations import operation_named
 from layerzero_runtime.operations.norm import LAYER_EPS, RMS_EPS
 from layerzero_runtime.serving.execution import current_mode
 from layerzero_runtime.serving.published import PUBLISHED
-from layerzero_runtime.tables.table import MISS
 
 # Sizes that stand for any: a static key does not hold them.
 _ANY = {"attention": {"batch_size": 1, "seq_len_q": 2}, "norm": {"rows": 1}, "mlp": {"rows": 1}}
 
 
-# The last call of a bound function, (seen, sizes, leaf, and the parts of its route): the leaf serves while its sizes
-# repeat, and the parts while what was seen is that of the snapshot in force. Plain tuples, because each change of sizes
-# makes one.
-_Parts = tuple[Callable[..., int], list[KernelFunction], Callable[[], int], Callable[..., Any]]
-_Last = tuple[object, object, int, *_Parts]
+# Sizes whose leaf a bound function keeps; beyond, it begins anew.
+MAX_SIZES = 1024
+# What serves the calls of a bound function while what was seen is that of the snapshot in force: (seen, what was
+# decided by sizes, then decide, functions, count_call, recover of the route). One tuple, so that threads see parts that
+# fit together.
+_Serving = tuple[
+    object, dict[Any, Any], Callable[..., int], list[KernelFunction], Callable[[], int], Callable[..., Any]
+]
 # What no snapshot has seen: after a call in graph mode the next one looks for its route again.
 _NEVER = object()
 
@@ -41,27 +43,22 @@ class _Binding:
         self.operation = operation
         self.features = dict(features)
         self._contexts = {mode: replace(context, mode=mode) for mode in MODES}
-        self.nothing: _Last = (_NEVER, None, MISS, *self.parts()[1:])
 
-    def parts(self) -> tuple[object, *_Parts]:
-        """What was seen under the snapshot in force, and (decide, functions, count_call, recover) of the route."""
+    def serving(self) -> _Serving:
+        """What serves under the snapshot and in the mode of here and now."""
         mode, snapshot = current_mode(), current_snapshot()
         route = snapshot.route(self.operation, self._contexts[mode], {**self.features, "mode": mode})
         seen = snapshot.seen if mode == "eager" else _NEVER
-        return seen, route.decide, route.functions, route.count_call, route.recover
+        return seen, {}, route.decide, route.functions, route.count_call, route.recover
 
-    def serve(self, sizes: tuple[int, ...], arguments: tuple[Any, ...]) -> tuple[Any, _Last]:
-        """The result of a call under another snapshot or mode than the last, and what serves the next one."""
-        if not all(sizes):
-            return serve(current_snapshot(), self.operation, arguments, self.features), self.nothing
-        seen, decide, functions, count_call, recover = self.parts()
-        leaf = decide(*sizes)
-        count_call()
-        try:
-            result = functions[leaf](*arguments)
-        except Exception as error:  # noqa: BLE001 - recover judges it
-            result = recover(error, arguments)
-        return result, (seen, None, leaf, decide, functions, count_call, recover)
+    def serve_empty(self, arguments: tuple[Any, ...]) -> Any:
+        return serve(current_snapshot(), self.operation, arguments, self.features)
+
+
+def _keep(leaves: dict[Any, Any], key: Any, leaf: Any) -> None:
+    if len(leaves) >= MAX_SIZES:
+        leaves.clear()
+    leaves[key] = leaf
 
 
 def bind(operation: str, *, device: str = "auto", equal_lengths: bool = False, **features: Any) -> Callable[..., Any]:
@@ -112,7 +109,13 @@ def bind(operation: str, *, device: str = "auto", equal_lengths: bool = False, *
         if context.layout != "bhsd":
             raise ContextError(f"layout is {context.layout!r}; bound attention takes bhsd, transpose its views")
         kv_heads = context.num_kv_heads or 1
-        return _one_shape(binding, kv_heads) if given["seq_len_k"] == 2 else _two_shapes(binding, context, kv_heads)
+        if given["seq_len_k"] == 2:
+            return _one_shape(binding, kv_heads)
+        equal = binding
+        if operation == "attention.causal":
+            # Calls whose lengths happen to be equal are of another static key.
+            equal = _Binding(declared, replace(context, seq_len_k=context.seq_len_q), binding.features)
+        return _two_shapes(binding, equal, kv_heads)
     width = features.get("hidden_size")
     if family == "mlp":
         return _gated(binding, width)
@@ -120,13 +123,14 @@ def bind(operation: str, *, device: str = "auto", equal_lengths: bool = False, *
 
 
 def _kernel_by_sizes(binding: _Binding) -> Callable[..., KernelFunction]:
-    parts = binding.parts()
+    serving = binding.serving()
 
     def kernel(*sizes: int) -> KernelFunction:
-        nonlocal parts
-        if PUBLISHED.eager is not parts[0]:
-            parts = binding.parts()
-        return parts[2][parts[1](*sizes)]
+        nonlocal serving
+        if PUBLISHED.eager is not serving[0]:
+            serving = binding.serving()
+        _, _, decide, functions, _, _ = serving
+        return functions[decide(*sizes)]
 
     return kernel
 
@@ -134,21 +138,23 @@ def _kernel_by_sizes(binding: _Binding) -> Callable[..., KernelFunction]:
 # One function for each way of reading sizes and each number of arguments: to share their parts, or to pass arguments on
 # as a list, costs as much as all the checks.
 def _one_shape(binding: _Binding, kv_heads: int) -> Callable[..., Any]:
-    last = binding.nothing
-    is_full = len(binding.operation.axes) == 2
+    serving = binding.serving()
+    further_axes = len(binding.operation.axes) - 1
 
     def bound(query: Tensor, key: Tensor, value: Tensor) -> Any:
-        nonlocal last
-        seen, sizes, leaf, decide, functions, count_call, recover = last
-        shape = query.shape
-        if shape != sizes or PUBLISHED.eager is not seen:
-            batch, _, length, _ = shape
-            if not (batch and length) or PUBLISHED.eager is not seen:
-                lengths = (length,) if is_full else (length, length)
-                result, last = binding.serve((batch * kv_heads, *lengths), (query, key, value, None, 0.0, None))
-                return result
-            leaf = decide(batch * kv_heads, length) if is_full else decide(batch * kv_heads, length, length)
-            last = (seen, shape, leaf, decide, functions, count_call, recover)
+        nonlocal serving
+        if PUBLISHED.eager is not serving[0]:
+            serving = binding.serving()
+        _, leaves, decide, functions, count_call, recover = serving
+        sizes = query.shape
+        leaf = leaves.get(sizes)
+        if leaf is None:
+            batch, _, length, _ = sizes
+            if not (batch and length):
+                return binding.serve_empty((query, key, value, None, 0.0, None))
+            lengths = (length,) * further_axes
+            leaf = decide(batch * kv_heads, *lengths)
+            _keep(leaves, sizes, leaf)
         count_call()
         try:
             return functions[leaf](query, key, value, None, 0.0, None)
@@ -159,29 +165,26 @@ def _one_shape(binding: _Binding, kv_heads: int) -> Callable[..., Any]:
     return bound
 
 
-def _two_shapes(binding: _Binding, context: SelectionContext, kv_heads: int) -> Callable[..., Any]:
-    # Of causal attention, calls whose lengths happen to be equal are of another static key.
-    equal = binding
-    if context.operation == "attention.causal":
-        equal = _Binding(binding.operation, replace(context, seq_len_k=context.seq_len_q), binding.features)
-    # The binding of the last call goes with what serves it.
-    last = binding, binding.nothing
+def _two_shapes(binding: _Binding, equal: _Binding, kv_heads: int) -> Callable[..., Any]:
+    """`equal` is the binding of calls whose lengths are equal."""
+    serving = binding.serving()
 
     def bound(query: Tensor, key: Tensor, value: Tensor) -> Any:
-        nonlocal last
-        chosen, (seen, sizes, leaf, decide, functions, count_call, recover) = last
-        shapes = query.shape, key.shape
-        if shapes != sizes or PUBLISHED.eager is not seen:
-            batch, _, length_q, _ = shapes[0]
-            length_k = shapes[1][2]
-            wanted = equal if length_q == length_k else binding
-            if wanted is not chosen or PUBLISHED.eager is not seen or not (batch and length_q and length_k):
-                all_sizes = (batch * kv_heads, length_q, length_k)
-                result, served = wanted.serve(all_sizes, (query, key, value, None, 0.0, None))
-                last = wanted, served
-                return result
-            leaf = decide(batch * kv_heads, length_q, length_k)
-            last = chosen, (seen, shapes, leaf, decide, functions, count_call, recover)
+        nonlocal serving
+        if PUBLISHED.eager is not serving[0]:
+            serving = binding.serving()
+        leaves = serving[1]
+        sizes = (query.shape, key.shape)
+        found = leaves.get(sizes)
+        if found is None:
+            (batch, _, length_q, _), (_, _, length_k, _) = sizes
+            if not (batch and length_q and length_k):
+                return binding.serve_empty((query, key, value, None, 0.0, None))
+            route = equal.serving() if length_q == length_k else serving
+            _, _, decide, functions, count_call, recover = route
+            found = (functions, decide(batch * kv_heads, length_q, length_k), count_call, recover)
+            _keep(leaves, sizes, found)
+        functions, leaf, count_call, recover = found
         count_call()
         try:
             return functions[leaf](query, key, value, None, 0.0, None)
@@ -199,19 +202,21 @@ def _rows(x: Tensor, width: int | None) -> tuple[int, int]:
 
 
 def _rms(binding: _Binding, width: int | None, eps: float, offset: float) -> Callable[..., Any]:
-    last = binding.nothing
+    serving = binding.serving()
 
     def bound(x: Tensor, weight: Tensor) -> Any:
-        nonlocal last
-        seen, sizes, leaf, decide, functions, count_call, recover = last
-        key: Any = x.shape if width is None else x.numel()
-        if key != sizes or PUBLISHED.eager is not seen:
-            rows, wide = _rows(x, None) if width is None else (key // width, width)
-            if not rows or PUBLISHED.eager is not seen:
-                result, last = binding.serve((rows, wide), (x, weight, eps, offset))
-                return result
+        nonlocal serving
+        if PUBLISHED.eager is not serving[0]:
+            serving = binding.serving()
+        _, leaves, decide, functions, count_call, recover = serving
+        sizes: Any = x.shape if width is None else x.numel()
+        leaf = leaves.get(sizes)
+        if leaf is None:
+            rows, wide = _rows(x, width)
+            if not rows:
+                return binding.serve_empty((x, weight, eps, offset))
             leaf = decide(rows, wide)
-            last = (seen, key, leaf, decide, functions, count_call, recover)
+            _keep(leaves, sizes, leaf)
         count_call()
         try:
             return functions[leaf](x, weight, eps, offset)
@@ -223,19 +228,21 @@ def _rms(binding: _Binding, width: int | None, eps: float, offset: float) -> Cal
 
 
 def _gated(binding: _Binding, width: int | None) -> Callable[..., Any]:
-    last = binding.nothing
+    serving = binding.serving()
 
     def bound(gate: Tensor, up: Tensor) -> Any:
-        nonlocal last
-        seen, sizes, leaf, decide, functions, count_call, recover = last
-        key: Any = gate.shape if width is None else gate.numel()
-        if key != sizes or PUBLISHED.eager is not seen:
-            rows, wide = _rows(gate, None) if width is None else (key // width, width)
-            if not rows or PUBLISHED.eager is not seen:
-                result, last = binding.serve((rows, wide), (gate, up))
-                return result
+        nonlocal serving
+        if PUBLISHED.eager is not serving[0]:
+            serving = binding.serving()
+        _, leaves, decide, functions, count_call, recover = serving
+        sizes: Any = gate.shape if width is None else gate.numel()
+        leaf = leaves.get(sizes)
+        if leaf is None:
+            rows, wide = _rows(gate, width)
+            if not rows:
+                return binding.serve_empty((gate, up))
             leaf = decide(rows, wide)
-            last = (seen, key, leaf, decide, functions, count_call, recover)
+            _keep(leaves, sizes, leaf)
         count_call()
         try:
             return functions[leaf](gate, up)
@@ -247,19 +254,21 @@ def _gated(binding: _Binding, width: int | None) -> Callable[..., Any]:
 
 
 def _three(binding: _Binding, width: int | None, eps: float) -> Callable[..., Any]:
-    last = binding.nothing
+    serving = binding.serving()
 
     def bound(x: Tensor, second: Tensor, third: Tensor) -> Any:
-        nonlocal last
-        seen, sizes, leaf, decide, functions, count_call, recover = last
-        key: Any = x.shape if width is None else x.numel()
-        if key != sizes or PUBLISHED.eager is not seen:
-            rows, wide = _rows(x, None) if width is None else (key // width, width)
-            if not rows or PUBLISHED.eager is not seen:
-                result, last = binding.serve((rows, wide), (x, second, third, eps))
-                return result
+        nonlocal serving
+        if PUBLISHED.eager is not serving[0]:
+            serving = binding.serving()
+        _, leaves, decide, functions, count_call, recover = serving
+        sizes: Any = x.shape if width is None else x.numel()
+        leaf = leaves.get(sizes)
+        if leaf is None:
+            rows, wide = _rows(x, width)
+            if not rows:
+                return binding.serve_empty((x, second, third, eps))
             leaf = decide(rows, wide)
-            last = (seen, key, leaf, decide, functions, count_call, recover)
+            _keep(leaves, sizes, leaf)
         count_call()
         try:
             return functions[leaf](x, second, third, eps)

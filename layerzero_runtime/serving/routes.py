@@ -12,6 +12,7 @@ from layerzero_runtime.operation import Operation
 from layerzero_runtime.selection.live_selector import Choice
 from layerzero_runtime.serving.prepared import PreparedKernel
 from layerzero_runtime.serving.published import PUBLISHED
+from layerzero_runtime.serving.stride_guards import guarded_by_strides
 from layerzero_runtime.tables.table import MISS, Table, TableEntry, TableStep
 from layerzero_runtime.tensors import FIELD_READERS
 
@@ -87,7 +88,7 @@ class Route:
                     break
             else:
                 result = self._described(*arguments)
-            self.functions[leaf] = self._leaf_function(steps)
+            self.functions[leaf] = self._leaf_function(steps, len(self.operation.present_tensors(context)))
             return result
 
         return first_use
@@ -139,40 +140,25 @@ class Route:
                 break
         return tuple(steps)
 
-    def _leaf_function(self, steps: tuple[tuple[TableStep, PreparedKernel], ...]) -> KernelFunction:
+    def _leaf_function(self, steps: tuple[tuple[TableStep, PreparedKernel], ...], tensors: int) -> KernelFunction:
         if not steps:
             return self._described
         first, prepared = steps[0]
         function = self._snapshot.instrumented(prepared, self)
         if not first.guards:
             return function
-        return self._guarded(steps)
+        return self._guarded(steps, tensors)
 
-    def _guarded(self, steps: tuple[tuple[TableStep, PreparedKernel], ...]) -> KernelFunction:
+    def _guarded(self, steps: tuple[tuple[TableStep, PreparedKernel], ...], tensors: int) -> KernelFunction:
         functions = tuple((step, self._snapshot.instrumented(prepared, self)) for step, prepared in steps)
         if {limit.field for step, _ in steps for limit in step.guards} <= FIELD_READERS.keys():
-            return self._guarded_by_tensors(functions)
+            guards = [(step.guards, function) for step, function in functions]
+            return guarded_by_strides(guards, self._described, tensors)
 
         def guarded(*arguments: Any) -> Any:
             context = self.describe(arguments)
             for step, function in functions:
                 if step.accepts(context):
-                    return function(*arguments)
-            return self._described(*arguments)
-
-        return guarded
-
-    def _guarded_by_tensors(self, functions: tuple[tuple[TableStep, KernelFunction], ...]) -> KernelFunction:
-        """The same without describing the call: its guards read strides alone."""
-        checks = tuple(
-            (tuple((FIELD_READERS[limit.field], limit.accepts) for limit in step.guards), function)
-            for step, function in functions
-        )
-
-        def guarded(*arguments: Any) -> Any:
-            tensors = [argument for argument in arguments if hasattr(argument, "stride")]
-            for guards, function in checks:
-                if all(accepts(read(tensors)) for read, accepts in guards):
                     return function(*arguments)
             return self._described(*arguments)
 
