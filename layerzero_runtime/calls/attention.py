@@ -112,8 +112,10 @@ def attention(
                     seen.repeats += 1
                 else:
                     # The layers of a model repeat each other's shapes.
-                    guard = tensor_guard((query, key, value), [list(query.shape), list(key_shape), list(key_shape)])
-                    served = (route.functions[leaf], route.count_call, route.recover)
+                    function, by_strides = route.settled(leaf, (query, key, value, None, 0.0, scale))
+                    sizes: list[list[int | None]] = [list(query.shape), list(key_shape), list(key_shape)]
+                    guard = tensor_guard((query, key, value), sizes, same_strides=by_strides)
+                    served = (function, route.count_call, route.recover)
                     seen.last_attention, seen.repeats = (guard, causal, alignment, grouped, usual_scale, *served), 0
                 return output
     length, heads_at = _layout_dimensions(layout)

@@ -26,13 +26,16 @@ Keeper = Callable[[SeenCalls, Route], None]
 FixedSizes = Sequence[list[int | None]]
 
 
-def tensor_guard(tensors: Sequence[Tensor], sizes: FixedSizes) -> Guard:
-    """A function of as many tensors, True where they differ from these in no more than the sizes that are None and in
-    strides. Calls that pass one tensor twice have a slower guard, as has a torch without `TensorGuards`."""
+def tensor_guard(tensors: Sequence[Tensor], sizes: FixedSizes, *, same_strides: bool = False) -> Guard:
+    """A function of as many tensors, True where they differ from these in no more than the sizes that are None and,
+    unless they have to be the same, in strides.
+
+    Calls that pass one tensor twice have a slower guard, as has a torch without `TensorGuards`.
+    """
+    strides: FixedSizes = [list(tensor.stride()) if same_strides else [None] * tensor.dim() for tensor in tensors]
     native = _native_guards()
     if native is None or len({id(tensor) for tensor in tensors}) < len(tensors):
-        return _written_out_guard(tensors, sizes)
-    strides = [[None] * tensor.dim() for tensor in tensors]
+        return _written_out_guard(tensors, sizes, strides)
     guard: Guard = native(*tensors, dynamic_dims_sizes=list(sizes), dynamic_dims_strides=strides).check
     return guard
 
@@ -93,10 +96,10 @@ def _agrees(native: Any) -> bool:
             return not guard(plain)
 
 
-def _written_out_guard(tensors: Sequence[Tensor], sizes: FixedSizes) -> Guard:
+def _written_out_guard(tensors: Sequence[Tensor], sizes: FixedSizes, strides: FixedSizes) -> Guard:
     expected = [
-        (type(tensor), tensor.dtype, tensor.device, tensor.layout, list(fixed))
-        for tensor, fixed in zip(tensors, sizes, strict=True)
+        (type(tensor), tensor.dtype, tensor.device, tensor.layout, [*fixed, *fixed_strides])
+        for tensor, fixed, fixed_strides in zip(tensors, sizes, strides, strict=True)
     ]
 
     def check(*given: Any) -> bool:
@@ -112,8 +115,11 @@ def _written_out_guard(tensors: Sequence[Tensor], sizes: FixedSizes) -> Guard:
                 or tensor.is_neg()
                 or tensor.is_conj()
                 or (recording and tensor.requires_grad)
-                or tensor.dim() != len(fixed)
-                or any(size is not None and size != found for size, found in zip(fixed, tensor.shape, strict=True))
+                or 2 * tensor.dim() != len(fixed)
+                or any(
+                    wanted is not None and wanted != found
+                    for wanted, found in zip(fixed, (*tensor.shape, *tensor.stride()), strict=True)
+                )
             ):
                 return False
         return True

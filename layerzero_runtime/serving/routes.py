@@ -32,6 +32,7 @@ class Route:
 
     __slots__ = (
         "_features",
+        "_guarded_steps",
         "_snapshot",
         "_table",
         "calls",
@@ -56,6 +57,8 @@ class Route:
         self._features = features
         self._table = table
         self.operation = operation
+        # Of each leaf in use that has guards, its steps.
+        self._guarded_steps: dict[int, tuple[tuple[TableStep, KernelFunction], ...]] = {}
         self.calls, self.misses = counters
         self.count_call = self.calls.raise_by_one
         leaves = () if entry is None or is_governed else entry.leaves
@@ -71,6 +74,15 @@ class Route:
         from layerzero_runtime.serving.recovery import recover
 
         return recover(self._snapshot, self.operation, arguments, self._features, error)
+
+    def settled(self, leaf: int, arguments: tuple[Any, ...]) -> tuple[KernelFunction, bool]:
+        """What serves calls of this leaf that have all sizes and strides of these arguments, and whether it depends on
+        the strides: the leaf's guards are settled by them."""
+        steps = self._guarded_steps.get(leaf)
+        if steps is None:
+            return self.functions[leaf], False
+        context = self.describe(arguments)
+        return next((function for step, function in steps if step.accepts(context)), self._described), True
 
     def _first_use(self, leaf: int, chain: tuple[TableStep, ...]) -> KernelFunction:
         def first_use(*arguments: Any) -> Any:
@@ -88,7 +100,7 @@ class Route:
                     break
             else:
                 result = self._described(*arguments)
-            self.functions[leaf] = self._leaf_function(steps, len(self.operation.present_tensors(context)))
+            self.functions[leaf] = self._leaf_function(leaf, steps, context)
             return result
 
         return first_use
@@ -140,20 +152,18 @@ class Route:
                 break
         return tuple(steps)
 
-    def _leaf_function(self, steps: tuple[tuple[TableStep, PreparedKernel], ...], tensors: int) -> KernelFunction:
+    def _leaf_function(
+        self, leaf: int, steps: tuple[tuple[TableStep, PreparedKernel], ...], context: SelectionContext
+    ) -> KernelFunction:
         if not steps:
             return self._described
-        first, prepared = steps[0]
-        function = self._snapshot.instrumented(prepared, self)
-        if not first.guards:
-            return function
-        return self._guarded(steps, tensors)
-
-    def _guarded(self, steps: tuple[tuple[TableStep, PreparedKernel], ...], tensors: int) -> KernelFunction:
         functions = tuple((step, self._snapshot.instrumented(prepared, self)) for step, prepared in steps)
+        if not functions[0][0].guards:
+            return functions[0][1]
+        self._guarded_steps[leaf] = functions
         if {limit.field for step, _ in steps for limit in step.guards} <= FIELD_READERS.keys():
             guards = [(step.guards, function) for step, function in functions]
-            return guarded_by_strides(guards, self._described, tensors)
+            return guarded_by_strides(guards, self._described, len(self.operation.present_tensors(context)))
 
         def guarded(*arguments: Any) -> Any:
             context = self.describe(arguments)

@@ -7,8 +7,8 @@ from typing import Any
 
 # Kinds of calls that a function keeps: each is asked in turn, and a call of none of them is described.
 MAX_SEEN = 8
-# So often the shapes of a call repeat before they are kept as a whole, which costs as much as five lookups.
-REPEATS = 4
+# So often the shapes of a call repeat before they are kept as a whole, which costs as much as a few calls.
+REPEATS = 8
 
 
 class SeenCalls:

@@ -367,7 +367,11 @@ def test_a_torch_without_the_guards_is_counted_and_named_once(
         x = torch.randn(2, 3)
         check = guards.tensor_guard((x,), [[None, 3]])
         assert check(torch.randn(4, 3))
+        assert check(torch.randn(3, 4).t())
         assert not check(torch.randn(4, 4))
+        check = guards.tensor_guard((x,), [[None, 3]], same_strides=True)
+        assert check(torch.randn(4, 3))
+        assert not check(torch.randn(3, 2).t())
         guards.tensor_guard((x,), [[None, 3]])
     finally:
         guards._native_guards.cache_clear()
