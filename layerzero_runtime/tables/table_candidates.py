@@ -79,9 +79,9 @@ def _standing(place: TablePlace, table: Table, device: DeviceSpec, serving: Tabl
         return "refused", f"was compiled for {table.device.slug}, but lies where tables of {slug} do"
     match = table.device.matches(device)
     if match is None:
-        return "other device", f"measured on {table.device.name}"
+        return "other device", f"of {table.device.name}"
     if match == "approximate" or serving is None:
-        return "approximate", f"measured on {table.device.name}, which is like this device; {_GUIDES}"
+        return "approximate", f"of {table.device.name}, which is like this device; {_GUIDES}"
     if table.path == serving.path:
         return "serves", f"{TABLES_VARIABLE} goes first" if origin == TABLES_VARIABLE else "the newest of this device"
     return "yields", f"{_behind(table, serving)}; {_GUIDES}"
