@@ -15,8 +15,8 @@ from io import BytesIO
 
 from layerzero_tune.wheel.errors import WheelError
 
-# The earliest time that a zip can tell, in seconds since 1970.
-EARLIEST = 315532800
+# The times that a zip can tell, 1980 to 2107, in seconds since 1970.
+EARLIEST, LATEST = 315532800, 4354819199
 
 
 def archive(files: Mapping[str, bytes], metadata_folder: str, modified: int = EARLIEST) -> bytes:
@@ -25,11 +25,13 @@ def archive(files: Mapping[str, bytes], metadata_folder: str, modified: int = EA
     Args:
         files: contents by path within the wheel.
         metadata_folder: name of the `.dist-info` folder.
-        modified: the time that all files carry, in seconds since 1970; a zip tells no earlier one than `EARLIEST`.
+        modified: the time that all files carry, in seconds since 1970; one before `EARLIEST` becomes that.
 
     Raises:
-        WheelError: a zip cannot tell the time.
+        WheelError: the time is after `LATEST`.
     """
+    if modified > LATEST:
+        raise WheelError(f"SOURCE_DATE_EPOCH is {modified}, allowed: at most {LATEST}, the end of 2107")
     record = f"{metadata_folder}/RECORD"
     lines = [*(f"{path},sha256={_digest(data)},{len(data)}" for path, data in files.items()), f"{record},,"]
     buffer = BytesIO()
@@ -40,10 +42,7 @@ def archive(files: Mapping[str, bytes], metadata_folder: str, modified: int = EA
 
 
 def _entry(path: str, modified: int) -> zipfile.ZipInfo:
-    try:
-        entry = zipfile.ZipInfo(path, time.gmtime(max(modified, EARLIEST))[:6])
-    except (ValueError, OverflowError, OSError) as error:
-        raise WheelError(f"SOURCE_DATE_EPOCH is {modified}, which no zip can hold: {error}") from error
+    entry = zipfile.ZipInfo(path, time.gmtime(max(modified, EARLIEST))[:6])
     entry.create_system = 3  # Unix, on every system
     entry.external_attr = (stat.S_IFREG | 0o644) << 16
     return entry

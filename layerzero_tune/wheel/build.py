@@ -23,7 +23,7 @@ def build_wheel(name: WheelName, tables: Sequence[TableFolder], modified: int = 
     tables give equal bytes (with one release of this project and one zlib).
 
     Raises:
-        WheelError: a zip cannot tell the time `modified`, in seconds since 1970.
+        WheelError: `modified`, in seconds since 1970, is a time that no zip can tell.
     """
     folder = f"{name.stem}.dist-info"
     files = {f"{name.package}/__init__.py": f'"""Kernel tables of {name.name}."""\n'.encode()}

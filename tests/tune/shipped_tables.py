@@ -1,0 +1,60 @@
+"""Small tables of any device and day, packed as wheels and installed into a folder as pip would."""
+
+from __future__ import annotations
+
+import importlib
+import zipfile
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.device import DeviceSpec
+from layerzero_runtime.kernels import builtin_kernels
+from layerzero_runtime.libraries import library_version
+from layerzero_runtime.tables.staleness import kernel_source_hash
+from layerzero_tune.compile.emit import emit
+from layerzero_tune.compile.pipeline import compile_table
+from layerzero_tune.results.measurement import Measurement
+from layerzero_tune.wheel.build import build_wheel
+from layerzero_tune.wheel.naming import wheel_name
+from layerzero_tune.wheel.table_folder import read_tables
+from tests.tune.synthetic_results import Times, grid, measured, norm
+
+NAMED = "torch.rms_norm.fused"
+OTHER = "torch.rms_norm.vector_norm"
+
+
+def norm_rows(device: DeviceSpec, day: str = "2026-03-01", fastest: str = NAMED) -> list[Measurement]:
+    """Norms on which one kernel takes half the default's time, as if measured on the device with what is installed."""
+
+    def model(context: SelectionContext) -> Times:
+        return {"torch.rms_norm": 2000.0, fastest: 1000.0}
+
+    kernels = {kernel.kernel_id: kernel for kernel in builtin_kernels()}
+    return [
+        replace(
+            row,
+            device=device.to_dict(),
+            versions={"torch": library_version("torch") or ""},
+            source_hash=kernel_source_hash(kernels[row.kernel_id]),
+            measured_at=f"{day}T10:00:00+00:00",
+        )
+        for row in measured(grid(norm, (1, 8, 64), (512, 1024)), model)
+    ]
+
+
+def write_norm_table(folder: Path, device: DeviceSpec, day: str = "2026-03-01", fastest: str = NAMED) -> Path:
+    """The device's folder below `folder`, with a table of those norms."""
+    return emit(compile_table(norm_rows(device, day, fastest), builtin_kernels())).write(folder)
+
+
+def wheel_of(tables: Path, name: str, version: str = "1.0") -> bytes:
+    return build_wheel(wheel_name(name, version), read_tables([tables]))
+
+
+def install(wheel: bytes, site: Path) -> None:
+    """Unpack a pure wheel, which is all that installing one does to `site`."""
+    with zipfile.ZipFile(BytesIO(wheel)) as archive:
+        archive.extractall(site)
+    importlib.invalidate_caches()
