@@ -22,11 +22,11 @@ from layerzero_runtime.tables.table_files import find_alike, find_table
 from tests.tune.shipped_tables import OTHER, install, wheel_of, write_norm_table
 
 CPU = detect_device("cpu")
-ALIKE = replace(CPU, name="Another CPU", physical_cores=64, threads=64)
+# As like this device as can be, and before it by name.
+ALIKE = replace(CPU, name="A CPU")
 MISPLACED = replace(CPU, name="Misplaced CPU")
 H100 = DeviceSpec("cuda", "NVIDIA H100 80GB HBM3", compute_capability=(9, 0))
 MEASURED = SelectionContext(operation="norm.rms", dtype="float32", rows=8, hidden_size=512, device=CPU)
-UNMEASURED = replace(MEASURED, rows=4096)
 
 
 @pytest.fixture
@@ -103,10 +103,11 @@ class TestOrder:
         ship(site, "acme-a", "2026-03-01")
         newest = ship(site, "acme-b", "2026-05-01", fastest=OTHER)
         ship(site, "acme-c", "2026-04-01")
-        publish_snapshot()
+        snapshot = publish_snapshot()
         plan = lz.select(MEASURED)
         assert (plan.source, plan.table, plan.kernel_id) == ("table", newest, OTHER)
-        assert [table.name.split(".")[0] for table in find_alike(CPU)] == ["acme_b", "acme_c", "acme_a"]
+        assert find_table(CPU)[1] == ()
+        assert [table.name.split(".")[0] for table in snapshot.tables.alike(CPU)] == ["acme_b", "acme_c", "acme_a"]
 
     def test_of_equally_new_ones_the_first_by_name_serves(self, site: Path) -> None:
         ship(site, "acme-b")
@@ -204,7 +205,7 @@ class TestCandidates:
             ("acme_b", "serves", "the newest of this device"),
             ("acme_c", "yields", f"as new as {newest}, which goes first by its name"),
             ("acme_a", "yields", f"older results than those of {newest}"),
-            ("acme_alike", "approximate", "of Another CPU, which is like this device"),
+            ("acme_alike", "approximate", "of A CPU, which is like this device"),
             ("acme_h100", "other device", "of NVIDIA H100 80GB HBM3"),
         ]
         assert [found.origin for found in candidates[:2]] == ["acme-b 1.0", "acme-c 1.0"]
@@ -226,6 +227,7 @@ class TestCandidates:
         monkeypatch.setenv(table_files.TABLES_VARIABLE, str(tmp_path / "nowhere"))
         candidates = table_candidates(CPU)
         assert {found.standing for found in candidates} == {"refused"}
+        assert find_alike(CPU) == ()
         assert all(found.table is None or found.name.startswith("acme_device") for found in candidates)
         reasons = " | ".join(found.reason for found in candidates)
         for message in (
