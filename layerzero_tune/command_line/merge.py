@@ -25,9 +25,9 @@ def merge_command(
 ) -> None:
     """Join results of one device that several machines or days measured.
 
-    What several shards hold alike is kept once. Where they hold one contest with different times, a contest that other
-    processes disturbed gives way to one that they did not, then the later to the earlier, each as a whole; the order of
-    the shards changes nothing. Held-out measurements of evaluate stay out.
+    What several shards hold alike is kept once. Where they hold one contest with different times, the version that
+    other processes disturbed less is kept (less than 5% of the processor time counts as undisturbed), then the earlier,
+    always whole; the order of the shards changes nothing. Held-out measurements of evaluate stay out.
     """
     read = {str(shard): ResultsStore(shard).read() for shard in _each_once(shards)}
     held = ResultsStore(out).read() if out.exists() else Results((), ())
@@ -81,7 +81,7 @@ def _print(merged: MergedResults, shards: int, out: Path) -> None:
         rest = len(merged.conflicts) - len(shown)
         print_table(
             f"{len(merged.conflicts)} contests with different times" + (f", {rest} not shown" if rest else ""),
-            ("operation", "shape", "kept of", "left out of"),
+            ("operation", "shape", "kept from", "left out from"),
             [
                 (
                     conflict.contest[0].context.operation,

@@ -31,8 +31,9 @@ def whole_contests(files: Iterable[Iterable[Measurement]]) -> list[Contest]:
     """The contests of several files, each once, in ascending order of contest id and within it of job id.
 
     Where two files hold the same contest with other times (two machines of one kind measured it), one of them wins as a
-    whole: times of different contests are never mixed. One that other processes disturbed (`MAX_SHARE`) gives way to
-    one that they did not; then the earlier wins, as what a store holds stays when more is added; then the lesser text.
+    whole: times of different contests are never mixed. The one that other processes disturbed less wins (up to
+    `MAX_SHARE` it counts as undisturbed); then the earlier, as what a store holds stays when more is added; then the
+    lesser text.
     """
     contests: dict[str, Contest] = {}
     for rows in files:
@@ -53,9 +54,13 @@ def _ids(row: Measurement) -> tuple[str, str]:
     return (row.contest_id, row.job_id)
 
 
-def _precedence(contest: Contest) -> tuple[bool, str, list[str]]:
-    is_disturbed = max(row.contention for row in contest) > MAX_SHARE
-    return (is_disturbed, min(row.measured_at for row in contest), list(_texts(contest)))
+def _precedence(contest: Contest) -> tuple[float, str, list[str]]:
+    disturbance = max(row.contention for row in contest)
+    return (
+        disturbance if disturbance > MAX_SHARE else 0.0,
+        min(row.measured_at for row in contest),
+        list(_texts(contest)),
+    )
 
 
 def _texts(rows: Iterable[Measurement]) -> Iterator[str]:

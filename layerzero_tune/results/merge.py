@@ -55,9 +55,8 @@ def merge_shards(shards: Mapping[str, Iterable[Measurement]]) -> MergedResults:
     """The union of the rows by (contest_id, job_id); equal shards give an equal union, in whatever order.
 
     Where shards hold one contest with different times, `whole_contests` says which version is kept, as it does for the
-    files of one folder: the undisturbed before the disturbed, then the earlier, always whole. So a merge compiles to
-    what the same files in one folder compile to. Held-out contests, which `evaluate` measures, are no part of a tuning
-    and stay out.
+    files of one folder: the less disturbed, then the earlier, always whole. So a merge compiles to what the same files
+    in one folder compile to. Held-out contests, which `evaluate` measures, are no part of a tuning and stay out.
 
     Args:
         shards: rows by the name of their shard.

@@ -90,10 +90,17 @@ class TestMergeShards:
         [
             (again(3, measured_at=EARLY), make_contest(3, measured_at=LATE)),
             (again(3, measured_at=LATE, contention=MAX_SHARE), make_contest(3, measured_at=EARLY, contention=0.06)),
-            (make_contest(3, measured_at=EARLY, contention=0.9), make_contest(3, measured_at=LATE, contention=0.06)),
+            (again(3, measured_at=LATE, contention=0.06), make_contest(3, measured_at=EARLY, contention=0.9)),
+            (again(3, measured_at=EARLY, contention=MAX_SHARE), make_contest(3, measured_at=LATE, contention=0.01)),
             (make_contest(3, measured_at=EARLY, screen_ns=4.0), make_contest(3, measured_at=EARLY, screen_ns=5.0)),
         ],
-        ids=["the earlier", "the undisturbed", "both disturbed", "equally old: the lesser text"],
+        ids=[
+            "the earlier",
+            "the undisturbed",
+            "the less disturbed",
+            "both undisturbed",
+            "equally old: the lesser text",
+        ],
     )
     def test_of_two_versions_of_a_contest_one_is_kept_whole(
         self, kept: list[Measurement], dropped: list[Measurement]
