@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import zipfile
 from dataclasses import replace
 from io import BytesIO
@@ -18,11 +19,12 @@ from layerzero_tune.compile.pipeline import compile_table
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.wheel.build import build_wheel
 from layerzero_tune.wheel.naming import wheel_name
-from layerzero_tune.wheel.table_folder import read_tables
+from layerzero_tune.wheel.table_folder import read_table, read_tables
 from tests.tune.synthetic_results import Times, grid, measured, norm
 
 NAMED = "torch.rms_norm.fused"
 OTHER = "torch.rms_norm.vector_norm"
+OTHER_DEVICE = DeviceSpec("cpu", "Other CPU", "avx2", physical_cores=4, threads=4)
 
 
 def norm_rows(device: DeviceSpec, day: str = "2026-03-01", fastest: str = NAMED) -> list[Measurement]:
@@ -47,6 +49,27 @@ def norm_rows(device: DeviceSpec, day: str = "2026-03-01", fastest: str = NAMED)
 def write_norm_table(folder: Path, device: DeviceSpec, day: str = "2026-03-01", fastest: str = NAMED) -> Path:
     """The device's folder below `folder`, with a table of those norms."""
     return emit(compile_table(norm_rows(device, day, fastest), builtin_kernels())).write(folder)
+
+
+def evaluation_of(folder: Path) -> str:
+    """What `evaluate --json` prints, in short."""
+    figures = {
+        "n": 48,
+        "hit_rate": 1.0,
+        "efficiency_geomean": 0.991,
+        "efficiency_p10": 0.97,
+        "efficiency_min": 0.9,
+        "speedup_vs_default_geomean": 1.25,
+        "speedup_end_to_end_geomean": None,
+        "slower_than_default": 0,
+    }
+    return json.dumps(
+        {
+            "provenance": dict(read_table(folder).table.provenance),
+            "measured_to": "2026-03-02T00:00:00+00:00",
+            "summaries": [{"operation": "norm.rms", "mode": "eager"} | figures],
+        }
+    )
 
 
 def wheel_of(tables: Path, name: str, version: str = "1.0") -> bytes:

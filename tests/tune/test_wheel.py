@@ -10,7 +10,6 @@ import keyword
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from email import message_from_bytes
 from importlib.metadata import EntryPoint, PathDistribution
 from io import BytesIO
@@ -24,54 +23,16 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
 from layerzero_runtime.device import DeviceSpec
-from layerzero_runtime.errors import TableError
 from layerzero_tune.wheel.archive import LATEST, archive
 from layerzero_tune.wheel.build import build_wheel
 from layerzero_tune.wheel.errors import WheelError
 from layerzero_tune.wheel.naming import version_of_results, wheel_name
 from layerzero_tune.wheel.table_folder import read_table, read_tables
 from tests.tune.command import CommandsHere
-from tests.tune.shipped_tables import write_norm_table
+from tests.tune.shipped_tables import OTHER_DEVICE, evaluation_of, write_norm_table
 from tests.tune.synthetic_results import DEVICE
 
-ROOT = Path(__file__).parents[2]
-OTHER_DEVICE = DeviceSpec("cpu", "Other CPU", "avx2", physical_cores=4, threads=4)
 USAGE = 2
-
-
-@pytest.fixture
-def tables(tmp_path: Path) -> Path:
-    """Tables of two devices."""
-    for device, day in ((DEVICE, "2026-03-01"), (OTHER_DEVICE, "2026-11-04")):
-        write_norm_table(tmp_path / "tables", device, day)
-    return tmp_path / "tables"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """The folder of one device's table."""
-    return write_norm_table(tmp_path / "single", DEVICE)
-
-
-def evaluation_of(folder: Path) -> str:
-    """What `evaluate --json` prints, in short."""
-    figures = {
-        "n": 48,
-        "hit_rate": 1.0,
-        "efficiency_geomean": 0.991,
-        "efficiency_p10": 0.97,
-        "efficiency_min": 0.9,
-        "speedup_vs_default_geomean": 1.25,
-        "speedup_end_to_end_geomean": None,
-        "slower_than_default": 0,
-    }
-    return json.dumps(
-        {
-            "provenance": dict(read_table(folder).table.provenance),
-            "measured_to": "2026-03-02T00:00:00+00:00",
-            "summaries": [{"operation": "norm.rms", "mode": "eager"} | figures],
-        }
-    )
 
 
 class TestNames:
@@ -121,14 +82,14 @@ class TestNames:
 
 
 class TestWheel:
-    def test_it_holds_modules_evidence_and_metadata_alone(self, tables: Path) -> None:
-        first = tables / DEVICE.slug
+    def test_it_holds_modules_evidence_and_metadata_alone(self, two_tables: Path) -> None:
+        first = two_tables / DEVICE.slug
         (first / "evaluation.json").write_text(evaluation_of(first))
         (first / "results").mkdir()
         (first / "results" / "part-1.parquet").touch()
         (first / "notes.txt").touch()
         (first / "__pycache__").mkdir()
-        wheel = zipfile.ZipFile(BytesIO(build_wheel(wheel_name("Acme.Kernels", "1.0"), read_tables([tables]))))
+        wheel = zipfile.ZipFile(BytesIO(build_wheel(wheel_name("Acme.Kernels", "1.0"), read_tables([two_tables]))))
         assert wheel.namelist() == [
             "acme_kernels/__init__.py",
             f"acme_kernels/{OTHER_DEVICE.slug}/__init__.py",
@@ -144,12 +105,12 @@ class TestWheel:
         assert wheel.read("acme_kernels/__init__.py") == b'"""Kernel tables of Acme.Kernels."""\n'
         for slug in (DEVICE.slug, OTHER_DEVICE.slug):
             for name in ("__init__.py", "evidence.json"):
-                assert wheel.read(f"acme_kernels/{slug}/{name}") == (tables / slug / name).read_bytes()
+                assert wheel.read(f"acme_kernels/{slug}/{name}") == (two_tables / slug / name).read_bytes()
 
-    def test_its_metadata_is_what_installers_and_people_read(self, tables: Path, tmp_path: Path) -> None:
-        first = tables / DEVICE.slug
+    def test_its_metadata_is_what_installers_and_people_read(self, two_tables: Path, tmp_path: Path) -> None:
+        first = two_tables / DEVICE.slug
         (first / "evaluation.json").write_text(evaluation_of(first))
-        wheel = zipfile.ZipFile(BytesIO(build_wheel(wheel_name("Acme.Kernels", "1.0"), read_tables([tables]))))
+        wheel = zipfile.ZipFile(BytesIO(build_wheel(wheel_name("Acme.Kernels", "1.0"), read_tables([two_tables]))))
         wheel.extractall(tmp_path / "site")
         info = tmp_path / "site" / "acme_kernels-1.0.dist-info"
         metadata = Metadata.from_email((info / "METADATA").read_bytes(), validate=True)
@@ -169,8 +130,8 @@ class TestWheel:
         tags = message_from_bytes((info / "WHEEL").read_bytes())
         assert (tags["Root-Is-Purelib"], tags.get_all("Tag")) == ("true", ["py3-none-any"])
 
-    def test_its_record_lists_every_file(self, tables: Path, tmp_path: Path) -> None:
-        data = build_wheel(wheel_name("acme", "1.0"), read_tables([tables]))
+    def test_its_record_lists_every_file(self, two_tables: Path, tmp_path: Path) -> None:
+        data = build_wheel(wheel_name("acme", "1.0"), read_tables([two_tables]))
         wheel = zipfile.ZipFile(BytesIO(data))
         record = list(csv.reader(wheel.read("acme-1.0.dist-info/RECORD").decode().splitlines()))
         assert [path for path, _, _ in record] == wheel.namelist()
@@ -201,104 +162,12 @@ class TestArchive:
             archive({"a": b"1"}, "a-1.dist-info", LATEST + 1)
 
 
-def replaced(name: str, old: str, new: str) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
-        text = (folder / name).read_text()
-        assert old in text
-        (folder / name).write_text(text.replace(old, new, 1))
-
-    return spoil
-
-
-def evaluated_elsewhere(folder: Path) -> None:
-    (folder / "evaluation.json").write_text(evaluation_of(folder).replace("2026-03-01", "2026-03-05"))
-
-
-def evaluated_badly(folder: Path) -> None:
-    (folder / "evaluation.json").write_text('{"summaries": []}')
-
-
-def moved(folder: Path) -> None:
-    folder.rename(folder.with_name("my_cpu"))
-
-
-SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a statement too many": (
-        replaced("__init__.py", "\nDEVICE", "\nimport os\nDEVICE"),
-        r"__init__.py:\d+: the statement Import is not allowed",
-    ),
-    "another schema": (replaced("__init__.py", "SCHEMA = 1", "SCHEMA = 0"), "table schema is 0, this runtime reads 1"),
-    "provenance without its results": (
-        replaced("__init__.py", "'results': ", "'result': "),
-        "PROVENANCE lacks results; compile the results again",
-    ),
-    "another device's folder": (
-        moved,
-        "my_cpu holds a table of cpu_synthetic_cpu_avx2_2c_2t; rename",
-    ),
-    "an edge that was moved": (
-        replaced("__init__.py", "512 <= hidden_size", "513 <= hidden_size"),
-        "evidence.json is not of the module beside it: norm.rms .* at .* is in another bucket",
-    ),
-    "no evidence": (lambda folder: (folder / "evidence.json").unlink(), "evidence.json: cannot be read"),
-    "damaged evidence": (replaced("evidence.json", "{", "{{"), "evidence.json is damaged"),
-    "evidence of another operation": (
-        replaced("evidence.json", "norm.rms", "norm.layer"),
-        "is not of the module beside it: it has other static keys",
-    ),
-    "a bucket too many": (
-        replaced("evidence.json", "[\n", '[\n{"bucket": {}, "evidence": null},\n'),
-        "has 2 buckets, the module 1",
-    ),
-    "an evaluation of other results": (evaluated_elsewhere, "evaluation.json is an evaluation of other results"),
-    "an evaluation that is none": (
-        evaluated_badly,
-        r"evaluation.json is not what evaluate --json prints \(KeyError\('provenance'\)\)",
-    ),
-}
-
-
-@pytest.mark.parametrize("spoilt", SPOILT)
-def test_a_table_that_is_not_what_compile_wrote_is_refused(
-    spoilt: str, folder: Path, command: CommandsHere, tmp_path: Path
-) -> None:
-    spoil, message = SPOILT[spoilt]
-    spoil(folder)
-    with pytest.raises(TableError, match=message):
-        read_tables([tmp_path / "single"])
-    ended = command("wheel", tmp_path / "single", "--name", "acme", "--out", tmp_path / "dist", "--json")
-    assert (ended.status, ended.output) == (1, "")
-    assert not (tmp_path / "dist").exists()
-
-
-class TestReadTables:
-    def test_a_folder_of_tables_a_device_folder_and_several(self, tables: Path, folder: Path) -> None:
-        assert [table.slug for table in read_tables([tables])] == [OTHER_DEVICE.slug, DEVICE.slug]
-        assert [table.slug for table in read_tables([folder, tables / OTHER_DEVICE.slug])] == [
-            OTHER_DEVICE.slug,
-            DEVICE.slug,
-        ]
-        assert [table.slug for table in read_tables([folder, folder.parent])] == [DEVICE.slug]
-
-    def test_two_tables_of_one_device_are_refused(self, tables: Path, folder: Path) -> None:
-        with pytest.raises(TableError, match=f"are both tables of {DEVICE.slug}; ship one of them"):
-            read_tables([tables, folder])
-
-    def test_a_folder_without_a_table_is_named(self, tmp_path: Path) -> None:
-        for place in (tmp_path, tmp_path / "nowhere"):
-            with pytest.raises(TableError, match=f"{place} holds no table; compile results with"):
-                read_tables([place])
-
-    def test_the_shipped_tables_can_be_packed(self) -> None:
-        assert all(table.evaluation for table in read_tables([ROOT / "tables"]))
-
-
 class TestCommand:
     def test_the_same_tables_give_the_same_bytes(
-        self, command: CommandsHere, tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, command: CommandsHere, two_tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
-        report = command("wheel", tables, "--name", "acme-kernels", "--out", tmp_path / "dist", "--json").json
+        report = command("wheel", two_tables, "--name", "acme-kernels", "--out", tmp_path / "dist", "--json").json
         wheel = tmp_path / "dist" / "acme_kernels-2026.11.4-py3-none-any.whl"
         assert report == {
             "wheel": str(wheel),
@@ -307,7 +176,9 @@ class TestCommand:
             "package": "acme_kernels",
             "sha256": hashlib.sha256(wheel.read_bytes()).hexdigest(),
             "bytes": wheel.stat().st_size,
-            "tables": {table.slug: json.loads(json.dumps(table.table.provenance)) for table in read_tables([tables])},
+            "tables": {
+                table.slug: json.loads(json.dumps(table.table.provenance)) for table in read_tables([two_tables])
+            },
         }
         copy = tmp_path / "elsewhere"
         for device in (OTHER_DEVICE, DEVICE):
@@ -319,19 +190,19 @@ class TestCommand:
         again = tmp_path / "again" / wheel.name
         assert again.read_bytes() == wheel.read_bytes()
         monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-        assert command("wheel", tables, "--name", "acme-kernels", "--out", tmp_path / "again").status == 0
+        assert command("wheel", two_tables, "--name", "acme-kernels", "--out", tmp_path / "again").status == 0
         assert again.read_bytes() != wheel.read_bytes()
         assert zipfile.ZipFile(again).infolist()[0].date_time == (2023, 11, 14, 22, 13, 20)
 
-    def test_a_version_can_be_given(self, command: CommandsHere, tables: Path, tmp_path: Path) -> None:
+    def test_a_version_can_be_given(self, command: CommandsHere, two_tables: Path, tmp_path: Path) -> None:
         report = command(
-            "wheel", tables, "--name", "acme", "--version", "1.2-RC1", "--out", tmp_path / "dist", "--json"
+            "wheel", two_tables, "--name", "acme", "--version", "1.2-RC1", "--out", tmp_path / "dist", "--json"
         ).json
         assert report["version"] == "1.2rc1"
         assert [path.name for path in (tmp_path / "dist").iterdir()] == ["acme-1.2rc1-py3-none-any.whl"]
 
     def test_what_cannot_be_made_is_said(
-        self, command: CommandsHere, tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, command: CommandsHere, two_tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "file").touch()
         for arguments, message in (
@@ -339,11 +210,11 @@ class TestCommand:
             (("--name", "acme", "--version", "new", "--out", tmp_path / "dist"), "--version is 'new', required"),
             (("--name", "acme", "--out", tmp_path / "file"), "choose another folder with --out"),
         ):
-            ended = command("wheel", tables, *arguments)
+            ended = command("wheel", two_tables, *arguments)
             assert (ended.status, ended.output) == (1, "")
             assert message in " ".join(ended.errors.split())
         monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
-        ended = command("wheel", tables, "--name", "acme", "--out", tmp_path / "dist")
+        ended = command("wheel", two_tables, "--name", "acme", "--out", tmp_path / "dist")
         assert "SOURCE_DATE_EPOCH is 'yesterday', required whole seconds" in " ".join(ended.errors.split())
         assert not (tmp_path / "dist").exists()
-        assert command("wheel", tables, "--out", tmp_path / "dist").status == USAGE
+        assert command("wheel", two_tables, "--out", tmp_path / "dist").status == USAGE
