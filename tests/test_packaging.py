@@ -1,4 +1,4 @@
-"""The wheel holds what it needs: runtime, tuner, templates and tables, installed without any dependency."""
+"""Wheels, ours and those of tables, in a virtual environment in which nothing else is installed."""
 
 from __future__ import annotations
 
@@ -7,20 +7,31 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from layerzero_runtime.device import DeviceSpec
+from layerzero_runtime.tables.table_files import load_table_file
+from tests.tune.command import tune
+from tests.tune.shipped_tables import NAMED, OTHER, write_norm_table
+
 ROOT = Path(__file__).parent.parent
+
+DEVICE = DeviceSpec("cpu", "Synthetic CPU", "avx2", physical_cores=2, threads=2)
 
 _SELECT = """
 import json, sys
 import layerzero_runtime as lz
-from layerzero_tables.{slug} import DEVICE
-device = lz.DeviceSpec.from_dict(DEVICE)
-plan = lz.select(lz.SelectionContext(operation="norm.rms", dtype="bfloat16", rows=64, hidden_size=2048, device=device))
+device = lz.DeviceSpec.from_dict(json.loads(sys.argv[1]))
+plan = lz.select(lz.SelectionContext(operation="norm.rms", dtype="%s", rows=64, hidden_size=512, device=device))
 outside = sorted({name.split(".")[0] for name in sys.modules} - set(sys.stdlib_module_names))
-print(json.dumps([plan.source, plan.available, plan.unavailable_reason, outside]))
+from layerzero_runtime.tables.table_candidates import table_candidates
+standings = [[found.origin, found.standing, found.reason] for found in table_candidates(device)]
+answer = [plan.source, plan.table, plan.kernel_id, plan.available, plan.unavailable_reason]
+print(json.dumps([answer, outside, standings]))
 """
 
 
@@ -44,17 +55,51 @@ def test_the_wheel_holds_all_packages_and_no_measurements(wheel: Path) -> None:
     assert b"Requires-Dist: torch" in zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA")))
 
 
-def test_an_installed_wheel_answers_without_torch(wheel: Path, tmp_path: Path) -> None:
-    """In a bare virtual environment: the shipped table answers, says what is missing, and imports itself alone."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path)], check=True, timeout=60)
-    (site,) = tmp_path.glob("lib/python*/site-packages")
-    zipfile.ZipFile(wheel).extractall(site)
+@pytest.fixture(scope="module")
+def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a virtual environment without torch: our wheel, and two wheels of tables for one device."""
+    folder = tmp_path_factory.mktemp("bare")
+    for name, day, fastest in (("acme-tables", "2026-03-01", NAMED), ("zeta-tables", "2026-05-01", OTHER)):
+        tables = write_norm_table(folder / name, DEVICE, day, fastest)
+        done = tune("wheel", tables, "--name", name, "--out", folder / "dist")
+        assert done.returncode == 0, done.stderr
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True, timeout=60)
+    python = folder / "venv" / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index"]
+    # All in one call, dependencies included: the tables' wheels ask for ours.
+    installed = subprocess.run([*pip, wheel, *(folder / "dist").iterdir()], capture_output=True, text=True, timeout=120)
+    assert installed.returncode == 0, installed.stderr
+    return python
+
+
+def select(python: Path, device: Mapping[str, Any], dtype: str) -> Any:
+    """The plan of a norm, the modules from outside the standard library that it took, and the tables that are there."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LAYERZERO"))}
-    slug = min(path.parent.name for path in (ROOT / "tables").glob("*/__init__.py"))
-    command = [str(tmp_path / "bin" / "python"), "-c", _SELECT.replace("{slug}", slug)]
-    run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
-    source, available, reason, outside = json.loads(run.stdout)
-    assert source == "table"
-    assert available is False
+    command = [str(python), "-c", _SELECT % dtype, json.dumps(device)]
+    run = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=environment, cwd=python.parents[2], timeout=60
+    )
+    return json.loads(run.stdout)
+
+
+def test_an_installed_wheel_answers_without_torch(bare: Path) -> None:
+    """The shipped table answers, says what is missing, and imports itself alone."""
+    folder = min(path.parent for path in (ROOT / "tables").glob("*/__init__.py"))
+    device = load_table_file(folder / "__init__.py").device
+    (source, table, _, available, reason), outside, _ = select(bare, device.to_dict(), "bfloat16")
+    assert (source, table, available) == ("table", f"layerzero_tables.{folder.name}", False)
     assert "torch" in reason
     assert outside == ["__main__", "layerzero_runtime", "layerzero_tables"]
+
+
+def test_of_two_wheels_of_tables_the_newer_serves_without_torch(bare: Path) -> None:
+    (source, table, kernel_id, available, _), outside, standings = select(bare, DEVICE.to_dict(), "float32")
+    newest = f"zeta_tables.{DEVICE.slug}"
+    assert (source, table, kernel_id, available) == ("table", newest, OTHER, False)
+    assert outside == ["__main__", "acme_tables", "layerzero_runtime", "layerzero_tables", "zeta_tables"]
+    assert [(origin, standing) for origin, standing, _ in standings[:2]] == [
+        ("zeta-tables 2026.5.1", "serves"),
+        ("acme-tables 2026.3.1", "yields"),
+    ]
+    assert {(origin, standing) for origin, standing, _ in standings[2:]} == {("layerzero-dispatch", "other device")}
+    assert standings[1][2].startswith(f"older results than those of {newest}")

@@ -1,18 +1,25 @@
-"""Finding the tables of a device: a folder named by LAYERZERO_TABLES first, then the installed ones."""
+"""Finding the tables of a device: a folder named by LAYERZERO_TABLES first, then the installed ones, newest first."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.errors import TableError
+from layerzero_runtime.tables.declared_tables import declared_tables
 from layerzero_runtime.tables.table import Table, load_table
 
 TABLES_VARIABLE = "LAYERZERO_TABLES"
 INSTALLED_PACKAGE = "layerzero_tables"
+OWN_DISTRIBUTION = "layerzero-dispatch"
+
+# Where a table may lie: the slug of its device, its file or module, and what put it there (`TABLES_VARIABLE` or a
+# distribution).
+TablePlace = tuple[str, str, str]
 
 # Sources that passed the syntax check, by content hash.
 _checked: set[bytes] = set()
@@ -59,34 +66,71 @@ def check_device(table: Table, device: DeviceSpec) -> None:
 
 
 def find_table(device: DeviceSpec) -> tuple[Table | None, tuple[TableError, ...]]:
-    """The first table that matches the device exactly, and the errors of tables that had to be skipped."""
+    """The table that serves a device, and the errors of tables that had to be skipped.
+
+    Only a table of exactly this device serves: that of the named folder, else of the installed ones the one with the
+    newest results, of equally new ones the first by name.
+    """
     skipped: list[TableError] = []
-    for load in (_load_named, _load_installed):
-        try:
-            table = load(device.slug)
-            if table is None:
+    for places in (_named_places([device.slug]), _installed_places([device.slug])):
+        found: list[Table] = []
+        for place in places:
+            if place[0] != device.slug:
                 continue
-            check_device(table, device)
-            return table, tuple(skipped)
-        except TableError as error:
-            skipped.append(error)
+            try:
+                table = load_place(place)
+                if table is not None:
+                    check_device(table, device)
+                    found.append(table)
+            except TableError as error:
+                skipped.append(error)
+        if found:
+            return newest_first(found)[0], tuple(skipped)
     return None, tuple(skipped)
 
 
 def find_alike(device: DeviceSpec) -> tuple[Table, ...]:
-    """The tables of approximately matching devices, the most alike first; those that cannot be used are left out."""
-    found: dict[str, Table] = {}
-    for slug, load in (
-        *((slug, _load_named) for slug in _named_slugs()),
-        *((s, _load_installed) for s in _installed_slugs()),
-    ):
-        try:
-            table = load(slug)
-        except TableError:
-            continue  # reported where it is the table of the device in use
-        if table is not None and table.device.matches(device) == "approximate":
-            found.setdefault(slug, table)
-    return tuple(sorted(found.values(), key=lambda table: (device.distance(table.device), table.device.slug)))
+    """The tables that say something of a device: those of exactly this one in the order in which they may serve it,
+    then those of approximately matching ones, the most alike first. Those that cannot be used are left out."""
+    found: list[Table] = []
+    for places in all_places(device):
+        tables: list[Table] = []
+        for place in places:
+            try:
+                table = load_place(place)
+            except TableError:
+                continue  # reported where it is the table of the device in use
+            if table is not None and table.device.slug == place[0] and table.device.matches(device) is not None:
+                tables.append(table)
+        found += newest_first(tables)
+    return tuple(sorted(found, key=lambda table: _unlikeness(table.device, device)))
+
+
+def newest_first(tables: Iterable[Table]) -> list[Table]:
+    """Tables by the time of their newest measurement, equally new ones by name."""
+    by_name = sorted(tables, key=lambda table: table.name)
+    return sorted(by_name, key=lambda table: table.provenance["measured_to"], reverse=True)
+
+
+def _unlikeness(measured: DeviceSpec, device: DeviceSpec) -> tuple[bool, float, str]:
+    is_exact = measured.matches(device) == "exact"
+    return (not is_exact, 0.0 if is_exact else device.distance(measured), measured.slug)
+
+
+def all_places(device: DeviceSpec) -> tuple[Sequence[TablePlace], Sequence[TablePlace]]:
+    """Where a table of the device would lie, and where others do: in the named folder, and among the installed ones."""
+    named, installed = ({device.slug, *slugs} for slugs in (_named_slugs(), _installed_slugs()))
+    return _named_places(sorted(named)), _installed_places(sorted(installed))
+
+
+def _named_places(slugs: Iterable[str]) -> list[TablePlace]:
+    folder = os.environ.get(TABLES_VARIABLE)
+    return [(slug, os.path.join(folder, slug, "__init__.py"), TABLES_VARIABLE) for slug in slugs] if folder else []
+
+
+def _installed_places(slugs: Iterable[str]) -> list[TablePlace]:
+    """Places of our own distribution for these slugs, and all that other distributions declare."""
+    return [*((slug, f"{INSTALLED_PACKAGE}.{slug}", OWN_DISTRIBUTION) for slug in slugs), *declared_tables()]
 
 
 def _named_slugs() -> list[str]:
@@ -110,25 +154,38 @@ def _folders_with_tables(folder: str) -> list[str]:
     return [name for name in names if os.path.isfile(os.path.join(folder, name, "__init__.py"))]
 
 
-def _load_named(slug: str) -> Table | None:
-    """The device's table in the folder that the environment names, None without one."""
-    folder = os.environ.get(TABLES_VARIABLE)
-    if not folder:
+def load_place(place: TablePlace) -> Table | None:
+    """The table at a place; None where the named folder or our own distribution has none for the slug.
+
+    Raises:
+        TableError: it cannot be used.
+    """
+    _, name, origin = place
+    table = _load_named(Path(name)) if origin == TABLES_VARIABLE else _load_installed(name, origin)
+    if table is None:
         return None
-    if not os.path.isdir(folder):
+    provenance = table.provenance if isinstance(table.provenance, Mapping) else {}
+    if not isinstance(provenance.get("measured_to"), str):  # which decides between tables
+        raise TableError(f"{name}: PROVENANCE does not say measured_to; compile the results again")
+    return table
+
+
+def _load_named(path: Path) -> Table | None:
+    if not path.parents[1].is_dir():
+        folder = os.environ.get(TABLES_VARIABLE)
         raise TableError(f"{TABLES_VARIABLE} is {folder!r}, which is not a folder; name one that holds tables")
-    path = Path(folder, slug, "__init__.py")
-    return load_table_file(path) if os.path.isfile(path) else None
+    return load_table_file(path) if path.is_file() else None
 
 
-def _load_installed(slug: str) -> Table | None:
-    """The device's table among the installed ones, None without one."""
-    name = f"{INSTALLED_PACKAGE}.{slug}"
+def _load_installed(name: str, distribution: str) -> Table | None:
     try:
         __import__(name)
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing is not None and (name == missing or name.startswith(missing + ".")):
+        is_missing = missing is not None and (name == missing or name.startswith(missing + "."))
+        if is_missing and distribution == OWN_DISTRIBUTION:
             return None
-        raise TableError(f"{name}: cannot be imported: {type(error).__name__}: {error}; install it again") from error
+        raise TableError(
+            f"{name}: cannot be imported: {type(error).__name__}: {error}; install {distribution} again"
+        ) from error
     return load_table(sys.modules[name])

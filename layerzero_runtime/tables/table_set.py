@@ -38,12 +38,13 @@ class TableSet:
         return self._tables[device]
 
     def alike(self, device: DeviceSpec) -> tuple[Table, ...]:
-        """The device's own table, then those of approximately matching devices, nearest first."""
+        """The table that serves the device, then others of it, then those of approximately matching ones, nearest first."""
         if device not in self._alike:
             own = self.of(device)
             with self._lock:
                 if device not in self._alike:
-                    self._alike[device] = (*(() if own is None else (own,)), *find_alike(device))
+                    others = (table for table in find_alike(device) if own is None or table.path != own.path)
+                    self._alike[device] = (*(() if own is None else (own,)), *others)
         return self._alike[device]
 
     def nearest(self, table: Table) -> NearestBuckets:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -10,6 +11,7 @@ from layerzero_runtime.counters import CounterGroup
 from layerzero_runtime.device import detect_device
 from layerzero_runtime.libraries import library_version, missing_requirement
 from layerzero_runtime.snapshot import Snapshot
+from layerzero_runtime.tables.table_candidates import TableCandidate, table_candidates
 from layerzero_tune.command_line.options import (
     JsonOption,
     KernelsOption,
@@ -26,11 +28,12 @@ def doctor_command(
     kernels: KernelsOption = "",
     json: JsonOption = False,
 ) -> None:
-    """Show the device, its table, each library with its version, and why a kernel is not available."""
+    """Show the device, which table serves it and why others do not, libraries, and kernels that are not available."""
     spec = detect_device(device)
     registry = registry_with(split_list(kernels))
     snapshot = Snapshot(registry, CounterGroup())
     table = snapshot.tables.of(spec)
+    candidates = table_candidates(spec)
     libraries = {name: library_version(name) for name in sorted({kernel.spec.library for kernel in registry})}
     unavailable = {
         kernel.kernel_id: reason
@@ -43,6 +46,7 @@ def doctor_command(
                 "device": spec.to_dict(),
                 "slug": spec.slug,
                 "table": None if table is None else {"name": table.name, "path": table.path, **table.provenance},
+                "tables": [_table_facts(candidate) for candidate in candidates],
                 "libraries": libraries,
                 "kernels": len(registry),
                 "unavailable": unavailable,
@@ -62,11 +66,40 @@ def doctor_command(
         console.print(
             f"table     {table.name}, measured {table.provenance['measured_to']}, {table.path}", soft_wrap=True
         )
+    _print_tables(candidates)
     print_table("", ("library", "version"), [(name, version or "not installed") for name, version in libraries.items()])
     available = len(registry) - len(unavailable)
     console.print(f"{available} of {len(registry)} kernels are available here", soft_wrap=True)
     if unavailable:
         print_table("Not available", ("kernel", "why"), list(unavailable.items()))
+
+
+def _table_facts(candidate: TableCandidate) -> dict[str, Any]:
+    table = candidate.table
+    return {
+        "name": candidate.name,
+        "origin": candidate.origin,
+        "slug": candidate.slug,
+        "standing": candidate.standing,
+        "reason": candidate.reason,
+        "measured_to": None if table is None else table.provenance["measured_to"],
+        "operations": [] if table is None else sorted(table.entries),
+    }
+
+
+def _print_tables(candidates: Sequence[TableCandidate]) -> None:
+    if not candidates:
+        return
+    console.print("\nTables that are there, in the order in which they are asked")
+    for candidate in candidates:
+        console.print(f"  {candidate.standing:<13} {candidate.name} ({candidate.origin})", soft_wrap=True)
+        console.print(f"  {'':<13} {candidate.reason}", soft_wrap=True)
+        if candidate.table is not None:
+            operations = ", ".join(sorted(candidate.table.entries))
+            console.print(
+                f"  {'':<13} measured {candidate.table.provenance['measured_to']}: {operations}", soft_wrap=True
+            )
+    console.print()
 
 
 def _unavailable_reason(platforms: tuple[str, ...], platform: str, requires: tuple[str, ...]) -> str | None:

@@ -11,8 +11,10 @@ from layerzero_tune.command_line.compile import compile_command
 from layerzero_tune.command_line.evaluate import evaluate_command
 from layerzero_tune.command_line.explain import explain_command
 from layerzero_tune.command_line.inspect import doctor_command, kernels_command
+from layerzero_tune.command_line.merge import merge_command
 from layerzero_tune.command_line.output import notes
 from layerzero_tune.command_line.run import run_command
+from layerzero_tune.command_line.wheel import wheel_command
 from layerzero_tune.command_line.workload import workload_app
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -29,6 +31,8 @@ app.command("kernels")(kernels_command)
 app.command("run")(run_command)
 app.command("compile")(compile_command)
 app.command("evaluate")(evaluate_command)
+app.command("merge")(merge_command)
+app.command("wheel")(wheel_command)
 app.command("explain")(explain_command)
 app.add_typer(workload_app, name="workload")
 

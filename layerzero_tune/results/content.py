@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
+from layerzero_tune.measure.contention import MAX_SHARE
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.schema import COLUMNS, JsonTexts
 
@@ -29,25 +30,37 @@ def results_hash(rows: Iterable[Measurement]) -> str:
 def whole_contests(files: Iterable[Iterable[Measurement]]) -> list[Contest]:
     """The contests of several files, each once, in ascending order of contest id and within it of job id.
 
-    Where two files hold the same contest with other times (two machines of one kind measured it), the earlier one wins
-    as a whole: times of different contests are never mixed.
+    Where two files hold the same contest with other times (two machines of one kind measured it), one of them wins as a
+    whole: times of different contests are never mixed. The one that other processes disturbed less wins (up to
+    `MAX_SHARE` it counts as undisturbed); then the earlier, as what a store holds stays when more is added; then the
+    lesser text.
     """
     contests: dict[str, Contest] = {}
     for rows in files:
         for contest_id, group in groupby(sorted(rows, key=_ids), key=lambda row: row.contest_id):
             contest = list({row.job_id: row for row in group}.values())
             held = contests.get(contest_id)
-            if held is None or (held != contest and _precedence(contest) < _precedence(held)):
+            if held is None or (differ(held, contest) and _precedence(contest) < _precedence(held)):
                 contests[contest_id] = contest
     return [contest for _, contest in sorted(contests.items())]
+
+
+def differ(first: Contest, second: Contest) -> bool:
+    """Whether two versions of a contest say different things."""
+    return first != second and list(_texts(first)) != list(_texts(second))  # an error that is no number equals itself
 
 
 def _ids(row: Measurement) -> tuple[str, str]:
     return (row.contest_id, row.job_id)
 
 
-def _precedence(contest: Contest) -> tuple[str, list[str]]:
-    return (min(row.measured_at for row in contest), list(_texts(contest)))
+def _precedence(contest: Contest) -> tuple[float, str, list[str]]:
+    disturbance = max(row.contention for row in contest)
+    return (
+        disturbance if disturbance > MAX_SHARE else 0.0,
+        min(row.measured_at for row in contest),
+        list(_texts(contest)),
+    )
 
 
 def _texts(rows: Iterable[Measurement]) -> Iterator[str]:

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -104,31 +104,52 @@ class ResultsStore:
         """
         if not self.directory.exists():
             return ()
-        decoder = Decoder()
         try:
             self._remove_leftovers()
-            sources: dict[str, list[Measurement]] = {}
-            for name in sorted(self._names()):
-                if not self._is_source(name):
-                    continue
-                quarantined: list[Path] = []
-                try:
-                    rows = self._decode(name, decoder, quarantined)
-                except FileNotFoundError:  # another process has just merged it
-                    continue
-                if not quarantined:
-                    sources[name] = rows
-            if len(sources) < 2:
-                return ()
-            written = []
-            for rows, data in _parts(whole_contests(sources.values())):
-                path = self.directory / f"part-{results_hash(rows)}.parquet"
-                write_atomically(path, data)
-                written.append(path)
-            for name in sources.keys() - {path.name for path in written}:
-                (self.directory / name).unlink(missing_ok=True)
+            sources = self._rows_by_file([name for name in self._names() if self._is_source(name)])
+            return () if len(sources) < 2 else self._rewrite(sources, ())
         except OSError as error:
             raise self._unwritable(error) from error
+
+    def absorb(self, contests: Sequence[Contest]) -> tuple[Path, ...]:
+        """Write contests and all that is held already as parts; the parts written, in order.
+
+        New parts are whole before old files go, so that a reader meanwhile, or the next one after a kill, sees at least
+        what was held, and contests whole. The same contests again give the same files.
+
+        Raises:
+            ResultsError: as for `compact`.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+            return self._rewrite(self._rows_by_file(self._names()), contests)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _rows_by_file(self, names: Iterable[str]) -> dict[str, list[Measurement]]:
+        """The rows of these files, but for damaged ones, which are set aside, and those that have just been merged."""
+        decoder = Decoder()
+        found: dict[str, list[Measurement]] = {}
+        for name in sorted(names):
+            quarantined: list[Path] = []
+            try:
+                rows = self._decode(name, decoder, quarantined)
+            except FileNotFoundError:  # another process has just merged it
+                continue
+            if not quarantined:
+                found[name] = rows
+        return found
+
+    def _rewrite(self, sources: Mapping[str, Sequence[Measurement]], more: Sequence[Contest]) -> tuple[Path, ...]:
+        """Write what these files hold, and more contests, as parts; then delete the files."""
+        written = []
+        for rows, data in _parts(whole_contests([*sources.values(), *more])):
+            path = self.directory / f"part-{results_hash(rows)}.parquet"
+            write_atomically(path, data)
+            written.append(path)
+        for name in sources.keys() - {path.name for path in written}:
+            (self.directory / name).unlink(missing_ok=True)
         return tuple(written)
 
     def _is_source(self, name: str) -> bool:

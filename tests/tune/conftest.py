@@ -10,6 +10,8 @@ from layerzero_tune.results.store import ResultsStore
 from tests.tune.command import CommandsHere
 from tests.tune.measurements import make_contest
 from tests.tune.recordings import record
+from tests.tune.shipped_tables import OTHER_DEVICE, write_norm_table
+from tests.tune.synthetic_results import DEVICE
 
 
 @pytest.fixture
@@ -33,3 +35,11 @@ def recorded_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recorded") / "results"
     record(folder)
     return folder
+
+
+@pytest.fixture
+def two_tables(tmp_path: Path) -> Path:
+    """Tables of two devices."""
+    for device, day in ((DEVICE, "2026-03-01"), (OTHER_DEVICE, "2026-11-04")):
+        write_norm_table(tmp_path / "tables", device, day)
+    return tmp_path / "tables"

@@ -55,12 +55,14 @@ def tables(command: CommandsHere, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("words", "mentioned"),
     [
-        ((), ("doctor", "kernels", "run", "compile", "evaluate", "explain", "workload")),
+        ((), ("doctor", "kernels", "run", "compile", "evaluate", "merge", "wheel", "explain", "workload")),
         (("doctor",), ("--device", "--kernels", "--json")),
         (("kernels",), ("--ops", "--kernels", "--json")),
         (("run",), ("--out", "--device", "--ops", "--preset", "--workload", "--kernels", "--json")),
         (("compile",), ("results", "--out", "--kernels", "--json")),
         (("evaluate",), ("tables", "--results", "--out", "--held-out", "--workload", "--gate", "--json")),
+        (("merge",), ("shard", "--out", "--json", "earlier")),
+        (("wheel",), ("tables", "--name", "--out", "--version", "--json")),
         (("explain",), ("--operation", "--dtype", "--batch-size", "--tables", "--json")),
         (("workload",), ("make", "show")),
         (("workload", "make"), ("--model", "--tp", "--mode", "--out")),
