@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.counters import CallCounters, CounterGroup, log_warning
@@ -21,10 +21,12 @@ from layerzero_runtime.serving.published import PUBLISHED
 from layerzero_runtime.serving.recovery import FailedInstead
 from layerzero_runtime.serving.routes import Route
 from layerzero_runtime.serving.seen_calls import SeenCalls
-from layerzero_runtime.serving.verification import Verification
-from layerzero_runtime.serving.workload_recorder import WorkloadRecorder
 from layerzero_runtime.tables.table import TableEntry
 from layerzero_runtime.tables.table_set import TableSet
+
+if TYPE_CHECKING:
+    from layerzero_runtime.serving.verification import Verification
+    from layerzero_runtime.serving.workload_recorder import WorkloadRecorder
 
 # Distinct static features are few in a process; beyond this a route is built for each call instead of being kept.
 MAX_ROUTES = 4096
@@ -183,6 +185,8 @@ class Snapshot(Selector):
             entry: TableEntry | None = None
             if table is not None:
                 entry = table.entries.get(operation.name, {}).get(operation.static_key(context))
+            if entry is not None and self.tables.is_damaged(entry):
+                entry = None
             known = KEY_FIELDS.union(operation.static, operation.plain, operation.fixed)
             is_governed = self.policy.relevance(context, known) != "none"
             route = Route(self, operation, dict(features), table, entry, is_governed, self._calls.of(key))

@@ -120,6 +120,8 @@ class Selector:
                 reason = f"not measured: {operation.name} with {operation.static_key(context)}"
             elif leaf == MISS:
                 reason = f"outside the measured range: {operation.name} with {operation.sizes(context)}"
+            elif self.tables.is_damaged(entry):
+                reason, leaf = f"the entry is damaged: {operation.name} with {operation.static_key(context)}", MISS
             elif (rule := self.policy.overrules_measurement(context)) is not None:
                 reason = f"a policy rule decides: {rule}"
             else:

@@ -29,12 +29,53 @@ class TableStep:
         return all(limit.reject(context) is None for limit in self.guards)
 
 
-@dataclass(frozen=True, slots=True)
 class TableEntry:
-    """What a table holds for one static key: a decision function over the sizes, and each leaf's chain of plans."""
+    """What a table holds for one static key: a decision function over the sizes, and each leaf's chain of plans.
 
-    decide: Callable[..., int]
-    leaves: tuple[tuple[TableStep, ...], ...]
+    The chains are made out of the module's literals when they are first asked for: of a table with thousands of leaves
+    a process uses those of a few static keys.
+    """
+
+    __slots__ = ("_leaves", "_literals", "_place", "_plans", "decide")
+
+    def __init__(
+        self, decide: Callable[..., int], literals: tuple[Any, ...], plans: tuple[Any, ...], place: tuple[Any, ...]
+    ) -> None:
+        self.decide = decide
+        self._literals = literals
+        self._plans = plans
+        self._place = place
+        self._leaves: tuple[tuple[TableStep, ...], ...] | None = None
+
+    @property
+    def leaves(self) -> tuple[tuple[TableStep, ...], ...]:
+        """By number, best plan first.
+
+        Raises:
+            TableError: they are not what the compiler writes.
+        """
+        leaves = self._leaves
+        if leaves is None:
+            # Threads that meet here make equal ones.
+            leaves = self._leaves = self._made()
+        return leaves
+
+    def _made(self) -> tuple[tuple[TableStep, ...], ...]:
+        # Most leaves share their chain with others.
+        chains: dict[Any, tuple[TableStep, ...]] = {}
+        try:
+            for chain in self._literals:
+                if chain not in chains:
+                    chains[chain] = tuple(_step(self._plans, plan, guards) for plan, guards in chain)
+            if not chains:
+                raise ValueError("no leaves")
+        except (TypeError, ValueError, LookupError, LayerZeroError) as error:
+            name, operation, static_key = self._place
+            raise TableError(
+                f"{name}: not a generated table: {error}, in the entry of {operation} {static_key}; "
+                "compile the results again"
+            ) from error
+        return tuple(chains[chain] for chain in self._literals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +104,19 @@ class Table:
             return None, MISS
         return entry, entry.decide(*operation.sizes(context))
 
+    def check(self) -> None:
+        """Make all leaves now.
+
+        Raises:
+            TableError: an entry is not what the compiler writes.
+        """
+        for by_key in self.entries.values():
+            for entry in by_key.values():
+                _ = entry.leaves
+
 
 def load_table(module: ModuleType) -> Table:
-    """The table that a generated module holds.
+    """The table that a generated module holds; the leaves of its entries are made, and checked, at first use.
 
     Raises:
         TableError: the module was generated for another schema, or is not a generated table.
@@ -80,7 +131,10 @@ def load_table(module: ModuleType) -> Table:
     try:
         plans = module.PLANS
         entries = {
-            operation: {key: TableEntry(decide, _steps(plans, leaves)) for key, (decide, leaves) in by_key.items()}
+            operation: {
+                key: TableEntry(decide, leaves, plans, (name, operation, key))
+                for key, (decide, leaves) in by_key.items()
+            }
             for operation, by_key in module.ENTRIES.items()
         }
         return Table(
@@ -105,9 +159,6 @@ def _guard(field: str, kind: Kind, bound: Any) -> Limit:
     return Limit(field, kind, bound)
 
 
-def _steps(plans: tuple[Any, ...], leaves: tuple[Any, ...]) -> tuple[tuple[TableStep, ...], ...]:
-    def step(plan: int, guards: tuple[Any, ...]) -> TableStep:
-        kernel_id, configuration = plans[plan]
-        return TableStep(kernel_id, configuration, tuple(_guard(*guard) for guard in guards))
-
-    return tuple(tuple(step(plan, guards) for plan, guards in chain) for chain in leaves)
+def _step(plans: tuple[Any, ...], plan: int, guards: tuple[Any, ...]) -> TableStep:
+    kernel_id, configuration = plans[plan]
+    return TableStep(kernel_id, configuration, tuple(_guard(*guard) for guard in guards))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.errors import TableError
 from layerzero_runtime.tables.declared_tables import declared_tables
 from layerzero_runtime.tables.table import Table, load_table
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TABLES_VARIABLE = "LAYERZERO_TABLES"
 INSTALLED_PACKAGE = "layerzero_tables"
@@ -21,12 +24,12 @@ OWN_DISTRIBUTION = "layerzero-dispatch"
 # distribution).
 TablePlace = tuple[str, str, str]
 
-# Sources that passed the syntax check, by content hash.
+# Sources that passed the checks, by content hash.
 _checked: set[bytes] = set()
 
 
 def load_table_file(path: Path) -> Table:
-    """Load a table given by path: its source is checked before it runs, once per content.
+    """Load a table given by path: its source is checked before it runs, and its leaves after, once per content.
 
     Raises:
         TableError: the file cannot be read, holds more than literals and decisions, or has another schema.
@@ -42,14 +45,17 @@ def load_table_file(path: Path) -> Table:
         from layerzero_runtime.tables.table_syntax import check_table_source
 
         check_table_source(source, str(path))
-        _checked.add(digest)
     module = ModuleType(path.parent.name)
     module.__file__ = str(path)
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
     except (NameError, TypeError, ValueError) as error:
         raise TableError(f"{path}: not a generated table: {error}; compile the results again") from error
-    return load_table(module)
+    table = load_table(module)
+    if digest not in _checked:
+        table.check()
+        _checked.add(digest)
+    return table
 
 
 def check_device(table: Table, device: DeviceSpec) -> None:
@@ -161,7 +167,7 @@ def load_place(place: TablePlace) -> Table | None:
         TableError: it cannot be used.
     """
     _, name, origin = place
-    table = _load_named(Path(name)) if origin == TABLES_VARIABLE else _load_installed(name, origin)
+    table = _load_named(name) if origin == TABLES_VARIABLE else _load_installed(name, origin)
     if table is None:
         return None
     provenance = table.provenance if isinstance(table.provenance, Mapping) else {}
@@ -170,7 +176,10 @@ def load_place(place: TablePlace) -> Table | None:
     return table
 
 
-def _load_named(path: Path) -> Table | None:
+def _load_named(name: str) -> Table | None:
+    from pathlib import Path
+
+    path = Path(name)
     if not path.parents[1].is_dir():
         folder = os.environ.get(TABLES_VARIABLE)
         raise TableError(f"{TABLES_VARIABLE} is {folder!r}, which is not a folder; name one that holds tables")

@@ -9,7 +9,8 @@ from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.tables.prior import NearestBuckets
 from layerzero_runtime.tables.staleness import stale_reason
-from layerzero_runtime.tables.table import Table
+from layerzero_runtime.errors import TableError
+from layerzero_runtime.tables.table import Table, TableEntry
 from layerzero_runtime.tables.table_files import find_alike, find_table
 
 
@@ -22,6 +23,7 @@ class TableSet:
         self._tables: dict[DeviceSpec, Table | None] = {}
         self._alike: dict[DeviceSpec, tuple[Table, ...]] = {}
         self._nearest: dict[str, NearestBuckets] = {}
+        self._damaged: set[TableEntry] = set()
         # The kernel that was judged beside the reason: another may be registered under its id later.
         self._stale: dict[tuple[str, str], tuple[Kernel | None, str | None]] = {}
 
@@ -50,6 +52,21 @@ class TableSet:
     def nearest(self, table: Table) -> NearestBuckets:
         found = self._nearest.get(table.name)
         return self._nearest.setdefault(table.name, NearestBuckets(table)) if found is None else found
+
+    def is_damaged(self, entry: TableEntry) -> bool:
+        """Whether an entry cannot be read, so that its calls are misses; found out at its first use."""
+        if entry in self._damaged:
+            return True
+        try:
+            _ = entry.leaves
+            return False
+        except TableError as error:
+            with self._lock:
+                if entry not in self._damaged:
+                    self._damaged.add(entry)
+                    self._counters.raise_by_one("entries_damaged")
+                    log_warning(f"a table's entry is not used: {error}")
+            return True
 
     def is_stale(self, table: Table, kernel_id: str, kernel: Kernel | None) -> bool:
         """Whether a table's entries of this kernel no longer hold; `kernel` is what is registered under its id."""

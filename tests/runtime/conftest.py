@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -49,6 +50,34 @@ def synthetic_tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ta
     """A folder with a table of this machine's CPU, and the form it was printed from."""
     folder = tmp_path_factory.mktemp("tables")
     return folder, write_table(folder, detect_device("cpu"))
+
+
+@pytest.fixture
+def source(synthetic_tables: tuple[Path, TableForm]) -> str:
+    """The text of that table."""
+    return (synthetic_tables[0] / detect_device("cpu").slug / "__init__.py").read_text(encoding="utf-8")
+
+
+def write_source(folder: Path, source: str, slug: str = "") -> Path:
+    """Write a table's text into the folder of this machine's CPU, or into that of another device."""
+    place = folder / (slug or detect_device("cpu").slug)
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "__init__.py").write_text(source, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a package of installed tables."""
+    package = tmp_path / "site" / "tables_of_a_test"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.setattr(table_files, "INSTALLED_PACKAGE", package.name)
+    monkeypatch.delenv(table_files.TABLES_VARIABLE, raising=False)
+    for name in [name for name in sys.modules if name.startswith(package.name)]:
+        monkeypatch.delitem(sys.modules, name)
+    return package
 
 
 @contextmanager

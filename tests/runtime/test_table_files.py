@@ -19,22 +19,11 @@ from layerzero_runtime.tables import table_files
 from layerzero_runtime.tables.table import load_table
 from layerzero_runtime.tables.table_files import find_table, load_table_file
 from layerzero_tune.compile.form import TableForm
-from tests.runtime.conftest import tables_in_force
+from tests.runtime.conftest import tables_in_force, write_source
 
 Tables = tuple[Path, TableForm]
 CPU = detect_device("cpu")
 MEASURED = SelectionContext(operation="mlp.swiglu", dtype="float32", rows=1, hidden_size=32, device=CPU)
-
-
-@pytest.fixture
-def source(synthetic_tables: Tables) -> str:
-    return (synthetic_tables[0] / CPU.slug / "__init__.py").read_text(encoding="utf-8")
-
-
-def write(folder: Path, source: str, slug: str = CPU.slug) -> Path:
-    (folder / slug).mkdir(parents=True, exist_ok=True)
-    (folder / slug / "__init__.py").write_text(source, encoding="utf-8")
-    return folder
 
 
 def test_a_table_is_loaded_with_all_that_it_holds(synthetic_tables: Tables) -> None:
@@ -77,7 +66,7 @@ def test_a_table_that_cannot_be_used_is_skipped_logged_and_counted(
     caplog.set_level(logging.WARNING, "layerzero")
     spoilt = spoil(source)
     assert spoilt != source
-    folder = write(tmp_path, spoilt)
+    folder = write_source(tmp_path, spoilt)
     with pytest.raises(TableError, match=message) as caught:
         load_table_file(folder / CPU.slug / "__init__.py")
     assert str(folder) in str(caught.value)
@@ -94,7 +83,7 @@ def test_a_table_that_cannot_be_used_is_skipped_logged_and_counted(
 
 def test_a_table_of_another_device_is_skipped(source: str, tmp_path: Path) -> None:
     other = replace(CPU, name="Another CPU")
-    folder = write(tmp_path, source.replace(repr(CPU.name), repr(other.name)))
+    folder = write_source(tmp_path, source.replace(repr(CPU.name), repr(other.name)))
     with tables_in_force(folder) as snapshot:
         assert snapshot.tables.of(CPU) is None
         assert dict(snapshot.counters)["tables_skipped"] >= 1
@@ -103,7 +92,7 @@ def test_a_table_of_another_device_is_skipped(source: str, tmp_path: Path) -> No
 
 
 def test_a_table_that_cannot_be_read_is_skipped(tmp_path: Path, source: str) -> None:
-    folder = write(tmp_path, source)
+    folder = write_source(tmp_path, source)
     (folder / CPU.slug / "__init__.py").write_bytes(b"\xff\xfe\x00")
     with tables_in_force(folder):
         found, [error] = find_table(CPU)
@@ -121,29 +110,15 @@ def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.scenario("FS-020")
 def test_a_folder_without_this_device_is_no_error(tmp_path: Path, source: str) -> None:
-    with tables_in_force(write(tmp_path, source, "some_other_device")) as snapshot:
+    with tables_in_force(write_source(tmp_path, source, "some_other_device")) as snapshot:
         assert find_table(CPU) == (None, ())
         assert snapshot.select(MEASURED).source == "live"
-
-
-@pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a package of installed tables."""
-    package = tmp_path / "site" / "tables_of_a_test"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    monkeypatch.syspath_prepend(str(package.parent))
-    monkeypatch.setattr(table_files, "INSTALLED_PACKAGE", package.name)
-    monkeypatch.delenv(table_files.TABLES_VARIABLE, raising=False)
-    for name in [name for name in sys.modules if name.startswith(package.name)]:
-        monkeypatch.delitem(sys.modules, name)
-    return package
 
 
 def test_installed_tables_are_imported_and_a_named_folder_goes_first(
     installed: Path, source: str, synthetic_tables: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(installed, source)
+    write_source(installed, source)
     found, skipped = find_table(CPU)
     assert found is not None
     assert (found.name, skipped) == (f"{installed.name}.{CPU.slug}", ())
@@ -164,7 +139,7 @@ def test_installed_tables_that_cannot_be_used_are_skipped(
         (source.replace("SCHEMA = 1", "SCHEMA = 7"), "table schema is 7"),
         (source.replace(repr(CPU.name), "'Another CPU'"), "compiled for cpu_another_cpu"),
     ):
-        write(installed, spoilt)
+        write_source(installed, spoilt)
         shutil.rmtree(installed / CPU.slug / "__pycache__", ignore_errors=True)
         monkeypatch.delitem(sys.modules, f"{installed.name}.{CPU.slug}", raising=False)
         found, [error] = find_table(CPU)
@@ -175,8 +150,8 @@ def test_installed_tables_that_cannot_be_used_are_skipped(
 def test_a_broken_folder_leaves_the_installed_table(
     installed: Path, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(installed, source)
-    monkeypatch.setenv(table_files.TABLES_VARIABLE, str(write(tmp_path / "named", source + "\nimport os\n")))
+    write_source(installed, source)
+    monkeypatch.setenv(table_files.TABLES_VARIABLE, str(write_source(tmp_path / "named", source + "\nimport os\n")))
     found, [error] = find_table(CPU)
     assert found is not None
     assert found.name.startswith(installed.name)
