@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.counters import CallCounters, CounterGroup, log_warning
@@ -19,11 +20,13 @@ from layerzero_runtime.registry import Registry
 from layerzero_runtime.serving.health import Health
 from layerzero_runtime.serving.prepared import PreparedKernels
 from layerzero_runtime.serving.published import PUBLISHED
-from layerzero_runtime.serving.verification import Verification
-from layerzero_runtime.serving.workload_recorder import WorkloadRecorder
 from layerzero_runtime.snapshot import MAX_ROUTES, Snapshot
-from layerzero_runtime.statistics import Statistics
 from layerzero_runtime.tables.table_set import TableSet
+
+if TYPE_CHECKING:
+    from layerzero_runtime.serving.verification import Verification
+    from layerzero_runtime.serving.workload_recorder import WorkloadRecorder
+    from layerzero_runtime.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,8 @@ def verify_results(every: int | None) -> None:
     Raises:
         ContextError: `every` is below 1.
     """
+    from layerzero_runtime.serving.verification import Verification
+
     verification = None if every is None else Verification(every, _counters, _health)
     _publish(lambda sources: replace(sources, verification=verification))
 
@@ -217,6 +222,8 @@ def record_workload(path: str | None, *, hits: bool = False) -> None:
     Raises:
         ContextError: the file cannot be written.
     """
+    from layerzero_runtime.serving.workload_recorder import WorkloadRecorder
+
     recorder = None if path is None else WorkloadRecorder(path, records_hits=hits, counters=_counters)
     before: list[WorkloadRecorder | None] = []
 
@@ -236,6 +243,8 @@ def stats() -> Statistics:
 
     `stats().prometheus()` gives them in Prometheus' text format.
     """
+    from layerzero_runtime.statistics import Statistics
+
     snapshot = PUBLISHED.snapshot
     calls, misses = _calls.total()
     values: dict[str, int] = {"calls": calls, "hits": calls - misses, "misses": misses}
