@@ -93,12 +93,11 @@ def _probe_torch() -> str | None:
 def _probe_cxx_compiler() -> str | None:
     """What Inductor compiles its CPU kernels with: $CXX or its platform default, and the headers of Python."""
     import os
-    import shutil
     import sys
     import sysconfig
 
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
+    if not _is_on_path(compiler):
         return (
             f"the C++ compiler {compiler!r} is not on PATH: install it (Debian: apt install g++), "
             "or name another one in the environment variable CXX"
@@ -109,6 +108,15 @@ def _probe_cxx_compiler() -> str | None:
             f"there is no Python.h in {headers}: install Python's development headers (Debian: apt install python3-dev)"
         )
     return None
+
+
+def _is_on_path(program: str) -> bool:
+    """`shutil.which` says the same; with its compressors, importing it takes as long as all of a selection's answer."""
+    import os
+
+    folders = [""] if os.path.dirname(program) else os.get_exec_path()
+    paths = (os.path.join(folder, program) for folder in folders)
+    return any(os.path.isfile(path) and os.access(path, os.X_OK) for path in paths)
 
 
 _PROBES: dict[str, Callable[[], str | None]] = {"torch": _probe_torch, "cxx_compiler": _probe_cxx_compiler}
