@@ -1,4 +1,4 @@
-"""The rows of the benchmark about what a process pays before its first call: they are measured, whatever the figures."""
+"""The benchmark's rows of what a process pays before its first call are measured, whatever the figures."""
 
 from __future__ import annotations
 

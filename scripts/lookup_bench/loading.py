@@ -16,14 +16,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any
+
+from benchmarking.in_force import shipped_table
 
 import layerzero_runtime
 from layerzero_runtime.device import DeviceSpec
-from layerzero_runtime.tables.table import MISS, load_table
+from layerzero_runtime.tables.table import MISS, Table
 from layerzero_tune.compile.emit import emit
 from lookup_bench.big_table import big_table
 from lookup_bench.row import Row
@@ -122,16 +122,14 @@ def _install(installed: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         installed / "layerzero_runtime",
         ignore=shutil.ignore_patterns("__pycache__"),
     )
-    package = import_module("layerzero_tables")
-    name = min(module.name for module in iter_modules(package.__path__) if module.ispkg)
-    shipped = import_module(f"layerzero_tables.{name}")
+    shipped = shipped_table()
     tables = installed / "layerzero_tables"
     tables.mkdir()
     (tables / "__init__.py").write_text("")
     # torch may use another number of threads than a process without it has cores: another device, to a table.
     for before in ("", "import torch\n"):
         device = DeviceSpec.from_dict(json.loads(_run(installed, before + _DEVICE)))
-        _stand_in(Path(str(shipped.__file__)).parent, tables / device.slug, device)
+        _stand_in(Path(str(shipped.path)).parent, tables / device.slug, device)
     big = emit(big_table(device, KEYS, LEAVES))
     (installed / "big_table.py").write_text(big.module, encoding="utf-8")
     compileall.compile_dir(installed, quiet=1)
@@ -150,12 +148,12 @@ def _stand_in(shipped: Path, folder: Path, device: DeviceSpec) -> None:
     shutil.copy(shipped / "evidence.json", folder)
 
 
-def _measured(shipped: Any) -> dict[str, Any]:
+def _measured(shipped: Table) -> dict[str, Any]:
     """The fields of a context that the table answers."""
-    for key, entry in load_table(shipped).entries[OPERATION].items():
+    for key, entry in shipped.entries[OPERATION].items():
         mode, dtype, head_dim, group, unusual = key
         for batch, length in ((2**i, 2**j) for i in range(8) for j in range(4, 12)):
             if mode == "eager" and not unusual and entry.decide(batch, length) != MISS:
                 heads = {"num_heads": group, "num_kv_heads": 1, "head_dim": head_dim}
                 return {"operation": OPERATION, "dtype": dtype, "batch_size": batch, "seq_len_q": length, **heads}
-    raise LookupError(f"{shipped.__name__} answers no call of {OPERATION}")
+    raise LookupError(f"{shipped.name} answers no call of {OPERATION}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -87,6 +88,23 @@ def test_compiler_named_by_cxx_counts(tmp_path: Path, monkeypatch: pytest.Monkey
     missing_requirement.cache_clear()
     monkeypatch.setenv("CXX", "other-c++")
     assert "'other-c++'" in str(missing_requirement(("cxx_compiler",)))
+
+
+@pytest.mark.parametrize("named", ["c++", "none", "text", "folder", "{}/c++", "{}/text", "bin/c++", "{}/bin", ""])
+def test_a_compiler_is_found_where_a_shell_finds_it(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `shutil.which` does, which takes longer to import than a selection should."""
+    binaries = tmp_path / "bin"
+    (binaries / "folder").mkdir(parents=True)
+    for name, mode in (("c++", 0o755), ("text", 0o644)):
+        (binaries / name).write_text("#!/bin/sh\n")
+        (binaries / name).chmod(mode)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path / "nowhere"), str(binaries)]))
+    monkeypatch.setenv("CXX", named.format(binaries))
+    reason = missing_requirement(("cxx_compiler",)) or ""
+    assert ("is not on PATH" in reason) == (shutil.which(named.format(binaries)) is None)
 
 
 def test_missing_headers_of_python_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
