@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from benchmarking.in_force import put_in_force, shipped_table, without_kernels
-from lookup_bench import floor, lookups, overheads, peers, tail
+from lookup_bench import floor, loading, lookups, overheads, peers, tail
 from lookup_bench.answered import answered, guarded_kernels
 from lookup_bench.report import full_table
 from lookup_bench.row import Row
@@ -50,6 +50,7 @@ def measured(stopwatch: Stopwatch, table: Table) -> Iterator[Row]:
     with without_kernels():
         checked = {name: answered(table, name, guarded=True) for name in overheads.GUARDED_OPERATIONS}
         yield from overheads.guarded_rows(stopwatch, checked)
+    yield from loading.rows(processes=stopwatch.effort.processes)
     yield from peers.rows(stopwatch)
 
 

@@ -28,7 +28,6 @@ from layerzero_tune.compile.emit import emit
 from lookup_bench.big_table import big_table
 from lookup_bench.row import Row
 
-PROCESSES = 7
 KEYS, LEAVES = 60, 100
 OPERATION = "attention.full"
 
@@ -72,7 +71,7 @@ print(json.dumps(detect_device("cpu").to_dict()))
 """
 
 
-def rows(processes: int = PROCESSES) -> Iterator[Row]:
+def rows(processes: int) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         installed = Path(folder)
         measured, missed = _install(installed)

@@ -21,6 +21,7 @@ class Effort:
         rate_s: length of a repeat of lookups on end.
         tail_calls: lookups of which each is timed by itself, in one repeat.
         hits: after which the memory is looked at.
+        processes: fresh ones, of everything that happens once in a process.
     """
 
     repeats: int = 5
@@ -29,10 +30,11 @@ class Effort:
     rate_s: float = 1.0
     tail_calls: int = 200_000
     hits: int = 1_000_000
+    processes: int = 7
 
 
 # To see that everything runs; the times say nothing.
-QUICK = Effort(repeats=2, slices=1, slice_ns=1e5, rate_s=0.02, tail_calls=10_000, hits=5_000)
+QUICK = Effort(repeats=2, slices=1, slice_ns=1e5, rate_s=0.02, tail_calls=10_000, hits=5_000, processes=1)
 
 
 @dataclass(frozen=True)
