@@ -223,10 +223,13 @@ def _inventory() -> Inventory:
 
 @lru_cache(maxsize=1)
 def _cuda_devices() -> tuple[DeviceSpec, ...]:
+    gpus = _inventory().gpus
+    if not gpus:
+        return ()
     from layerzero_runtime.devices.visible_devices import visible_gpus
 
     visible, order = os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("CUDA_DEVICE_ORDER")
-    return tuple(_describe(gpu, index) for index, gpu in enumerate(visible_gpus(_inventory().gpus, visible, order)))
+    return tuple(_describe(gpu, index) for index, gpu in enumerate(visible_gpus(gpus, visible, order)))
 
 
 def _describe(gpu: Gpu, index: int) -> DeviceSpec:

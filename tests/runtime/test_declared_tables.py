@@ -209,7 +209,10 @@ class TestCandidates:
             ("acme_h100", "other device", "of NVIDIA H100 80GB HBM3"),
         ]
         assert [found.origin for found in candidates[:2]] == ["acme-b 1.0", "acme-c 1.0"]
-        assert candidates[0].table == find_table(CPU)[0]
+        [serving, found] = candidates[0].table, find_table(CPU)[0]
+        assert serving is not None
+        assert found is not None
+        assert serving.path == found.path
 
     def test_a_named_folder_goes_first(self, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ship(site, "acme-a", "2026-03-01")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -31,6 +32,13 @@ plan, other = lz.select(context), lz.select(unmeasured)
 explained = str(lz.explain(context))
 result = [plan.source, plan.kernel_id, plan.available, other.source, explained, lz.stats()]
 """
+FIRST = """
+import layerzero_runtime as lz
+context = lz.SelectionContext(operation="norm.rms", dtype="float32", rows=1, hidden_size=32)
+source = lz.select(context).source
+slow = ["asyncio", "importlib.metadata", "json", "logging", "pathlib", "shutil"]
+result = [source, [name for name in slow if name in sys.modules]]
+"""
 DEVICE = """
 from layerzero_runtime.device import detect_device
 result = detect_device().to_dict()
@@ -45,8 +53,9 @@ result = 1e3 * (time.perf_counter() - start)
 
 def run(code: str, *options: str, **variables: str) -> tuple[Any, set[str]]:
     """(`result` of the code, top-level modules that it brought in) in a fresh interpreter."""
-    program = f"import sys, json; sys.path.insert(0, {str(ROOT)!r}); before = set(sys.modules)\n{code}\n"
-    program += "print(json.dumps([result, sorted({name.split('.')[0] for name in set(sys.modules) - before})]))"
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); before = set(sys.modules)\n{code}\n"
+    program += "found = sorted({name.split('.')[0] for name in set(sys.modules) - before})\n"
+    program += "import json; print(json.dumps([result, found]))"
     command = [sys.executable, *options, "-c", program]
     environment: Mapping[str, str] = {**os.environ, **variables}
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
@@ -97,6 +106,17 @@ def test_without_torch_a_lookup_still_answers_and_says_what_is_missing(folder: P
     assert result[:4] == ["table", "torch.rms_norm.fused", False, "live"]
     assert "torch is not installed" in result[4]
     assert "stale_kernels" not in result[5]
+
+
+def test_a_first_selection_imports_nothing_that_is_slow_to_import(folder: Path, tmp_path: Path) -> None:
+    """Each of these takes as long as several of the runtime's own modules. -S: finders of installs import some too."""
+    package = tmp_path / "layerzero_tables"
+    shutil.copytree(folder, package)
+    (package / "__init__.py").write_text("")
+    (source, slow), modules = run(FIRST, "-S", PYTHONPATH=str(tmp_path))
+    assert source == "table"
+    assert slow == []
+    assert {"layerzero_runtime", "layerzero_tables"} <= modules
 
 
 def test_the_import_is_fast() -> None:
