@@ -10,8 +10,8 @@ from typing import Any
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.errors import LayerZeroError, TableError
-from layerzero_runtime.selection.limits import Kind, Limit
 from layerzero_runtime.operation import Operation, StaticKey
+from layerzero_runtime.selection.limits import Kind, Limit
 
 SCHEMA_VERSION = 1
 MISS = -1

@@ -6,10 +6,10 @@ import threading
 
 from layerzero_runtime.counters import CounterGroup, log_warning
 from layerzero_runtime.device import DeviceSpec
+from layerzero_runtime.errors import TableError
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.tables.prior import NearestBuckets
 from layerzero_runtime.tables.staleness import stale_reason
-from layerzero_runtime.errors import TableError
 from layerzero_runtime.tables.table import Table, TableEntry
 from layerzero_runtime.tables.table_files import find_alike, find_table
 
@@ -40,7 +40,7 @@ class TableSet:
         return self._tables[device]
 
     def alike(self, device: DeviceSpec) -> tuple[Table, ...]:
-        """The table that serves the device, then others of it, then those of approximately matching ones, nearest first."""
+        """The table that serves the device, then others of it, then approximately matching ones, nearest first."""
         if device not in self._alike:
             own = self.of(device)
             with self._lock:
