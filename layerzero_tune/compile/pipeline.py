@@ -26,19 +26,44 @@ def compile_table(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> Tab
     Raises:
         ResultsError: no row has a time, they come from several devices, or a kernel in them is not registered.
     """
+    by_id = {kernel.kernel_id: kernel for kernel in kernels}
+    current = current_rows(rows, by_id)
+    return compile_judged(current, judge(current), by_id)
+
+
+def current_rows(rows: Sequence[Measurement], kernels: Mapping[str, Kernel]) -> tuple[Measurement, ...]:
+    """Rows of each kernel's newest library version and source alone: the older ones measured something else.
+
+    Raises:
+        ResultsError: there is no row, or a kernel in them is not among `kernels`.
+    """
     if not rows:
         raise ResultsError("the results hold no measurement; run layerzero-tune run first")
-    device = _single_device(rows)
-    by_id = {kernel.kernel_id: kernel for kernel in kernels}
-    unknown = sorted({row.kernel_id for row in rows} - by_id.keys())
+    unknown = sorted({row.kernel_id for row in rows} - kernels.keys())
     if unknown:
         raise ResultsError(
             f"the results hold kernels that are not registered: {', '.join(unknown)}; name their module with --kernels"
         )
-    current = _current_rows(rows, by_id)
-    entries = tuple(
-        _entry(name, static_key, verdicts, by_id, device) for (name, static_key), verdicts in judge(current).items()
-    )
+    newest: dict[str, Measurement] = {}
+    for row in rows:
+        held = newest.get(row.kernel_id)
+        newest[row.kernel_id] = row if held is None else _newest((held, row))
+    identities = {kernel_id: _identity(row, kernels[kernel_id]) for kernel_id, row in newest.items()}
+    return tuple(row for row in rows if _identity(row, kernels[row.kernel_id]) == identities[row.kernel_id])
+
+
+def compile_judged(
+    current: Sequence[Measurement],
+    verdicts: Mapping[tuple[str, StaticKey], tuple[Verdict, ...]],
+    kernels: Mapping[str, Kernel],
+) -> TableForm:
+    """`compile_table` of current rows whose verdicts are at hand.
+
+    Raises:
+        ResultsError: no row has a time, or they come from several devices.
+    """
+    device = _single_device(current)
+    entries = tuple(_entry(name, static_key, found, kernels, device) for (name, static_key), found in verdicts.items())
     if not entries:
         statuses = ", ".join(sorted({row.status for row in current}))
         raise ResultsError(
@@ -54,7 +79,7 @@ def compile_table(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> Tab
             "measured_to": max(row.measured_at for row in current),
             "versions": _newest_versions(current),
         },
-        kernels=_kernel_identities(current, by_id, entries),
+        kernels=_kernel_identities(current, kernels, entries),
         entries=entries,
     )
 
@@ -85,16 +110,6 @@ def _identity(row: Measurement, kernel: Kernel) -> Mapping[str, str]:
         "version": ".".join(version.split("+")[0].split(".")[: kernel.spec.version_digits]),
         "source": row.source_hash,
     }
-
-
-def _current_rows(rows: Sequence[Measurement], kernels: Mapping[str, Kernel]) -> tuple[Measurement, ...]:
-    """Rows of each kernel's newest library version and source alone: the older ones measured something else."""
-    newest: dict[str, Measurement] = {}
-    for row in rows:
-        held = newest.get(row.kernel_id)
-        newest[row.kernel_id] = row if held is None else _newest((held, row))
-    identities = {kernel_id: _identity(row, kernels[kernel_id]) for kernel_id, row in newest.items()}
-    return tuple(row for row in rows if _identity(row, kernels[row.kernel_id]) == identities[row.kernel_id])
 
 
 def _kernel_identities(
