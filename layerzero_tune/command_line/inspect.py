@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections import Counter
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import typer
 
@@ -10,6 +12,7 @@ from layerzero_runtime.counters import CounterGroup
 from layerzero_runtime.device import detect_device
 from layerzero_runtime.libraries import library_version, missing_requirement
 from layerzero_runtime.snapshot import Snapshot
+from layerzero_runtime.tables.staleness import StaleEntry, stale_entries, stale_message, stale_reasons
 from layerzero_tune.command_line.options import (
     JsonOption,
     KernelsOption,
@@ -31,6 +34,8 @@ def doctor_command(
     registry = registry_with(split_list(kernels))
     snapshot = Snapshot(registry, CounterGroup())
     table = snapshot.tables.of(spec)
+    reasons = {} if table is None else stale_reasons(table, registry)
+    stale = () if table is None else stale_entries(table, reasons)
     libraries = {name: library_version(name) for name in sorted({kernel.spec.library for kernel in registry})}
     unavailable = {
         kernel.kernel_id: reason
@@ -43,6 +48,7 @@ def doctor_command(
                 "device": spec.to_dict(),
                 "slug": spec.slug,
                 "table": None if table is None else {"name": table.name, "path": table.path, **table.provenance},
+                "stale": [_stale_record(entry) for entry in stale],
                 "libraries": libraries,
                 "kernels": len(registry),
                 "unavailable": unavailable,
@@ -62,11 +68,20 @@ def doctor_command(
         console.print(
             f"table     {table.name}, measured {table.provenance['measured_to']}, {table.path}", soft_wrap=True
         )
+        if reasons:
+            console.print(f"stale     {stale_message(table, reasons)}", soft_wrap=True)
+            counts = Counter((entry.kernel_id, entry.operation, entry.reason) for entry in stale)
+            rows = [(*names, str(count)) for names, count in sorted(counts.items())]
+            print_table("Stale entries", ("kernel", "operation", "why", "entries"), rows)
     print_table("", ("library", "version"), [(name, version or "not installed") for name, version in libraries.items()])
     available = len(registry) - len(unavailable)
     console.print(f"{available} of {len(registry)} kernels are available here", soft_wrap=True)
     if unavailable:
         print_table("Not available", ("kernel", "why"), list(unavailable.items()))
+
+
+def _stale_record(entry: StaleEntry) -> dict[str, Any]:
+    return asdict(entry) | {"static_key": repr(entry.static_key)}
 
 
 def _unavailable_reason(platforms: tuple[str, ...], platform: str, requires: tuple[str, ...]) -> str | None:
