@@ -66,17 +66,14 @@ class Predictor:
         """Whether both sides measured one and the same kernel on one device, as far as they tell."""
         if self.old.device.matches(self.new.device) != "exact":
             return False
-        old, new = self.old.kernels.get(kernel_id), self.new.kernels.get(kernel_id)
-        if old is not None and new is not None:
-            return old == new
-        used = old or new
-        if used is None:
-            return True
-        versions = [
-            {kernel["version"] for kernel in side.kernels.values() if kernel["library"] == used["library"]}
-            for side in (self.old, self.new)
-        ]
-        return not all(versions) or versions[0] == versions[1]
+        sides = (self.old, self.new)
+        sources = {side.sources[kernel_id] for side in sides if kernel_id in side.sources}
+        # A table that does not use a kernel tells of its library by the others.
+        libraries = {side.kernels[kernel_id]["library"] for side in sides if kernel_id in side.kernels}
+        versions = {
+            kernel["version"] for side in sides for kernel in side.kernels.values() if kernel["library"] in libraries
+        }
+        return len(sources) <= 1 and len(versions) <= 1
 
     def time_ns(self, key: EntryKey, sizes: Sizes, new_plan: Choice) -> float | None:
         """About how long the new plan takes, to weigh shapes by; None without measurements of it."""

@@ -22,6 +22,7 @@ from layerzero_tune.compile.pipeline import compile_judged, current_rows
 from layerzero_tune.diff.side import Bucket, EntryKey, Side, SideEntry
 from layerzero_tune.identity import canonical_json
 from layerzero_tune.results.content import results_hash
+from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 
 RESULTS_FOLDER = "results"
@@ -71,7 +72,8 @@ def read_sides(path: Path, kernels: Mapping[str, Kernel]) -> tuple[Side, ...]:
 
 def _table_side(folder: Path) -> Side:
     table = load_table_file(folder / MODULE_FILE)
-    return _side(folder, table, _verdicts_beside(folder, table))
+    rows = _rows_beside(folder, table)
+    return _side(folder, table, rows, judge(rows))
 
 
 def _results_side(folder: Path, kernels: Mapping[str, Kernel]) -> Side:
@@ -79,18 +81,20 @@ def _results_side(folder: Path, kernels: Mapping[str, Kernel]) -> Side:
     verdicts = judge(current)
     form = compile_judged(current, verdicts, kernels)
     with TemporaryDirectory() as draft:
-        return _side(folder, load_table_file(emit(form).write(Path(draft)) / MODULE_FILE), verdicts)
+        return _side(folder, load_table_file(emit(form).write(Path(draft)) / MODULE_FILE), current, verdicts)
 
 
-def _verdicts_beside(folder: Path, table: Table) -> Mapping[EntryKey, tuple[Verdict, ...]]:
-    """What the results beside a table say, if they are those that it was compiled from."""
+def _rows_beside(folder: Path, table: Table) -> Sequence[Measurement]:
+    """The results beside a table, if they are those that it was compiled from."""
     if not any((folder / RESULTS_FOLDER).glob("*.parquet")):
-        return {}
+        return ()
     rows = ResultsStore(folder / RESULTS_FOLDER).read().rows
-    return judge(rows) if results_hash(rows) == table.provenance.get("results") else {}
+    return rows if results_hash(rows) == table.provenance.get("results") else ()
 
 
-def _side(path: Path, table: Table, verdicts: Mapping[EntryKey, tuple[Verdict, ...]]) -> Side:
+def _side(
+    path: Path, table: Table, rows: Sequence[Measurement], verdicts: Mapping[EntryKey, tuple[Verdict, ...]]
+) -> Side:
     assert table.path is not None
     products = _largest_products(Path(table.path))
     return Side(
@@ -98,6 +102,8 @@ def _side(path: Path, table: Table, verdicts: Mapping[EntryKey, tuple[Verdict, .
         device=table.device,
         provenance=table.provenance,
         kernels=table.kernels,
+        sources={kernel_id: kernel["source"] for kernel_id, kernel in table.kernels.items()}
+        | {row.kernel_id: row.source_hash for row in rows},
         entries={
             (operation, static_key): _entry(table, operation, static_key, entry, products.get(entry.decide.__name__))
             for operation, by_key in table.entries.items()

@@ -74,6 +74,7 @@ class Side:
     Attributes:
         path: the folder that it was read from.
         kernels: for each kernel of its plans what it was measured with, as in `Table.kernels`.
+        sources: the hash of a kernel's code, for these and for all that the measurements at hand hold.
         verdicts: what the measurements say, by static key; empty where none are at hand.
     """
 
@@ -81,6 +82,7 @@ class Side:
     device: DeviceSpec
     provenance: Mapping[str, Any]
     kernels: Mapping[str, Mapping[str, str]]
+    sources: Mapping[str, str]
     entries: Mapping[EntryKey, SideEntry]
     verdicts: Mapping[EntryKey, tuple[Verdict, ...]]
 

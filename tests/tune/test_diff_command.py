@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from layerzero_runtime.context import SelectionContext
 from layerzero_tune.compile.emit import EVIDENCE_FILE, MODULE_FILE
 from layerzero_tune.diff.document import LARGEST
 from layerzero_tune.results.store import ResultsStore
 from tests.tune.command import CommandsHere, Ended
 from tests.tune.diff_sides import FUSED, OTHER_DEVICE, rows_with, write_results, write_table
 from tests.tune.recordings import recorded_rows
-from tests.tune.synthetic_results import DEVICE
+from tests.tune.synthetic_results import DEVICE, Times, cross, full, grid, measured, norm
 
 Sides = tuple[Path, Path]
 
@@ -106,6 +107,35 @@ def test_without_a_difference_there_is_little_to_say(command: CommandsHere, resu
     assert "Static keys: 0 added, 0 removed, 0 changed, 1 as they were." in text
     assert "Plans: another one at 0 of the 3 shapes" in text
     assert not re.search("Predicted|Kernels|Another plan|with another range", text)
+
+
+def test_coverage_says_what_is_served_now_and_what_no_longer(command: CommandsHere, tmp_path: Path) -> None:
+    def default(context: SelectionContext) -> Times:
+        return {"torch.rms_norm" if context.operation == "norm.rms" else "torch.sdpa": 1000.0}
+
+    lines = (1, 32, 1024), (64, 2048, 65536)
+    whole = grid(norm, *lines)
+    holed = [context for context in whole if (context.rows, context.hidden_size) != (32, 2048)]
+    low = [context for context in grid(full, (4, 8), (64, 128)) if context.seq_len_q == 64 or context.num_heads == 4]
+    old = write_table(tmp_path / "old", measured([*whole, *grid(full, (4, 8), (64, 128))], default))
+    new = write_table(tmp_path / "new", measured([*holed, *low, *grid(cross, (4,), (1, 8), (64,))], default))
+    text = text_of(command("diff", old, new))
+    for part in (
+        "Static keys: 1 added, 0 removed, 2 changed, 0 as they were.",
+        "of 15 shapes (each measured shape counts once) the old table serves 13, the new one 13; 2 gained, 2 lost.",
+        "Coverage: 3 static keys with another range",
+        "attention.full, eager, float32, head_dim 64, gqa_group 1 "
+        "before: batch_kv_heads 4 to 8, seq_len_q 64 to 128 "
+        "now: batch_kv_heads 4 to 8, seq_len_q 64 to 128, batch_kv_heads * seq_len_q at most 512 "
+        "0 shapes gained, 1 lost",
+        "norm.rms, eager, float32, offset 0.0 inside that range: 0 regions served now, 1 region no longer "
+        "0 shapes gained, 1 lost",
+        "attention.cross, eager, float32, head_dim 64, gqa_group 1 "
+        "added: batch_kv_heads 4 to 4, seq_len_q 1 to 8, seq_len_k 64 to 64 2 shapes gained, 0 lost",
+    ):
+        assert part in text
+    back = text_of(command("diff", new, old))
+    assert "removed: batch_kv_heads 4 to 4, seq_len_q 1 to 8, seq_len_k 64 to 64 0 shapes gained, 2 lost" in back
 
 
 def test_different_devices_are_the_first_thing_that_it_says(command: CommandsHere, tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ from layerzero_tune.diff.side import Bucket, EntryKey, Ranges, SideEntry
 
 NORM = operation_named("norm.rms")
 KEY: EntryKey = ("norm.rms", ("eager", "float32", 0.0, ()))
-ODD = Limit("hidden_size", "multiple_of", 2)
+EVEN = Limit("hidden_size", "multiple_of", 2)
 CHAINS: tuple[Chain, ...] = (
     (),
     (Step(("a.a", "{}")),),
     (Step(("b.b", "{}")),),
-    (Step(("b.b", "{}"), (ODD,)), Step(("a.a", "{}"))),
+    (Step(("b.b", "{}"), (EVEN,)), Step(("a.a", "{}"))),
+    (Step(("b.b", "{}"), (EVEN,)),),
 )
 SIZES = range(1, 13)
 
@@ -81,6 +82,14 @@ def test_every_size_that_differs_lies_in_one_region_and_no_other_does(old: SideE
             continue
         holding = [region for region in regions if region.holds({"rows": sizes[0], "hidden_size": sizes[1]})]
         assert [(region.old, region.new) for region in holding] == ([(before, after)] if before != after else [])
+
+
+@given(entries(), entries())
+def test_a_region_holds_sizes_that_both_serve(old: SideEntry, new: SideEntry) -> None:
+    for region in changed_regions(KEY, old, new):
+        smallest = [low for low, _ in region.ranges.values()]
+        assert chain_at(old, smallest) == region.old
+        assert chain_at(new, smallest) == region.new
 
 
 @given(entries(), entries())
