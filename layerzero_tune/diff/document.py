@@ -106,8 +106,8 @@ def _summary(comparison: Comparison, weighing: str) -> Section:
     before = sum(change.old is not None for change in comparison.shapes)
     now = sum(change.new is not None for change in comparison.shapes)
     text = [
-        f"Static keys: {len(comparison.added)} added, {len(comparison.removed)} removed, {len(comparison.changed)} "
-        f"changed, {comparison.unchanged} as they were.",
+        f"Static keys (operation, mode, dtype, features): {len(comparison.added)} added, {len(comparison.removed)} "
+        f"removed, {len(comparison.changed)} changed, {comparison.unchanged} as they were.",
         f"Coverage: of {counted(overall.shapes, 'shape')} ({weighing}) the old table serves {before}, the new one "
         f"{now}; {overall.gained} gained, {overall.lost} lost.",
         f"Plans: another one at {overall.other_plan} of the {overall.shapes - overall.missing} shapes that both serve.",

@@ -54,7 +54,7 @@ def test_it_says_what_changed_and_by_how_much(command: CommandsHere, results: Si
     text = text_of(command("diff", *results))
     assert text.startswith("Synthetic CPU: other results")
     for part in (
-        "Static keys: 0 added, 0 removed, 1 changed, 0 as they were.",
+        "Static keys (operation, mode, dtype, features): 0 added, 0 removed, 1 changed, 0 as they were.",
         "of 3 shapes (each measured shape counts once) the old table serves 3, the new one 3; 0 gained, 0 lost.",
         "Plans: another one at 1 of the 3 shapes that both serve.",
         "Predicted speed: 1.587x the old table's, -37.0% time per call (geometric mean); 1.00x at worst, 4.00x at best",
@@ -104,7 +104,7 @@ def test_a_workload_gives_the_shapes_and_their_weights(command: CommandsHere, re
 def test_without_a_difference_there_is_little_to_say(command: CommandsHere, results: Sides) -> None:
     text = text_of(command("diff", results[0], results[0]))
     assert text.startswith("Synthetic CPU: the same results, compiled again")
-    assert "Static keys: 0 added, 0 removed, 0 changed, 1 as they were." in text
+    assert "Static keys (operation, mode, dtype, features): 0 added, 0 removed, 0 changed, 1 as they were." in text
     assert "Plans: another one at 0 of the 3 shapes" in text
     assert not re.search("Predicted|Kernels|Another plan|with another range", text)
 
@@ -121,7 +121,7 @@ def test_coverage_says_what_is_served_now_and_what_no_longer(command: CommandsHe
     new = write_table(tmp_path / "new", measured([*holed, *low, *grid(cross, (4,), (1, 8), (64,))], default))
     text = text_of(command("diff", old, new))
     for part in (
-        "Static keys: 1 added, 0 removed, 2 changed, 0 as they were.",
+        "Static keys (operation, mode, dtype, features): 1 added, 0 removed, 2 changed, 0 as they were.",
         "of 15 shapes (each measured shape counts once) the old table serves 13, the new one 13; 2 gained, 2 lost.",
         "Coverage: 3 static keys with another range",
         "attention.full, eager, float32, head_dim 64, gqa_group 1 "
