@@ -94,10 +94,16 @@ def _tables(comparison: Comparison) -> Section:
         row("measured", lambda side: f"{side.provenance['measured_from']} to {side.provenance['measured_to']}"),
         row("versions", lambda side: ", ".join(map(" ".join, side.provenance["versions"].items()))),
         row("measurements", lambda side: str(side.provenance["measurements"])),
+        row("disturbed", _disturbed),
         row("static keys", lambda side: str(len(side.entries))),
         row("buckets", lambda side: str(sum(len(entry.buckets) for entry in side.entries.values()))),
     )
     return Section(title, text, ("", "old", "new"), rows)
+
+
+def _disturbed(side: Side) -> str:
+    """How many contests had to do with other processes: their times are worth less."""
+    return f"{side.disturbed} of {side.contests} contests" if side.contests else "-"
 
 
 def _summary(comparison: Comparison, weighing: str) -> Section:
@@ -117,7 +123,7 @@ def _summary(comparison: Comparison, weighing: str) -> Section:
     text += [
         f"Predicted speed: {speed(overall.speed, 3)} the old table's, {percent(1 / overall.speed)} time per call "
         f"(geometric mean); {speed(overall.worst)} at worst, {speed(overall.best)} at best.",
-        f"Where plans differ: {' and '.join(_bases(overall))}.",
+        f"Where plans differ: {', '.join(_bases(overall))}.",
         'In the table, "speed" and "time" are geometric means over the shapes that both serve, "total time" is the '
         "change of all their times together.",
     ]
@@ -132,7 +138,7 @@ def _bases(summary: SpeedSummary) -> Iterable[str]:
     if summary.estimated:
         yield f"{counted(summary.estimated, 'estimate')} from what was measured nearby"
     if summary.unknown:
-        yield f"{counted(summary.unknown, 'shape')} without a ratio, which count nowhere"
+        yield f"{counted(summary.unknown, 'shape')} without a ratio, which are left out"
 
 
 def _speed_row(summary: SpeedSummary) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from layerzero_tune.compile.judge import Verdict, judge
 from layerzero_tune.compile.pipeline import compile_judged, current_rows
 from layerzero_tune.diff.side import Bucket, EntryKey, Side, SideEntry
 from layerzero_tune.identity import canonical_json
+from layerzero_tune.measure.contention import MAX_SHARE
 from layerzero_tune.results.content import results_hash
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
@@ -110,6 +111,8 @@ def _side(
             for static_key, entry in by_key.items()
         },
         verdicts=verdicts,
+        contests=len({row.contest_id for row in rows}),
+        disturbed=len({row.contest_id for row in rows if row.contention > MAX_SHARE}),
     )
 
 

@@ -39,6 +39,8 @@ def _side(side: Side) -> Mapping[str, Any]:
         "device": side.device.to_dict(),
         "provenance": dict(side.provenance),
         "static_keys": len(side.entries),
+        "contests": side.contests,
+        "disturbed_contests": side.disturbed,
         "buckets": sum(len(entry.buckets) for entry in side.entries.values()),
     }
 

@@ -76,6 +76,8 @@ class Side:
         kernels: for each kernel of its plans what it was measured with, as in `Table.kernels`.
         sources: the hash of a kernel's code, for these and for all that the measurements at hand hold.
         verdicts: what the measurements say, by static key; empty where none are at hand.
+        contests, disturbed: how many contests these are, and during how many other processes took more than `MAX_SHARE`
+            of the machine.
     """
 
     path: Path
@@ -85,6 +87,8 @@ class Side:
     sources: Mapping[str, str]
     entries: Mapping[EntryKey, SideEntry]
     verdicts: Mapping[EntryKey, tuple[Verdict, ...]]
+    contests: int
+    disturbed: int
 
     def plan(self, key: EntryKey, sizes: Sizes) -> Choice | None:
         """What serves a call, None for a miss."""

@@ -109,6 +109,16 @@ def test_without_a_difference_there_is_little_to_say(command: CommandsHere, resu
     assert not re.search("Predicted|Kernels|Another plan|with another range", text)
 
 
+def test_contests_that_other_processes_disturbed_are_counted(command: CommandsHere, tmp_path: Path) -> None:
+    quiet = write_results(tmp_path / "quiet", rows_with(500, 500, 500))
+    noisy = write_results(
+        tmp_path / "noisy", [*rows_with(500, 500, contention=0.9, rows=(1, 8)), *rows_with(500, rows=(64,))]
+    )
+    assert "disturbed 0 of 3 contests 2 of 3 contests" in text_of(command("diff", quiet, noisy))
+    table = write_table(tmp_path / "tables", rows_with(500, 500, 500))
+    assert "disturbed - 2 of 3 contests" in text_of(command("diff", table, noisy))
+
+
 def test_coverage_says_what_is_served_now_and_what_no_longer(command: CommandsHere, tmp_path: Path) -> None:
     def default(context: SelectionContext) -> Times:
         return {"torch.rms_norm" if context.operation == "norm.rms" else "torch.sdpa": 1000.0}
