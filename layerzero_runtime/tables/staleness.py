@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from layerzero_runtime.errors import TableError
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.libraries import library_version
 from layerzero_runtime.operation import StaticKey
 from layerzero_runtime.registry import Registry
-from layerzero_runtime.tables.table import Table
+from layerzero_runtime.tables.table import Table, TableEntry, TableStep
 
 # Kernels that a message names for one reason.
 MAX_NAMED = 3
@@ -108,7 +109,7 @@ def stale_entries(table: Table, reasons: Mapping[str, str]) -> tuple[StaleEntry,
         StaleEntry(operation, static_key, leaf, chain[0].kernel_id, reasons[chain[0].kernel_id])
         for operation, by_key in table.entries.items()
         for static_key, entry in by_key.items()
-        for leaf, chain in enumerate(entry.leaves)
+        for leaf, chain in enumerate(_chains(entry))
         if chain and chain[0].kernel_id in reasons
     )
 
@@ -116,7 +117,7 @@ def stale_entries(table: Table, reasons: Mapping[str, str]) -> tuple[StaleEntry,
 def stale_message(table: Table, reasons: Mapping[str, str]) -> str:
     """One line: how many entries of a table are stale, why, and what to run."""
     stale = stale_entries(table, reasons)
-    number = sum(bool(chain) for by_key in table.entries.values() for entry in by_key.values() for chain in entry.leaves)
+    number = sum(bool(chain) for by_key in table.entries.values() for entry in by_key.values() for chain in _chains(entry))
     by_reason: dict[str, list[str]] = {}
     for kernel_id, reason in reasons.items():
         by_reason.setdefault(reason, []).append(kernel_id)
@@ -129,6 +130,14 @@ def stale_message(table: Table, reasons: Mapping[str, str]) -> str:
         f"their place: {why}. To renew them, with the table's results in RESULTS: layerzero-tune run {device}{ops}"
         "--out RESULTS && layerzero-tune compile RESULTS --out TABLES"
     )
+
+
+def _chains(entry: TableEntry) -> tuple[tuple[TableStep, ...], ...]:
+    """The chains of an entry; none where it is damaged, which is reported when a call needs it."""
+    try:
+        return entry.leaves
+    except TableError:
+        return ()
 
 
 def _shortened(kernel_ids: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec
@@ -20,57 +21,44 @@ from layerzero_tune.results.content import results_hash
 from layerzero_tune.results.measurement import Measurement
 
 
+@dataclass(frozen=True)
+class Compilation:
+    """A table's form, and the verdicts that it follows from."""
+
+    form: TableForm
+    verdicts: Mapping[tuple[str, StaticKey], tuple[Verdict, ...]]
+
+
 def compile_table(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> TableForm:
+    """The table that the measurements of one device justify, as `compile_rows` has it."""
+    return compile_rows(rows, kernels).form
+
+
+def compile_rows(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> Compilation:
     """The table that the measurements of one device justify; equal rows give an equal form, in whatever order.
 
     Raises:
         ResultsError: no row has a time, they come from several devices, or a kernel in them is not registered.
     """
-    by_id = {kernel.kernel_id: kernel for kernel in kernels}
-    current = current_rows(rows, by_id)
-    return compile_judged(current, judge(current), by_id)
-
-
-def current_rows(rows: Sequence[Measurement], kernels: Mapping[str, Kernel]) -> tuple[Measurement, ...]:
-    """Rows of each kernel's newest library version and source alone: the older ones measured something else.
-
-    Raises:
-        ResultsError: there is no row, or a kernel in them is not among `kernels`.
-    """
     if not rows:
         raise ResultsError("the results hold no measurement; run layerzero-tune run first")
-    unknown = sorted({row.kernel_id for row in rows} - kernels.keys())
+    device = _single_device(rows)
+    by_id = {kernel.kernel_id: kernel for kernel in kernels}
+    unknown = sorted({row.kernel_id for row in rows} - by_id.keys())
     if unknown:
         raise ResultsError(
             f"the results hold kernels that are not registered: {', '.join(unknown)}; name their module with --kernels"
         )
-    newest: dict[str, Measurement] = {}
-    for row in rows:
-        held = newest.get(row.kernel_id)
-        newest[row.kernel_id] = row if held is None else _newest((held, row))
-    identities = {kernel_id: _identity(row, kernels[kernel_id]) for kernel_id, row in newest.items()}
-    return tuple(row for row in rows if _identity(row, kernels[row.kernel_id]) == identities[row.kernel_id])
-
-
-def compile_judged(
-    current: Sequence[Measurement],
-    verdicts: Mapping[tuple[str, StaticKey], tuple[Verdict, ...]],
-    kernels: Mapping[str, Kernel],
-) -> TableForm:
-    """`compile_table` of current rows whose verdicts are at hand.
-
-    Raises:
-        ResultsError: no row has a time, or they come from several devices.
-    """
-    device = _single_device(current)
-    entries = tuple(_entry(name, static_key, found, kernels, device) for (name, static_key), found in verdicts.items())
+    current = _current_rows(rows, by_id)
+    verdicts = judge(current)
+    entries = tuple(_entry(name, static_key, found, by_id, device) for (name, static_key), found in verdicts.items())
     if not entries:
         statuses = ", ".join(sorted({row.status for row in current}))
         raise ResultsError(
             f"none of the {len(current)} measurements has a time ({statuses}); "
             "layerzero-tune run lists the reasons, layerzero-tune doctor what is missing"
         )
-    return TableForm(
+    form = TableForm(
         device=device.to_dict(),
         provenance={
             "results": results_hash(current),
@@ -79,9 +67,10 @@ def compile_judged(
             "measured_to": max(row.measured_at for row in current),
             "versions": _newest_versions(current),
         },
-        kernels=_kernel_identities(current, kernels, entries),
+        kernels=_kernel_identities(current, by_id, entries),
         entries=entries,
     )
+    return Compilation(form, verdicts)
 
 
 def _single_device(rows: Sequence[Measurement]) -> DeviceSpec:
@@ -110,6 +99,16 @@ def _identity(row: Measurement, kernel: Kernel) -> Mapping[str, str]:
         "version": ".".join(version.split("+")[0].split(".")[: kernel.spec.version_digits]),
         "source": row.source_hash,
     }
+
+
+def _current_rows(rows: Sequence[Measurement], kernels: Mapping[str, Kernel]) -> tuple[Measurement, ...]:
+    """Rows of each kernel's newest library version and source alone: the older ones measured something else."""
+    newest: dict[str, Measurement] = {}
+    for row in rows:
+        held = newest.get(row.kernel_id)
+        newest[row.kernel_id] = row if held is None else _newest((held, row))
+    identities = {kernel_id: _identity(row, kernels[kernel_id]) for kernel_id, row in newest.items()}
+    return tuple(row for row in rows if _identity(row, kernels[row.kernel_id]) == identities[row.kernel_id])
 
 
 def _kernel_identities(

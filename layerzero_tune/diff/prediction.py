@@ -13,10 +13,12 @@ from typing import Literal
 
 from layerzero_runtime.operation import Sizes
 from layerzero_runtime.tables.table import MISS
-from layerzero_tune.compile.coverage import REACH
 from layerzero_tune.compile.judge import Choice, Verdict
 from layerzero_tune.diff.side import EntryKey, Side
 from layerzero_tune.identity import canonical_json
+
+# A measured shape speaks for sizes within this factor on every axis, as a cell of a grid does for a table's coverage.
+REACH = 4.0
 
 Basis = Literal["measured", "estimated"]
 

@@ -18,7 +18,7 @@ from layerzero_runtime.tables.table_files import load_table_file
 from layerzero_tune.compile.emit import MODULE_FILE, emit
 from layerzero_tune.compile.form import Step
 from layerzero_tune.compile.judge import Verdict, judge
-from layerzero_tune.compile.pipeline import compile_judged, current_rows
+from layerzero_tune.compile.pipeline import compile_rows
 from layerzero_tune.diff.side import Bucket, EntryKey, Side, SideEntry
 from layerzero_tune.identity import canonical_json
 from layerzero_tune.measure.contention import MAX_SHARE
@@ -78,11 +78,11 @@ def _table_side(folder: Path) -> Side:
 
 
 def _results_side(folder: Path, kernels: Mapping[str, Kernel]) -> Side:
-    current = current_rows(ResultsStore(folder).read().rows, kernels)
-    verdicts = judge(current)
-    form = compile_judged(current, verdicts, kernels)
+    rows = ResultsStore(folder).read().rows
+    compiled = compile_rows(rows, kernels.values())
     with TemporaryDirectory() as draft:
-        return _side(folder, load_table_file(emit(form).write(Path(draft)) / MODULE_FILE), current, verdicts)
+        table = load_table_file(emit(compiled.form).write(Path(draft)) / MODULE_FILE)
+        return _side(folder, table, rows, compiled.verdicts)
 
 
 def _rows_beside(folder: Path, table: Table) -> Sequence[Measurement]:
@@ -104,7 +104,7 @@ def _side(
         provenance=table.provenance,
         kernels=table.kernels,
         sources={kernel_id: kernel["source"] for kernel_id, kernel in table.kernels.items()}
-        | {row.kernel_id: row.source_hash for row in rows},
+        | {row.kernel_id: row.source_hash for row in sorted(rows, key=lambda row: row.measured_at)},
         entries={
             (operation, static_key): _entry(table, operation, static_key, entry, products.get(entry.decide.__name__))
             for operation, by_key in table.entries.items()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +15,14 @@ import torch
 import layerzero_runtime as lz
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import detect_device
+from layerzero_runtime.errors import TableError
 from layerzero_runtime.kernel import FunctionLoader, Kernel, KernelFunction, KernelSpec
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.libraries import library_version
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.snapshot import Snapshot
 from layerzero_runtime.tables.staleness import kernel_source_hash, stale_entries, stale_message, stale_reasons
-from layerzero_runtime.tables.table import TableStep
+from layerzero_runtime.tables.table import Table, load_table
 from layerzero_runtime.tables.table_files import load_table_file
 from layerzero_tune.compile.emit import emit
 from layerzero_tune.compile.pipeline import compile_table
@@ -213,15 +216,41 @@ def test_a_library_that_is_gone_makes_nothing_stale(tables: Path, caplog: pytest
     assert not caplog.records
 
 
-def test_entries_are_stale_by_their_plan_not_by_what_stands_behind_it(tables: Path) -> None:
-    table = load_table_file(tables / detect_device("cpu").slug / "__init__.py")
-    (acme,) = (key for key in table.entries["mlp.swiglu"])
-    behind = TableStep(ACME_SWIGLU, {}, ())
-    entry = table.entries["mlp.swiglu"][acme]
-    leaves = tuple((*chain, behind) for chain in entry.leaves)
-    changed = replace(table, entries={"mlp.swiglu": {acme: replace(entry, leaves=leaves)}})
-    found = stale_entries(changed, {ACME_SWIGLU: "for a test"})
-    assert [(stale.operation, stale.leaf, stale.reason) for stale in found] == [("mlp.swiglu", 1, "for a test")]
+def small_table(*leaves: object, kernels: Sequence[str] = (ACME_SWIGLU, "torch.swiglu")) -> Table:
+    """A generated table with one static key; plan 0 is ours, plan 1 torch's."""
+    module = ModuleType("small")
+    values = {
+        "SCHEMA": 1,
+        "DEVICE": detect_device("cpu").to_dict(),
+        "PROVENANCE": {},
+        "KERNELS": {kernel_id: {"library": LIBRARY, "version": "1.2", "source": ""} for kernel_id in kernels},
+        "PLANS": tuple((kernel_id, {}) for kernel_id in kernels),
+        "ENTRIES": {"mlp.swiglu": {("eager", "float32", ()): (lambda rows, hidden_size: 0, leaves)}},
+    }
+    vars(module).update(values)
+    return load_table(module)
+
+
+def test_entries_are_stale_by_their_plan_not_by_what_stands_behind_it() -> None:
+    table = small_table(((1, ()), (0, ())), ((0, ()), (1, ())), (), ((1, ()),))
+    reasons = {ACME_SWIGLU: "for a test"}
+    (stale,) = stale_entries(table, reasons)
+    assert (stale.operation, stale.leaf, stale.reason) == ("mlp.swiglu", 1, "for a test")
+    # A bucket of sizes that were not measured is no entry.
+    assert stale_message(table, reasons).startswith("1 of 3 entries of small are stale")
+
+
+def test_a_damaged_entry_is_left_out_of_the_count() -> None:
+    class Damaged:
+        @property
+        def leaves(self) -> object:
+            raise TableError("not a generated table")
+
+    table = small_table(((0, ()),))
+    entries: Any = {**table.entries["mlp.swiglu"], ("eager", "bfloat16", ()): Damaged()}
+    parts = {name: getattr(table, name) for name in ("name", "path", "device", "provenance", "kernels")}
+    damaged = Table(**parts, entries={"mlp.swiglu": entries})
+    assert stale_message(damaged, {ACME_SWIGLU: "for a test"}).startswith("1 of 1 entries of small are stale")
 
 
 def test_the_message_names_a_few_kernels_of_each_reason_and_the_operations_that_are_concerned(tables: Path) -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from layerzero_runtime.context import SelectionContext
-from layerzero_tune.compile.coverage import REACH
 from layerzero_tune.compile.judge import Choice
 from layerzero_tune.diff.comparison import Comparison, Effect, compare
-from layerzero_tune.diff.prediction import Basis, Estimate, Predictor
+from layerzero_tune.diff.prediction import REACH, Basis, Estimate, Predictor
 from layerzero_tune.diff.shapes import Shape, measured_shapes, shapes_of_workload
 from layerzero_tune.diff.side import EntryKey, Side
 from layerzero_tune.diff.summary import SpeedSummary, summarise
