@@ -179,8 +179,7 @@ class Selector:
         kept = tuple(
             (kernel_id, configuration)
             for kernel_id, configuration in prior.preferences
-            if kernel_id not in table.kernels
-            or not self.tables.is_stale(table, kernel_id, self.registry.get(kernel_id))
+            if kernel_id not in table.kernels or self.tables.current_kernel(table, kernel_id, self.registry) is not None
         )
         return replace(prior, preferences=kept, bucket=prior.bucket if kept else "")
 
@@ -196,5 +195,4 @@ class Selector:
         """The kernel of a table's step, None if it is broken, unknown or stale (counted and logged once)."""
         if step.kernel_id in self.broken:
             return None
-        kernel = self.registry.get(step.kernel_id)
-        return None if self.tables.is_stale(table, step.kernel_id, kernel) else kernel
+        return self.tables.current_kernel(table, step.kernel_id, self.registry)

@@ -1,12 +1,20 @@
-"""Staleness: whether an entry's kernel is still the one that was measured."""
+"""Staleness: whether the kernels of a table are still those that were measured, and which entries do not hold."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 
+from layerzero_runtime.errors import TableError
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.libraries import library_version
-from layerzero_runtime.tables.table import Table
+from layerzero_runtime.operation import StaticKey
+from layerzero_runtime.registry import Registry
+from layerzero_runtime.tables.table import Table, TableEntry, TableStep
+
+# Kernels that a message names for one reason.
+MAX_NAMED = 3
 
 # What an adapter's file calls to declare its kernels.
 _DECLARATIONS = ("Kernel", "KernelSpec")
@@ -65,20 +73,80 @@ def _timed_code(source: str) -> str:
     return "\n".join(kept)
 
 
-def stale_reason(table: Table, kernel: Kernel) -> str | None:
-    """Why entries of this kernel no longer hold, None if they do.
+@dataclass(frozen=True, slots=True)
+class StaleEntry:
+    """A bucket whose plan no longer holds, and why; `leaf` is its number under the static key."""
+
+    operation: str
+    static_key: StaticKey
+    leaf: int
+    kernel_id: str
+    reason: str
+
+
+def stale_reason(table: Table, kernel_id: str, kernel: Kernel | None) -> str | None:
+    """Why a table's entries of a kernel no longer hold, None if they do; `kernel` is what is registered under its id.
 
     A kernel whose library is not installed is not stale but unavailable, which its plan says.
     """
-    measured = table.kernels.get(kernel.kernel_id)
+    if kernel is None:
+        return "not registered"
+    measured = table.kernels.get(kernel_id)
     if measured is None:
-        return f"{kernel.kernel_id} is not described by table {table.name}"
+        return "not described by the table"
     version = version_that_matters(kernel)
     if version and measured["version"] != version:
-        return (
-            f"{kernel.kernel_id} was measured with {kernel.spec.library} {measured['version']}, installed is {version}"
-        )
-    source = kernel_source_hash(kernel)
-    if measured["source"] != source:
-        return f"the source of {kernel.kernel_id} has changed since it was measured"
+        return f"measured with {kernel.spec.library} {measured['version']}, installed is {version}"
+    if measured["source"] != kernel_source_hash(kernel):
+        return "code has changed since it was measured"
     return None
+
+
+def stale_reasons(table: Table, registry: Registry) -> dict[str, str]:
+    """Why, by kernel, for all kernels of a table whose entries no longer hold."""
+    found = ((kernel_id, stale_reason(table, kernel_id, registry.get(kernel_id))) for kernel_id in table.kernels)
+    return {kernel_id: reason for kernel_id, reason in found if reason is not None}
+
+
+def stale_entries(table: Table, reasons: Mapping[str, str]) -> tuple[StaleEntry, ...]:
+    """The entries whose plan is one of these kernels, for these reasons; what stands behind a plan does not count."""
+    return tuple(
+        StaleEntry(operation, static_key, leaf, chain[0].kernel_id, reasons[chain[0].kernel_id])
+        for operation, by_key in table.entries.items()
+        for static_key, entry in by_key.items()
+        for leaf, chain in enumerate(_chains(entry))
+        if chain and chain[0].kernel_id in reasons
+    )
+
+
+def stale_message(table: Table, reasons: Mapping[str, str]) -> str:
+    """One line: how many entries of a table are stale, why, and what to run."""
+    stale = stale_entries(table, reasons)
+    number = sum(
+        bool(chain) for by_key in table.entries.values() for entry in by_key.values() for chain in _chains(entry)
+    )
+    by_reason: dict[str, list[str]] = {}
+    for kernel_id, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(kernel_id)
+    why = "; ".join(f"{reason} ({_shortened(kernel_ids)})" for reason, kernel_ids in by_reason.items())
+    device = "--device cpu " if table.device.platform == "cpu" else ""
+    operations = sorted({entry.operation for entry in stale})
+    ops = f"--ops {','.join(operations)} " if operations != sorted(table.entries) else ""
+    return (
+        f"{len(stale)} of {number} entries of {table.name} are stale, the next plan or the live selector serves in "
+        f"their place: {why}. To renew them, with the table's results in RESULTS: layerzero-tune run {device}{ops}"
+        "--out RESULTS && layerzero-tune compile RESULTS --out TABLES"
+    )
+
+
+def _chains(entry: TableEntry) -> tuple[tuple[TableStep, ...], ...]:
+    """The chains of an entry; none where it is damaged, which is reported when a call needs it."""
+    try:
+        return entry.leaves
+    except TableError:
+        return ()
+
+
+def _shortened(kernel_ids: Sequence[str]) -> str:
+    named = ", ".join(kernel_ids[:MAX_NAMED])
+    return named if len(kernel_ids) <= MAX_NAMED else f"{named} and {len(kernel_ids) - MAX_NAMED} more"

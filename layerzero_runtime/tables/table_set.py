@@ -8,8 +8,9 @@ from layerzero_runtime.counters import CounterGroup, log_warning
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.errors import TableError
 from layerzero_runtime.kernel import Kernel
+from layerzero_runtime.registry import Registry
 from layerzero_runtime.tables.prior import NearestBuckets
-from layerzero_runtime.tables.staleness import stale_reason
+from layerzero_runtime.tables.staleness import stale_message, stale_reason
 from layerzero_runtime.tables.table import Table, TableEntry
 from layerzero_runtime.tables.table_files import find_alike, find_table
 
@@ -24,8 +25,9 @@ class TableSet:
         self._alike: dict[DeviceSpec, tuple[Table, ...]] = {}
         self._nearest: dict[str, NearestBuckets] = {}
         self._damaged: set[TableEntry] = set()
-        # The kernel that was judged beside the reason: another may be registered under its id later.
-        self._stale: dict[tuple[str, str], tuple[Kernel | None, str | None]] = {}
+        # By table and kernel id, why entries are stale, None if they are not. The kernel that was judged stands beside
+        # it: another may be registered under its id later.
+        self._judged: dict[tuple[str, str], tuple[Kernel | None, str | None]] = {}
 
     def of(self, device: DeviceSpec) -> Table | None:
         """The table of the device, None without one; tables that cannot be used are counted and logged."""
@@ -68,17 +70,30 @@ class TableSet:
                     log_warning(f"a table's entry is not used: {error}")
             return True
 
-    def is_stale(self, table: Table, kernel_id: str, kernel: Kernel | None) -> bool:
-        """Whether a table's entries of this kernel no longer hold; `kernel` is what is registered under its id."""
-        key = (table.name, kernel_id)
-        judged = self._stale.get(key)
+    def current_kernel(self, table: Table, kernel_id: str, registry: Registry) -> Kernel | None:
+        """The kernel that is registered under an id, None where a table's entries of it are stale."""
+        kernel = registry.get(kernel_id)
+        judged = self._judged.get((table.name, kernel_id))
         if judged is None or judged[0] is not kernel:
             with self._lock:
-                judged = self._stale.get(key)
-                if judged is None or judged[0] is not kernel:
-                    reason = f"{kernel_id} is not registered" if kernel is None else stale_reason(table, kernel)
-                    if reason is not None:
-                        self._counters.raise_by_one("stale_kernels")
-                        log_warning(f"entries of {table.name} are not used: {reason}; tune again to renew them")
-                    judged = self._stale[key] = (kernel, reason)
-        return judged[1] is not None
+                judged = self._judge(table, kernel_id, registry)
+        return kernel if judged[1] is None else None
+
+    def _judge(self, table: Table, kernel_id: str, registry: Registry) -> tuple[Kernel | None, str | None]:
+        """Judge a kernel, and if it is stale all others of the table, so that one line tells of all stale entries."""
+        stale: dict[str, str] = {}
+        for name in (kernel_id, *table.kernels):
+            kernel = registry.get(name)
+            judged = self._judged.get((table.name, name))
+            if judged is None or judged[0] is not kernel:
+                reason = stale_reason(table, name, kernel)
+                self._judged[(table.name, name)] = (kernel, reason)
+                if reason is not None:
+                    stale[name] = reason
+            if not stale:
+                break
+        for _ in stale:
+            self._counters.raise_by_one("stale_kernels")
+        if stale:
+            log_warning(stale_message(table, stale))
+        return self._judged[(table.name, kernel_id)]

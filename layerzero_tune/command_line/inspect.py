@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +13,7 @@ from layerzero_runtime.counters import CounterGroup
 from layerzero_runtime.device import detect_device
 from layerzero_runtime.libraries import library_version, missing_requirement
 from layerzero_runtime.snapshot import Snapshot
+from layerzero_runtime.tables.staleness import StaleEntry, stale_entries, stale_message, stale_reasons
 from layerzero_runtime.tables.table_candidates import TableCandidate, table_candidates
 from layerzero_tune.command_line.options import (
     JsonOption,
@@ -34,6 +37,8 @@ def doctor_command(
     snapshot = Snapshot(registry, CounterGroup())
     table = snapshot.tables.of(spec)
     candidates = table_candidates(spec)
+    reasons = {} if table is None else stale_reasons(table, registry)
+    stale = () if table is None else stale_entries(table, reasons)
     libraries = {name: library_version(name) for name in sorted({kernel.spec.library for kernel in registry})}
     unavailable = {
         kernel.kernel_id: reason
@@ -47,6 +52,7 @@ def doctor_command(
                 "slug": spec.slug,
                 "table": None if table is None else {"name": table.name, "path": table.path, **table.provenance},
                 "tables": [_table_facts(candidate) for candidate in candidates],
+                "stale": [_stale_record(entry) for entry in stale],
                 "libraries": libraries,
                 "kernels": len(registry),
                 "unavailable": unavailable,
@@ -66,6 +72,11 @@ def doctor_command(
         console.print(
             f"table     {table.name}, measured {table.provenance['measured_to']}, {table.path}", soft_wrap=True
         )
+        if reasons:
+            console.print(f"stale     {stale_message(table, reasons)}", soft_wrap=True)
+            counts = Counter((entry.kernel_id, entry.operation, entry.reason) for entry in stale)
+            rows = [(*names, str(count)) for names, count in sorted(counts.items())]
+            print_table("Stale entries", ("kernel", "operation", "why", "entries"), rows)
     _print_tables(candidates)
     print_table("", ("library", "version"), [(name, version or "not installed") for name, version in libraries.items()])
     available = len(registry) - len(unavailable)
@@ -100,6 +111,10 @@ def _print_tables(candidates: Sequence[TableCandidate]) -> None:
                 f"  {'':<13} measured {candidate.table.provenance['measured_to']}: {operations}", soft_wrap=True
             )
     console.print()
+
+
+def _stale_record(entry: StaleEntry) -> dict[str, Any]:
+    return asdict(entry) | {"static_key": repr(entry.static_key)}
 
 
 def _unavailable_reason(platforms: tuple[str, ...], platform: str, requires: tuple[str, ...]) -> str | None:

@@ -8,6 +8,7 @@ import typer
 
 from layerzero_runtime.errors import LayerZeroError
 from layerzero_tune.command_line.compile import compile_command
+from layerzero_tune.command_line.diff import diff_command
 from layerzero_tune.command_line.evaluate import evaluate_command
 from layerzero_tune.command_line.explain import explain_command
 from layerzero_tune.command_line.inspect import doctor_command, kernels_command
@@ -33,6 +34,7 @@ app.command("compile")(compile_command)
 app.command("evaluate")(evaluate_command)
 app.command("merge")(merge_command)
 app.command("wheel")(wheel_command)
+app.command("diff")(diff_command)
 app.command("explain")(explain_command)
 app.add_typer(workload_app, name="workload")
 

@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.errors import ResultsError
+from layerzero_runtime.operation import StaticKey
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.selection.limits import Limit
 from layerzero_runtime.tables.table import MISS, SCHEMA_VERSION
@@ -96,7 +97,7 @@ def _summary(form: TableForm) -> str:
 def _entry_parts(entry: Entry, name: str, plans: Mapping[Choice, int]) -> dict[str, Any]:
     leaves = entry.leaves()
     return {
-        "description": describe_key(entry),
+        "description": describe_key(entry.operation, entry.static_key),
         "function": name,
         "parameters": ", ".join(entry.axes),
         "lines": [
@@ -108,13 +109,12 @@ def _entry_parts(entry: Entry, name: str, plans: Mapping[Choice, int]) -> dict[s
     }
 
 
-def describe_key(entry: Entry) -> str:
+def describe_key(operation: str, static_key: StaticKey) -> str:
     """The static key in plain words."""
-    operation = operation_named(entry.operation)
-    mode, dtype, *values = entry.static_key
-    features = [f"{name} {value}" for name, value in zip(operation.static, values, strict=False)]
+    mode, dtype, *values = static_key
+    features = [f"{name} {value}" for name, value in zip(operation_named(operation).static, values, strict=False)]
     features += [f"{name} {value}" for name, value in values[-1]]
-    return ", ".join([entry.operation, mode, dtype, *features])
+    return ", ".join([operation, mode, dtype, *features])
 
 
 def _range_check(entry: Entry) -> list[str]:

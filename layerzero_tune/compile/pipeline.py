@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec
@@ -20,7 +21,20 @@ from layerzero_tune.results.content import results_hash
 from layerzero_tune.results.measurement import Measurement
 
 
+@dataclass(frozen=True)
+class Compilation:
+    """A table's form, and the verdicts that it follows from."""
+
+    form: TableForm
+    verdicts: Mapping[tuple[str, StaticKey], tuple[Verdict, ...]]
+
+
 def compile_table(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> TableForm:
+    """The table that the measurements of one device justify, as `compile_rows` has it."""
+    return compile_rows(rows, kernels).form
+
+
+def compile_rows(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> Compilation:
     """The table that the measurements of one device justify; equal rows give an equal form, in whatever order.
 
     Raises:
@@ -36,16 +50,15 @@ def compile_table(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> Tab
             f"the results hold kernels that are not registered: {', '.join(unknown)}; name their module with --kernels"
         )
     current = _current_rows(rows, by_id)
-    entries = tuple(
-        _entry(name, static_key, verdicts, by_id, device) for (name, static_key), verdicts in judge(current).items()
-    )
+    verdicts = judge(current)
+    entries = tuple(_entry(name, static_key, found, by_id, device) for (name, static_key), found in verdicts.items())
     if not entries:
         statuses = ", ".join(sorted({row.status for row in current}))
         raise ResultsError(
             f"none of the {len(current)} measurements has a time ({statuses}); "
             "layerzero-tune run lists the reasons, layerzero-tune doctor what is missing"
         )
-    return TableForm(
+    form = TableForm(
         device=device.to_dict(),
         provenance={
             "results": results_hash(current),
@@ -57,6 +70,7 @@ def compile_table(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> Tab
         kernels=_kernel_identities(current, by_id, entries),
         entries=entries,
     )
+    return Compilation(form, verdicts)
 
 
 def _single_device(rows: Sequence[Measurement]) -> DeviceSpec:

@@ -31,8 +31,8 @@ class _StandIn(TableSet):
     def alike(self, device: DeviceSpec) -> tuple[Table, ...]:
         return ()
 
-    def is_stale(self, table: Table, kernel_id: str, kernel: Kernel | None) -> bool:
-        return kernel is None
+    def current_kernel(self, table: Table, kernel_id: str, registry: Registry) -> Kernel | None:
+        return registry.get(kernel_id)
 
 
 def shipped_table() -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def tables(command: CommandsHere, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("words", "mentioned"),
     [
-        ((), ("doctor", "kernels", "run", "compile", "evaluate", "merge", "wheel", "explain", "workload")),
+        ((), ("doctor", "kernels", "run", "compile", "evaluate", "merge", "wheel", "diff", "explain", "workload")),
         (("doctor",), ("--device", "--kernels", "--json")),
         (("kernels",), ("--ops", "--kernels", "--json")),
         (("run",), ("--out", "--device", "--ops", "--preset", "--workload", "--kernels", "--json")),
@@ -63,6 +64,7 @@ def tables(command: CommandsHere, tmp_path: Path) -> Path:
         (("evaluate",), ("tables", "--results", "--out", "--held-out", "--workload", "--gate", "--json")),
         (("merge",), ("shard", "--out", "--json", "earlier")),
         (("wheel",), ("tables", "--name", "--out", "--version", "--json")),
+        (("diff",), ("old", "new", "--workload", "--kernels", "--markdown", "--json")),
         (("explain",), ("--operation", "--dtype", "--batch-size", "--tables", "--json")),
         (("workload",), ("make", "show")),
         (("workload", "make"), ("--model", "--tp", "--mode", "--out")),
@@ -103,6 +105,32 @@ def test_doctor_shows_the_table_that_serves(
     assert report["table"]["path"] == str(tables / detect_device("cpu").slug / "__init__.py")
     assert report["table"]["measurements"] == 12
     assert "measured 2026-03-01T00:00:05+00:00" in command("doctor", "--device", "cpu").output
+
+
+def test_doctor_says_which_entries_are_stale_and_what_to_run(
+    command: CommandsHere, tables: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAYERZERO_TABLES", str(tables))
+    assert command("doctor", "--device", "cpu", "--json").json["stale"] == []
+    assert "stale" not in command("doctor", "--device", "cpu").output
+    module = tables / detect_device("cpu").slug / "__init__.py"
+    source = module.read_text()
+    (line,) = (line for line in source.splitlines() if line.startswith("    'torch.rms_norm.fused': {"))
+    module.write_text(source.replace(line, re.sub("'version': '[^']*'", "'version': '1.0'", line)))
+    (entry,) = command("doctor", "--device", "cpu", "--json").json["stale"]
+    installed = ".".join((library_version("torch") or "").split(".")[:2])
+    reason = f"measured with torch 1.0, installed is {installed}"
+    assert entry == {
+        "operation": "norm.rms",
+        "static_key": "('eager', 'float32', 0.0, ())",
+        "leaf": 0,
+        "kernel_id": "torch.rms_norm.fused",
+        "reason": reason,
+    }
+    shown = " ".join(command("doctor", "--device", "cpu").output.split())
+    assert f"1 of 1 entries of {module.parent.name} are stale" in shown
+    assert "layerzero-tune run --device cpu --out RESULTS && layerzero-tune compile RESULTS --out TABLES" in shown
+    assert f"kernel operation why entries torch.rms_norm.fused norm.rms {reason} 1" in shown
 
 
 def test_kernels(command: CommandsHere) -> None:
