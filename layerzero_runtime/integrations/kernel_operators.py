@@ -55,8 +55,9 @@ def operator_of(
         KernelExecutionError: the kernel cannot be loaded, or there are too many operators.
     """
     spec = choice.kernel.spec
-    layout = context.layout if context.layout in spec.layouts else spec.layouts[0]
-    if layout != context.layout:
+    is_transposed = context.num_heads is not None and context.layout not in spec.layouts
+    if is_transposed:
+        layout = spec.layouts[0]
         context, features = replace(context, layout=layout), {**features, "layout": layout}
     prepared = snapshot.prepare(choice, operation, context)
     kinds = tuple(map(_kind, arguments))
@@ -75,7 +76,7 @@ def operator_of(
             _operators[name] = known
         # The kernel of this name may be another than before, registered anew.
         known.prepared = prepared
-    return known.transposed if layout != context.layout else known.operator
+    return known.transposed if is_transposed else known.operator
 
 
 def _kind(argument: object) -> str:

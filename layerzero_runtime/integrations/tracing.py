@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.autograd.forward_ad as forward_mode
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._dynamo.comptime import comptime
-from torch.compiler import assume_constant_result
+from torch.compiler import assume_constant_result, is_dynamo_compiling
 from torch.fx import Proxy
 
 from layerzero_runtime.calls.attention import described
 from layerzero_runtime.calls.interception import PLAIN_TYPES, autocast, function_mode, transforms
-from layerzero_runtime.calls.serving import DESCRIBED_DEVICES
+from layerzero_runtime.calls.serving import DESCRIBED_DEVICES, serve
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.dispatch import current_snapshot
 from layerzero_runtime.errors import LayerZeroError
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 # What `_select` found, for `_found` to give to the code that is being traced.
 _selected = threading.local()
+# Dynamo, which would take it for a part of the model, leaves alone what serves eager calls between two graphs.
+set_code_exec_strategy(serve.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
 def serve_traced(operation: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -62,6 +65,10 @@ def _serve(
     types: tuple[type, ...],
     has_function_mode: bool,
 ) -> Any:
+    if not is_dynamo_compiling():
+        # Behind a graph break: Dynamo could not trace the kernel, or the call is refused.
+        described_call = _described(operation, arguments, options)
+        return serve(current_snapshot(), described_call[0], arguments, *described_call[1:])
     # Reads the names of this function.
     comptime(_select)
     name, numbers = _found()
@@ -97,6 +104,19 @@ def _select(trace: ComptimeContext) -> None:
     _selected.found = name, tuple(value if isinstance(value, float) else None for value in arguments)
 
 
+def _described(
+    operation: str, arguments: tuple[Any, ...], options: Mapping[str, Any]
+) -> tuple[Operation, Mapping[str, Any], Mapping[str, Any]]:
+    """(the operation, what its `describe` takes by keyword, what the default's loader asks for beside it) of a call.
+
+    Raises:
+        ContextError: an argument is not allowed.
+    """
+    if operation == "attention":
+        return described(*arguments[:3], **options)
+    return OPERATIONS[operation], options, {"offset": arguments[3]} if operation == "norm.rms" else {}
+
+
 def _known(value: Any) -> Any:
     """What is known of a value while tracing: the fake tensor of a tensor; a number, which is a constant of the graph.
 
@@ -123,13 +143,7 @@ class _TracedCall:
             ContextError: the arguments do not fit together.
             NoKernelAvailableError: no registered kernel accepts the call.
         """
-        features = self.options
-        default_features: Mapping[str, Any] = {}
-        if self.operation == "attention":
-            operation, features, default_features = described(*self.arguments[:3], **self.options)
-        else:
-            operation = OPERATIONS[self.operation]
-            default_features = {"offset": self.arguments[3]} if self.operation == "norm.rms" else {}
+        operation, features, default_features = _described(self.operation, self.arguments, self.options)
         # Again where another thread has published in between.
         while True:
             snapshot = current_snapshot()
