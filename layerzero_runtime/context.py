@@ -118,7 +118,7 @@ class SelectionContext:
             if name != "scale" or self.scale is not None:
                 # As floats, so that 1 and 1.0 are written out, and hashed, alike.
                 set_field(self, name, _checked_number(name, getattr(self, name)))
-        if not isinstance(self.stride_last_dim, int) or isinstance(self.stride_last_dim, bool):
+        if not _is_integer(self.stride_last_dim):
             raise ContextTypeError(f"stride_last_dim must be an integer, not {self.stride_last_dim!r}")
         if self.quant_format is not None:
             _check_choice("quant_format", self.quant_format, QUANT_FORMATS)
@@ -281,10 +281,18 @@ def _check_bytes(name: str, value: object) -> None:
         raise ContextError(f"{name} is {value}, required at least 0 bytes")
 
 
+def _is_integer(value: object) -> bool:
+    """Also of a size that `torch.compile` keeps symbolic while it traces a call."""
+    if isinstance(value, int):
+        return not isinstance(value, bool)
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.SymInt)
+
+
 def _check_size(name: str, value: object) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not _is_integer(value):
         raise ContextTypeError(f"{name} must be an integer, not {value!r}")
-    if value < 1:
+    if value < 1:  # type: ignore[operator]
         raise ContextError(f"{name} is {value}, a size must be at least 1")

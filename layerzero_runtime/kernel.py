@@ -64,6 +64,8 @@ class KernelSpec:
         deterministic: equal inputs give equal bits.
         supports_backward: gradients flow through it.
         compiles: the first use compiles code, for seconds.
+        traceable: Dynamo can trace the function for all sizes at once; one that it cannot is an operator in its graphs.
+        traced_as: id of the kernel that Dynamo traces in its place: this one is what compilation makes of that.
         priority: order among the legal kernels where nothing was measured; higher goes first.
 
     Raises:
@@ -110,6 +112,8 @@ class KernelSpec:
     deterministic: bool = True
     supports_backward: bool = False
     compiles: bool = False
+    traceable: bool = False
+    traced_as: str | None = None
     priority: int = 50
     extra_limits: tuple[Limit, ...] = ()
 
@@ -143,6 +147,11 @@ class KernelSpec:
         ):
             raise SpecError(
                 f"{self.kernel_id}: workspace_bytes is {self.workspace_bytes!r}, required an integer from 0 on"
+            )
+        if self.traced_as is not None and (self.traceable or not KERNEL_ID.fullmatch(self.traced_as)):
+            raise SpecError(
+                f"{self.kernel_id}: traced_as is {self.traced_as!r} and traceable is {self.traceable!r}, "
+                "required is one of the two, for traced_as a kernel_id such as 'torch.sdpa'"
             )
         for low, high in _BOUND_PAIRS:
             bounds = getattr(self, low), getattr(self, high)

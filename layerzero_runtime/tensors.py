@@ -82,7 +82,8 @@ def rows_by_width(tensors: NamedTensors) -> tuple[int, int]:
     check_tensors(tensors)
     shapes = {argument: tuple(tensor.shape) for argument, tensor in tensors.items()}
     shape = next(iter(shapes.values()))
-    if len(set(shapes.values())) > 1:
+    # Compared, not collected in a set: symbolic sizes, of a call that torch.compile traces, have no hash.
+    if any(other != shape for other in shapes.values()):
         raise ContextError(f"shapes differ: {_listed({name: str(value) for name, value in shapes.items()})}")
     if not shape:
         raise ContextError("the tensor has no dimension to work on, required at least 1")

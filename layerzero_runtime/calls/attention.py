@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.autograd.forward_ad as forward_mode
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from layerzero_runtime.calls.guards import Keeper, tensor_guard
 from layerzero_runtime.calls.interception import deterministic, function_mode
@@ -13,6 +14,7 @@ from layerzero_runtime.calls.serving import serve
 from layerzero_runtime.context import ALIGNMENTS, DENSE_LAYOUTS, is_usual_scale
 from layerzero_runtime.dispatch import current_snapshot
 from layerzero_runtime.errors import ContextError
+from layerzero_runtime.integrations import traced
 from layerzero_runtime.operation import Operation
 from layerzero_runtime.operations.attention import CAUSAL, CROSS, FULL
 from layerzero_runtime.serving.published import PUBLISHED
@@ -59,6 +61,15 @@ def attention(
         ContextTypeError: query, key, value or attn_mask is no tensor.
         NoKernelAvailableError: no kernel accepts the call.
     """
+    if is_dynamo_compiling():
+        options = {
+            "is_causal": is_causal,
+            "enable_gqa": enable_gqa,
+            "layout": layout,
+            "causal_alignment": causal_alignment,
+            "quant_format": quant_format,
+        }
+        return traced("attention", (query, key, value, attn_mask, dropout_p, scale), options)  # type: ignore[no-any-return]
     seen = PUBLISHED.eager
     if (
         seen is not None
@@ -118,6 +129,32 @@ def attention(
                     served = (function, route.count_call, route.recover)
                     seen.last_attention, seen.repeats = (guard, causal, alignment, grouped, usual_scale, *served), 0
                 return output
+    operation, features, sizes_alike = described(
+        query, key, value, is_causal, enable_gqa, layout, causal_alignment, quant_format
+    )
+    arguments = (query, key, value, attn_mask, dropout_p, scale)
+    is_plain = attn_mask is None and dropout_p == 0.0 and layout == "bhsd" and quant_format is None
+    keep = _keeper(query, key, value, is_causal, causal_alignment, scale) if is_plain else None
+    result: Tensor = serve(current_snapshot(), operation, arguments, features, sizes_alike, keep)
+    return result
+
+
+def described(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    enable_gqa: bool,
+    layout: str,
+    causal_alignment: str,
+    quant_format: str | None,
+) -> tuple[Operation, dict[str, Any], dict[str, Any]]:
+    """(the operation, what its `describe` takes by keyword, what the default's loader asks for beside it) of a call.
+
+    Raises:
+        ContextError: an argument is not allowed, or heads differ without `enable_gqa`.
+        ContextTypeError: query, key or value is no tensor.
+    """
     length, heads_at = _layout_dimensions(layout)
     check_tensors({"query": query, "key": key, "value": value})
     operation = _operation(query, key, is_causal, enable_gqa, length, heads_at)
@@ -131,11 +168,7 @@ def attention(
         "num_kv_heads": 1,
         "num_heads": 1 if query.shape[heads_at] == key.shape[heads_at] else 2,
     }
-    arguments = (query, key, value, attn_mask, dropout_p, scale)
-    is_plain = attn_mask is None and dropout_p == 0.0 and layout == "bhsd" and quant_format is None
-    keep = _keeper(query, key, value, is_causal, causal_alignment, scale) if is_plain else None
-    result: Tensor = serve(current_snapshot(), operation, arguments, features, sizes_alike, keep)
-    return result
+    return operation, features, sizes_alike
 
 
 def _keeper(

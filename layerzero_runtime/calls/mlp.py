@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch.autograd.forward_ad as forward_mode
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from layerzero_runtime.calls.guards import rows_keeper
 from layerzero_runtime.calls.interception import deterministic, function_mode
 from layerzero_runtime.calls.serving import serve
 from layerzero_runtime.dispatch import current_snapshot
+from layerzero_runtime.integrations import traced
 from layerzero_runtime.operations.mlp import GEGLU, SWIGLU
 from layerzero_runtime.serving.published import PUBLISHED
 
@@ -24,6 +26,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         ContextError: shapes, dtypes or devices differ.
         NoKernelAvailableError: no kernel accepts the call.
     """
+    if is_dynamo_compiling():
+        return traced("mlp.swiglu", (gate, up), {})  # type: ignore[no-any-return]
     seen = PUBLISHED.eager
     if seen is not None and not (function_mode() or deterministic()) and forward_mode._current_level < 0:
         for guard, width, decide, functions, count_call, recover in seen.swiglu:
@@ -50,6 +54,8 @@ def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
         ContextError: shapes, dtypes or devices differ, or `approximate` is neither.
         NoKernelAvailableError: no kernel accepts the call.
     """
+    if is_dynamo_compiling():
+        return traced("mlp.geglu", (gate, up), {"approximate": approximate})  # type: ignore[no-any-return]
     seen = PUBLISHED.eager
     if seen is not None and not (function_mode() or deterministic()) and forward_mode._current_level < 0:
         for guard, kept_approximate, width, decide, functions, count_call, recover in seen.geglu:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch.autograd.forward_ad as forward_mode
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from layerzero_runtime.calls.guards import rows_keeper
 from layerzero_runtime.calls.interception import deterministic, function_mode
 from layerzero_runtime.calls.serving import serve
 from layerzero_runtime.dispatch import current_snapshot
+from layerzero_runtime.integrations import traced
 from layerzero_runtime.operations.norm import ADD_RMS, LAYER, LAYER_EPS, RMS, RMS_EPS
 from layerzero_runtime.serving.published import PUBLISHED
 
@@ -29,6 +31,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = RMS_EPS, offset: flo
         ContextError: shapes or devices do not fit together.
         NoKernelAvailableError: no kernel accepts the call.
     """
+    if is_dynamo_compiling():
+        return traced("norm.rms", (x, weight, eps, offset), {})  # type: ignore[no-any-return]
     seen = PUBLISHED.eager
     if seen is not None and not (function_mode() or deterministic()) and forward_mode._current_level < 0:
         for guard, kept_offset, width, decide, functions, count_call, recover in seen.rms_norm:
@@ -59,6 +63,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float 
         ContextError: shapes, dtypes or devices do not fit together.
         NoKernelAvailableError: no kernel accepts the call.
     """
+    if is_dynamo_compiling():
+        return traced("norm.add_rms", (x, residual, weight, eps), {})  # type: ignore[no-any-return]
     seen = PUBLISHED.eager
     if seen is not None and not (function_mode() or deterministic()) and forward_mode._current_level < 0:
         for guard, width, decide, functions, count_call, recover in seen.add_rms_norm:
@@ -89,6 +95,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, eps
         ContextError: shapes or devices do not fit together.
         NoKernelAvailableError: no kernel accepts the call.
     """
+    if is_dynamo_compiling():
+        return traced("norm.layer", (x, weight, bias, eps), {})  # type: ignore[no-any-return]
     seen = PUBLISHED.eager
     if seen is not None and not (function_mode() or deterministic()) and forward_mode._current_level < 0:
         for guard, width, decide, functions, count_call, recover in seen.layer_norm:

@@ -58,6 +58,7 @@ def _declare(kernel_id: str, operation: str, platforms: tuple[str, ...], priorit
         platforms=platforms,
         dtypes=("float64", "float32", "float16", "bfloat16"),
         supports_backward=True,
+        traceable=True,
         priority=priority,
     )
 

@@ -213,6 +213,7 @@ def _declare(kernel_id: str, operation: str) -> KernelSpec:
         requires=("torch", "cxx_compiler"),
         requires_contiguous=True,
         compiles=True,
+        traced_as=f"torch.{kernel_id.rsplit('.', 1)[1]}",  # of which the compilation around it makes the same loops
         priority=40,
     )
 

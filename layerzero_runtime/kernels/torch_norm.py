@@ -126,13 +126,14 @@ def _default(kernel_id: str, operation: str) -> KernelSpec:
         dtypes=_DTYPES,
         supports_mixed_weight_dtype=True,
         supports_backward=True,
+        traceable=True,
         priority=100,
     )
 
 
 def _written_out(kernel_id: str, operation: str) -> KernelSpec:
     # Works in place on what autograd would need: no gradients.
-    return KernelSpec(kernel_id=kernel_id, operations=(operation,), platforms=("cpu",), dtypes=_DTYPES)
+    return KernelSpec(kernel_id=kernel_id, operations=(operation,), platforms=("cpu",), dtypes=_DTYPES, traceable=True)
 
 
 _RMS_FUSED = KernelSpec(
@@ -143,6 +144,7 @@ _RMS_FUSED = KernelSpec(
     supports_offset=False,
     supports_mixed_weight_dtype=True,
     supports_backward=True,
+    traced_as="torch.rms_norm",  # which becomes this function when a graph is lowered; Dynamo does not know its name
     priority=60,
 )
 

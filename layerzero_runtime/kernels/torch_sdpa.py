@@ -137,6 +137,7 @@ _SDPA = KernelSpec(
     supports_v_head_dim=True,
     causal_geometries=_GEOMETRIES,
     supports_backward=True,
+    traceable=True,
     priority=100,
 )
 # As in torch's own checks (sdp_utils_cpp.cpp), which a direct call skips: with another last stride the binding reads
@@ -152,6 +153,7 @@ _FLASH_CPU = KernelSpec(
     causal_geometries=_GEOMETRIES,
     requires_last_dim_stride1=True,
     supports_backward=True,
+    traceable=True,
     priority=60,
     extra_limits=(Limit("scale", "at_least", 2.0**-126),),  # the smallest normal float32
 )
@@ -166,6 +168,7 @@ _FLASH_CPU_FOLDED = KernelSpec(
     causal_geometries=("bottom_right",),
     requires_last_dim_stride1=True,
     supports_backward=True,
+    traceable=True,
     extra_limits=(Limit("gqa_group", "at_least", 2),),
 )
 _MATH = KernelSpec(
@@ -178,6 +181,7 @@ _MATH = KernelSpec(
     supports_v_head_dim=True,
     causal_geometries=_GEOMETRIES,
     supports_backward=True,
+    traceable=True,
 )
 
 KERNELS = (

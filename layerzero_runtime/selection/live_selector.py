@@ -85,7 +85,7 @@ class LiveSelector:
                 unavailable.append(choice)
             elif not others and all(rejection.field in DENSITY_FIELDS for rejection in limited):
                 sparse.append(Choice(kernel, choice.configuration, densify=True))
-        order = self._order(context, prior)
+        order = self.order(context, prior)
 
         def ordered(choices: Sequence[Choice]) -> tuple[Choice, ...]:
             locked = self._locked(choices, context)
@@ -113,7 +113,8 @@ class LiveSelector:
                     return covered
         return frozenset()
 
-    def _order(self, context: SelectionContext, prior: Prior) -> Callable[[Choice], tuple[Any, ...]]:
+    def order(self, context: SelectionContext, prior: Prior) -> Callable[[Choice], tuple[Any, ...]]:
+        """The key by which choices are sorted, best first."""
         last = len(prior.preferences)
         place = {kernel_id: index for index, (kernel_id, _) in reversed(tuple(enumerate(prior.preferences)))}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,15 +18,17 @@ class Published:
         snapshot: None before the first selection.
         eager: what was seen under it, while no thread is in graph mode and no graph is being captured, else None: what
             the public functions read, so that one look tells them whether they may serve by themselves.
+        followers: are called with each snapshot that is published.
     """
 
-    __slots__ = ("_lock", "_special", "eager", "snapshot")
+    __slots__ = ("_lock", "_special", "eager", "followers", "snapshot")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._special = 0
         self.snapshot: Snapshot | None = None
         self.eager: SeenCalls | None = None
+        self.followers: tuple[Callable[[Snapshot], None], ...] = ()
 
     @property
     def special(self) -> int:
@@ -36,6 +39,9 @@ class Published:
         with self._lock:
             self.snapshot = snapshot
             self.eager = None if self._special or snapshot is None else snapshot.seen
+        if snapshot is not None:
+            for follow in self.followers:
+                follow(snapshot)
 
     def enter_special(self) -> None:
         with self._lock:

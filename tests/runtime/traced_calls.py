@@ -1,0 +1,86 @@
+"""Functions compiled by Dynamo with a backend that keeps the graphs, for tests of calls inside torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+import layerzero_runtime as lz
+from layerzero_runtime.kernel import KernelFunction, KernelSpec
+from tests.runtime.public_calls import Outputs, PublicCall
+
+# What Dynamo makes of the shapes of tensors.
+SHAPES = frozenset({"Size", "getitem", "size"})
+
+
+class Graphs:
+    """A backend of torch.compile that runs what Dynamo traced as it is, and keeps it."""
+
+    def __init__(self) -> None:
+        self.traced: list[GraphModule] = []
+
+    def __call__(self, graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        self.traced.append(graph)
+        return graph.forward
+
+    def __len__(self) -> int:
+        return len(self.traced)
+
+    def functions(self) -> list[frozenset[str]]:
+        """Of each graph, the names of what it calls, but for what reads shapes; operators have their namespace."""
+        return [_functions(graph) - SHAPES for graph in self.traced]
+
+
+def _functions(graph: GraphModule) -> frozenset[str]:
+    called = [node.target for node in graph.graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
+    return frozenset(
+        str(target) if isinstance(target, str | torch._ops.OpOverload) else str(getattr(target, "__name__", target))
+        for target in called
+    )
+
+
+@contextmanager
+def compiled(
+    function: Callable[..., Any], *, dynamic: bool | None = True, backend: Any = None, **options: Any
+) -> Iterator[tuple[Callable[..., Any], Graphs]]:
+    """(the function compiled without graph breaks, its graphs), with no compilations of others before it."""
+    graphs = Graphs()
+    options = {"fullgraph": True, "dynamic": dynamic, "backend": graphs if backend is None else backend, **options}
+    torch._dynamo.reset()
+    try:
+        with torch._dynamo.config.patch(recompile_limit=64):
+            yield torch.compile(function, **options), graphs
+    finally:
+        torch._dynamo.reset()
+
+
+@contextmanager
+def registered(spec: KernelSpec, function: KernelFunction) -> Iterator[None]:
+    lz.register_kernel(spec, function)
+    try:
+        yield
+    finally:
+        lz.unregister_kernel(spec.kernel_id)
+
+
+@contextmanager
+def policy_in_force(policy: lz.Policy) -> Iterator[None]:
+    lz.set_policy(policy)
+    try:
+        yield
+    finally:
+        lz.set_policy(None)
+
+
+def on_tensors(call: PublicCall) -> tuple[Callable[..., Outputs], list[torch.Tensor]]:
+    """A call as a function of its tensors, and these."""
+
+    def function(*tensors: torch.Tensor) -> Outputs:
+        given = iter(tensors)
+        return call.on(*(next(given) if isinstance(part, torch.Tensor) else part for part in call.arguments)).run()
+
+    return function, [part for part in call.arguments if isinstance(part, torch.Tensor)]
