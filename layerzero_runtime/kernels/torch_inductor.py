@@ -211,6 +211,7 @@ def _declare(kernel_id: str, operation: str) -> KernelSpec:
         platforms=("cpu",),
         dtypes=_DTYPES,
         requires=("torch", "cxx_compiler"),
+        min_version="2.13",  # of 2.11, the code holds for no more rows than the example has
         requires_contiguous=True,
         compiles=True,
         traced_as=f"torch.{kernel_id.rsplit('.', 1)[1]}",  # of which the compilation around it makes the same loops
