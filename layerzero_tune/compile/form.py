@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,11 @@ class Entry:
 
     def leaves(self) -> tuple[Leaf, ...]:
         return tuple(leaves_of(self.tree))
+
+    def covers(self, sizes: Sizes) -> bool:
+        """Whether the sizes lie in the measured range; outside it the table misses."""
+        inside = all(self.bounds[axis][0] <= sizes[axis] <= self.bounds[axis][1] for axis in self.free)
+        return inside and (self.max_product is None or math.prod(sizes[axis] for axis in self.free) <= self.max_product)
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,7 @@ def _check_entry(table: Table, entry: Entry) -> int:
 
 
 def _expected_chain(entry: Entry, sizes: Sizes) -> tuple[tuple[object, ...], ...]:
-    inside = all(entry.bounds[axis][0] <= sizes[axis] <= entry.bounds[axis][1] for axis in entry.free)
-    product = math.prod(sizes[axis] for axis in entry.free)
-    if not inside or (entry.max_product is not None and product > entry.max_product):
+    if not entry.covers(sizes):
         return ()
     return tuple((*step.choice, step.guards) for step in leaf_at(entry.tree, sizes).chain)
 

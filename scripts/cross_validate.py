@@ -1,0 +1,135 @@
+"""What a table is worth between its measured sizes: compile results without a fold of their cells, score it on those.
+
+A judge for changes to the compiler that needs no measuring: the times of the cells left out are in the results. The
+smaller table misses at some of them, such as those that bounded the measured range; efficiency is over the hits.
+Compare figures of one command line alone: with fewer points than the results have, all are worse than an evaluation's.
+
+usage: python scripts/cross_validate.py RESULTS [--folds 5] [--seeds 3] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from layerzero_runtime.kernels import builtin_kernels
+from layerzero_runtime.operation import Sizes, StaticKey
+from layerzero_runtime.operations import operation_named
+from layerzero_tune.compile.emit import leaf_at
+from layerzero_tune.compile.form import Entry
+from layerzero_tune.compile.judge import Choice, Verdict, judge
+from layerzero_tune.compile.pipeline import compile_table
+from layerzero_tune.measure.statistics import SLOWER_THRESHOLD, percentile
+from layerzero_tune.results.measurement import Measurement
+from layerzero_tune.results.store import ResultsStore
+
+Key = tuple[str, StaticKey]
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a table that never saw a cell does there; a miss is served by the default."""
+
+    operation: str
+    hit: bool
+    regret: float
+    slower: bool
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Over the cells left out in every fold and seed; `slower_than_default` are those whose 95% interval of the ratio
+    to the default lies above `SLOWER_THRESHOLD`."""
+
+    operation: str
+    cells: int
+    hit_rate: float
+    efficiency_geomean: float
+    efficiency_p10: float
+    efficiency_min: float
+    slower_than_default: int
+
+
+def served_without(
+    rows: Sequence[Measurement], verdicts: dict[Key, dict[Sizes, Verdict]], left_out: frozenset[tuple[Key, Sizes]]
+) -> Iterator[Served]:
+    form = compile_table([row for row in rows if _cell(row) not in left_out], builtin_kernels())
+    entries = {(entry.operation, entry.static_key): entry for entry in form.entries}
+    for key, sizes in sorted(left_out, key=repr):
+        verdict = verdicts[key].get(sizes)
+        if verdict is None:
+            continue
+        choice = _choice(entries.get(key), verdict)
+        chosen = verdict.default if choice is None else choice
+        standing = verdict.standings.get(chosen)
+        slower = standing is not None and standing.low > math.log(SLOWER_THRESHOLD)
+        yield Served(key[0], choice is not None, verdict.regret(chosen), slower and verdict.reference != chosen)
+
+
+def _choice(entry: Entry | None, verdict: Verdict) -> Choice | None:
+    if entry is None or not entry.covers(verdict.sizes):
+        return None
+    chain = leaf_at(entry.tree, verdict.sizes).chain
+    passing = (step.choice for step in chain if all(guard.reject(verdict.context) is None for guard in step.guards))
+    return next(passing, None)
+
+
+def _cell(row: Measurement) -> tuple[Key, Sizes]:
+    operation = operation_named(row.context.operation)
+    return (operation.name, operation.static_key(row.context)), operation.sizes(row.context)
+
+
+def figures(operation: str, served: Sequence[Served]) -> Figures:
+    regrets = [one.regret for one in served if one.hit]
+    efficiencies = [math.exp(-regret) for regret in regrets]
+    return Figures(
+        operation,
+        len(served),
+        len(regrets) / len(served),
+        math.exp(-math.fsum(regrets) / len(regrets)),
+        percentile(efficiencies, 10),
+        min(efficiencies),
+        sum(one.slower for one in served),
+    )
+
+
+def cross_validate(rows: Sequence[Measurement], folds: int, seeds: int) -> tuple[Figures, ...]:
+    """The figures per operation, and over all."""
+    verdicts = {key: {verdict.sizes: verdict for verdict in found} for key, found in judge(rows).items()}
+    cells = sorted({_cell(row) for row in rows}, key=repr)
+    served: list[Served] = []
+    for seed in range(seeds):
+        shuffled = random.Random(seed).sample(cells, len(cells))
+        for fold in range(folds):
+            served += served_without(rows, verdicts, frozenset(shuffled[fold::folds]))
+    names = sorted({one.operation for one in served})
+    groups = [figures(name, [one for one in served if one.operation == name]) for name in names]
+    return (*groups, figures("all", served))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="folder of results that run has written")
+    parser.add_argument("--folds", type=int, default=5, help="one fold is left out, the others are compiled")
+    parser.add_argument("--seeds", type=int, default=3, help="how often the cells are dealt into folds")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    found = cross_validate(ResultsStore(arguments.results).read().rows, arguments.folds, arguments.seeds)
+    if arguments.json:
+        print(json.dumps([asdict(line) for line in found], indent=1))
+        return
+    print("operation            cells  hit rate  efficiency    p10    min  slower")
+    for line in found:
+        print(
+            f"{line.operation:20} {line.cells:5}  {line.hit_rate:8.3f}  {line.efficiency_geomean:10.4f}"
+            f"  {line.efficiency_p10:.3f}  {line.efficiency_min:.3f}  {line.slower_than_default:6}"
+        )
+
+
+if __name__ == "__main__":
+    main()
