@@ -6,11 +6,16 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from layerzero_runtime.errors import ResultsError
+from layerzero_tune.results.atomic import write_atomically
+from layerzero_tune.workload.lines import WorkloadLine, format_workload
 
 # Wide enough for the widest table, where no terminal says how wide it is (a pipe, a log of CI).
 _LOG_COLUMNS = 132
@@ -56,6 +61,19 @@ def progress_bar() -> Progress:
         console=notes,
         refresh_per_second=2,  # drawing takes processor time from what is measured
     )
+
+
+def write_workload(lines: Sequence[WorkloadLine], path: Path, option: str) -> None:
+    """Write a workload file; `option` is how the command line named it.
+
+    Raises:
+        ResultsError: the file cannot be written.
+    """
+    try:
+        write_atomically(path, format_workload(lines).encode())
+    except OSError as error:
+        reason = error.strerror or error
+        raise ResultsError(f"cannot write {path}: {reason}; choose another file with {option}") from error
 
 
 def shape_text(context: Any) -> str:

@@ -8,10 +8,8 @@ from typing import Annotated
 
 import typer
 
-from layerzero_runtime.errors import ResultsError
 from layerzero_tune.command_line.options import JsonOption, OpsOption, operations_named, split_list
-from layerzero_tune.command_line.output import notes, print_json, print_table
-from layerzero_tune.results.atomic import write_atomically
+from layerzero_tune.command_line.output import notes, print_json, print_table, write_workload
 from layerzero_tune.workload.describe import describe_workload
 from layerzero_tune.workload.errors import WorkloadError
 from layerzero_tune.workload.lines import WorkloadLine, format_workload, merge_workloads, read_workload
@@ -56,10 +54,7 @@ def _write(lines: Sequence[WorkloadLine], out: Path | None) -> None:
     if out is None:
         print(text, end="")
         return
-    try:
-        write_atomically(out, text.encode())
-    except OSError as error:
-        raise ResultsError(f"cannot write {out}: {error.strerror or error}; choose another file with --out") from error
+    write_workload(lines, out, "--out")
     notes.print(f"{out}: {len(lines)} lines", soft_wrap=True)
 
 

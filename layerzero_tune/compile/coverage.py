@@ -8,9 +8,8 @@ from collections.abc import Sequence
 
 from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.form import Box
-
-# A cell vouches for sizes within this factor on every axis: half of the widest step (16x) between neighbours of a grid.
-REACH = 4.0
+from layerzero_tune.compile.regret import VOUCHED, place_of, vouches
+from layerzero_tune.measure.statistics import LOG_RESOLUTION
 
 
 def bounds_of(cells: Sequence[Sizes]) -> Box:
@@ -29,24 +28,36 @@ def max_product_of(cells: Sequence[Sizes], free: Sequence[int]) -> int | None:
 
 
 def unmeasured_cells(cells: Sequence[Sizes], free: Sequence[int], max_product: int | None) -> tuple[Sizes, ...]:
-    """Crossings of the measured grid lines that no measured cell reaches: around them a table misses.
+    """Crossings of grid lines that no measured cell vouches for: around them a table misses.
 
-    Those whose surroundings, halfway to the lines before, lie wholly beyond the largest product are left out: there it
-    misses anyway.
+    The lines are those of the measured cells; where two neighbours are so far apart that the sizes halfway between them
+    are vouched for by neither, further lines lie between them. Crossings whose surroundings, halfway to the lines
+    before, lie wholly beyond the largest product are left out: there it misses anyway.
     """
-    lines = [sorted({cell[axis] for cell in cells}) for axis in free]
+    lines = [_filled(sorted({cell[axis] for cell in cells})) for axis in free]
     before = [dict(zip(line, (line[0], *line), strict=False)) for line in lines]
-    logs = [[math.log(cell[axis]) for axis in free] for cell in cells]
-    reach = math.log(REACH) + 1e-9
+    places = [place_of(cell, free) for cell in cells]
     found: list[Sizes] = []
     for crossing in itertools.product(*lines):
         nearest = math.prod(math.sqrt(size * low[size]) for size, low in zip(crossing, before, strict=True))
         if max_product is not None and nearest >= max_product:
             continue
-        at = [math.log(size) for size in crossing]
-        if not any(all(abs(a - b) <= reach for a, b in zip(at, cell, strict=True)) for cell in logs):
+        at = tuple(math.log(size) for size in crossing)
+        if not any(vouches(place, at) for place in places):
             found.append(_with_tied(crossing, cells[0], free))
     return tuple(found)
+
+
+def _filled(line: Sequence[int]) -> list[int]:
+    """The sizes with further ones, evenly spaced in log space and of the same multiple, in gaps that are too wide."""
+    widest = 2.0 * math.log(VOUCHED) + LOG_RESOLUTION
+    multiple = math.gcd(*line)
+    filled = [line[0]]
+    for low, high in itertools.pairwise(line):
+        steps = math.ceil(round((math.log(high) - math.log(low)) / widest, 9))
+        spaced = (low * math.exp((math.log(high) - math.log(low)) * step / steps) for step in range(1, steps))
+        filled += [*(round(round(size, 6) / multiple) * multiple for size in spaced), high]
+    return filled
 
 
 def _with_tied(crossing: Sizes, example: Sizes, free: Sequence[int]) -> Sizes:

@@ -15,18 +15,26 @@ from layerzero_tune.compile.coverage import bounds_of, max_product_of, unmeasure
 from layerzero_tune.compile.form import Entry, TableForm
 from layerzero_tune.compile.judge import Verdict, judge
 from layerzero_tune.compile.neighbourhood import settle
+from layerzero_tune.compile.regret import RegretModel
 from layerzero_tune.compile.tree import Cell, TreeGrower
 from layerzero_tune.identity import canonical_json
 from layerzero_tune.results.content import results_hash
 from layerzero_tune.results.measurement import Measurement
 
+Key = tuple[str, StaticKey]  # operation and static key
+
 
 @dataclass(frozen=True)
 class Compilation:
-    """A table's form, and the verdicts that it follows from."""
+    """A table's form, and what it was decided by: the regret model of each of its static keys."""
 
     form: TableForm
-    verdicts: Mapping[tuple[str, StaticKey], tuple[Verdict, ...]]
+    models: Mapping[Key, RegretModel]
+
+    @property
+    def verdicts(self) -> dict[Key, tuple[Verdict, ...]]:
+        """The verdicts that the table follows from."""
+        return {key: model.verdicts for key, model in self.models.items()}
 
 
 def compile_table(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> TableForm:
@@ -50,8 +58,8 @@ def compile_rows(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> Comp
             f"the results hold kernels that are not registered: {', '.join(unknown)}; name their module with --kernels"
         )
     current = _current_rows(rows, by_id)
-    verdicts = judge(current)
-    entries = tuple(_entry(name, static_key, found, by_id, device) for (name, static_key), found in verdicts.items())
+    models = {key: _model(key[0], verdicts) for key, verdicts in judge(current).items()}
+    entries = tuple(_entry(key, model, by_id, device) for key, model in models.items())
     if not entries:
         statuses = ", ".join(sorted({row.status for row in current}))
         raise ResultsError(
@@ -70,7 +78,7 @@ def compile_rows(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> Comp
         kernels=_kernel_identities(current, by_id, entries),
         entries=entries,
     )
-    return Compilation(form, verdicts)
+    return Compilation(form, models)
 
 
 def _single_device(rows: Sequence[Measurement]) -> DeviceSpec:
@@ -119,18 +127,22 @@ def _kernel_identities(
     return {kernel_id: found[kernel_id] for kernel_id in sorted(used)}
 
 
-def _entry(
-    name: str, static_key: StaticKey, verdicts: Sequence[Verdict], kernels: Mapping[str, Kernel], device: DeviceSpec
-) -> Entry:
+def _model(name: str, verdicts: Sequence[Verdict]) -> RegretModel:
     operation = operation_named(name)
-    context: SelectionContext = verdicts[0].context.with_device(device)
+    free = tuple(operation.axes.index(axis) for axis in operation.axes_of(verdicts[0].context))
+    return RegretModel(tuple(verdicts), free)
+
+
+def _entry(key: Key, model: RegretModel, kernels: Mapping[str, Kernel], device: DeviceSpec) -> Entry:
+    name, static_key = key
+    operation = operation_named(name)
+    context: SelectionContext = model.verdicts[0].context.with_device(device)
     axes = tuple(axis.name for axis in operation.axes)
-    free = tuple(axes.index(axis.name) for axis in operation.axes_of(context))
-    sizes = [verdict.sizes for verdict in verdicts]
-    bounds, max_product = bounds_of(sizes), max_product_of(sizes, free)
-    cells = [Cell(verdict.sizes, verdict) for verdict in settle(verdicts, free)]
-    cells += [Cell(missing, None) for missing in unmeasured_cells(sizes, free, max_product)]
-    default = verdicts[0].default
-    measured = any(default in verdict.standings for verdict in verdicts)
-    grower = TreeGrower(operation, context, kernels, free, default, measured)
-    return Entry(name, static_key, axes, free, bounds, max_product, grower.grow(cells, bounds))
+    sizes = [verdict.sizes for verdict in model.verdicts]
+    bounds, max_product = bounds_of(sizes), max_product_of(sizes, model.free)
+    cells = [Cell(verdict.sizes, verdict) for verdict in settle(model)]
+    cells += [Cell(missing, None) for missing in unmeasured_cells(sizes, model.free, max_product)]
+    default = model.verdicts[0].default
+    measured = any(default in verdict.standings for verdict in model.verdicts)
+    grower = TreeGrower(operation, context, kernels, model.free, default, measured)
+    return Entry(name, static_key, axes, model.free, bounds, max_product, grower.grow(cells, bounds))

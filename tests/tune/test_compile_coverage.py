@@ -28,13 +28,21 @@ def test_bounds_and_products_of_a_grid() -> None:
 
 def test_holes_of_a_grid() -> None:
     """A cell vouches for sizes within a factor of four on every axis."""
-    corners = [(1, 1), (1, 64), (64, 1)]
-    assert unmeasured_cells(corners, (0, 1), None) == ((64, 64),)
-    assert unmeasured_cells([*corners, (16, 16)], (0, 1), None) == ()
-    assert unmeasured_cells([*corners, (15, 64)], (0, 1), None) == ((15, 1), (64, 64))
-    assert unmeasured_cells(corners, (0, 1), 64) == ()
-    assert unmeasured_cells(corners, (0, 1), 65) == ((64, 64),)
-    assert unmeasured_cells([(1, 1, 1), (64, 64, 64), (1, 64, 64)], (0, 1), None) == ((64, 1, 1),)
+    corners = [(1, 1), (1, 16), (16, 1)]
+    assert unmeasured_cells(corners, (0, 1), None) == ((16, 16),)
+    assert unmeasured_cells([*corners, (4, 4)], (0, 1), None) == ()
+    assert unmeasured_cells([*corners, (3, 16)], (0, 1), None) == ((16, 16),)
+    assert unmeasured_cells(corners, (0, 1), 16) == ()
+    assert unmeasured_cells(corners, (0, 1), 17) == ((16, 16),)
+    assert unmeasured_cells([(1, 1, 1), (16, 16, 16), (1, 16, 16)], (0, 1), None) == ((16, 1, 1),)
+
+
+def test_lines_that_lie_too_far_apart_have_holes_between_them() -> None:
+    assert unmeasured_cells([(1,), (16,)], (0,), None) == ()
+    assert unmeasured_cells([(100,), (1701,)], (0,), None) == ((412,),)
+    assert unmeasured_cells([(1,), (300,)], (0,), None) == ((7,), (45,))
+    assert unmeasured_cells([(128,), (4096,)], (0,), None) == ((768,),), "a multiple of 128, as the others are"
+    assert unmeasured_cells([(1, 1), (64, 1), (8, 2)], (0, 1), None) == ()
 
 
 def test_outside_the_measured_range_a_call_misses() -> None:

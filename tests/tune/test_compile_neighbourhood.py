@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from layerzero_tune.compile.judge import Choice, Verdict, judge
 from layerzero_tune.compile.neighbourhood import settle
+from layerzero_tune.compile.regret import RegretModel
 from tests.tune.synthetic_results import compiled, contest_rows, measured, norm, served, table_of
 
 DEFAULT: Choice = ("torch.rms_norm", "{}")
@@ -24,7 +25,11 @@ def verdicts(times: Mapping[int, Mapping[str, float]]) -> Sequence[Verdict]:
 
 
 def acceptable(times: Mapping[int, Mapping[str, float]]) -> list[frozenset[Choice]]:
-    return [verdict.acceptable for verdict in settle(verdicts(times), free=(0,))]
+    return [verdict.acceptable for verdict in settled(verdicts(times))]
+
+
+def settled(along: Sequence[Verdict]) -> tuple[Verdict, ...]:
+    return settle(RegretModel(tuple(along), free=(0,)))
 
 
 def lean(ratio: float) -> dict[str, float]:
@@ -66,7 +71,7 @@ def test_what_takes_its_place_must_be_a_proved_gain() -> None:
 def test_without_a_time_of_the_default_nothing_changes() -> None:
     times = {64: {"synthetic.lean": 900.0, "synthetic.wide": 1000.0}, 70: {"synthetic.lean": 2000.0}}
     before = verdicts(times)
-    assert settle(before, free=(0,)) == tuple(before)
+    assert settled(before) == tuple(before)
 
 
 def test_the_table_serves_the_default_where_a_gain_is_a_matter_of_luck() -> None:
@@ -84,7 +89,7 @@ def test_the_table_serves_the_default_where_a_gain_is_a_matter_of_luck() -> None
 @given(st.dictionaries(st.integers(1, 4096), st.floats(0.2, 5.0), min_size=1, max_size=12))
 def test_it_never_adds_a_choice_that_is_not_proved(ratios: dict[int, float]) -> None:
     before = verdicts({number: lean(ratio) for number, ratio in ratios.items()})
-    for was, now in zip(before, settle(before, free=(0,)), strict=True):
+    for was, now in zip(before, settled(before), strict=True):
         assert now.acceptable
         assert all(choice == DEFAULT or was.gains(choice) for choice in now.acceptable)
         assert was.acceptable != {DEFAULT} or now.acceptable == {DEFAULT}
