@@ -192,27 +192,27 @@ def _standings(contests: Sequence[_Contest], reference: Choice, decided: float) 
     `decided` as in `paired_ratios`.
     """
     anchored = [contest for contest in contests if reference in contest.jobs]
-    paired: dict[Choice, list[int]] = {}
-    screened: dict[Choice, list[int]] = {}
-    for index, contest in enumerate(anchored):
+    paired: dict[Choice, list[_Contest]] = {}
+    screened: dict[Choice, list[_Contest]] = {}
+    for contest in anchored:
         rounds = len(contest.jobs[reference].samples_ns)
         for choice, row in contest.jobs.items():
             held = paired if rounds and len(row.samples_ns) == rounds else screened
-            held.setdefault(choice, []).append(index)
+            held.setdefault(choice, []).append(contest)
     together: dict[tuple[int, ...], list[Choice]] = {}
-    for choice, indices in paired.items():
-        together.setdefault(_trusted(anchored, indices), []).append(choice)
+    for choice, found in paired.items():
+        together.setdefault(tuple(map(id, found)), []).append(choice)
     standings: dict[Choice, Standing] = {}
-    for trusted, choices in together.items():
-        standings |= _paired([anchored[index] for index in trusted], choices, reference, decided)
+    for choices in together.values():
+        standings |= _paired(_trusted(paired[choices[0]]), choices, reference, decided)
     for choice in screened.keys() - paired.keys():
-        standings[choice] = _screened([anchored[i] for i in _trusted(anchored, screened[choice])], choice, reference)
+        standings[choice] = _screened(_trusted(screened[choice]), choice, reference)
     return dict(sorted(standings.items()))
 
 
-def _trusted(contests: Sequence[_Contest], indices: Sequence[int]) -> tuple[int, ...]:
-    """Those of undisturbed contests, all where there are none."""
-    return tuple(index for index in indices if not contests[index].disturbed) or tuple(indices)
+def _trusted(contests: Sequence[_Contest]) -> Sequence[_Contest]:
+    """The undisturbed contests, all where there are none."""
+    return [contest for contest in contests if not contest.disturbed] or contests
 
 
 def _paired(
@@ -247,8 +247,32 @@ def _screened(contests: Sequence[_Contest], choice: Choice, reference: Choice) -
 def _tied(contests: Sequence[_Contest], best: Choice, measured: Mapping[Choice, Standing]) -> Iterable[Choice]:
     """Choices whose paired ratio to the best is not shown to be above the tie margin."""
     margin = math.log1p(TIE_MARGIN)
-    against_best = _standings(contests, best, margin)
+    slower = _slower_in_every_round(contests, best)
+    rivals = [
+        _Contest({choice: row for choice, row in contest.jobs.items() if choice not in slower}, contest.disturbed)
+        for contest in contests
+    ]
+    against_best = _standings(rivals, best, margin)
     for choice in measured:
         standing = against_best.get(choice)
         if standing is not None and standing.rounds and standing.low <= margin:
             yield choice
+
+
+def _slower_in_every_round(contests: Sequence[_Contest], best: Choice) -> frozenset[Choice]:
+    """The choices of undisturbed contests that took longer than the best and the tie margin in each of their rounds:
+    so they do in every resample of these, and need no interval."""
+    slowest_lead: dict[Choice, float] = {}
+    for contest in contests:
+        anchor = contest.jobs.get(best)
+        if anchor is None or not anchor.samples_ns:
+            continue
+        choices = [c for c, row in contest.jobs.items() if len(row.samples_ns) == len(anchor.samples_ns)]
+        times = np.array([contest.jobs[choice].samples_ns for choice in choices])
+        leads = (times / np.array(anchor.samples_ns)).min(axis=1)
+        for choice, lead in zip(choices, leads.tolist(), strict=True):
+            lead = 0.0 if contest.disturbed else lead
+            slowest_lead[choice] = min(lead, slowest_lead.get(choice, lead))
+    # Above by more than the rounding of logarithms.
+    threshold = (1.0 + TIE_MARGIN) * (1.0 + 10.0 * LOG_RESOLUTION)
+    return frozenset(choice for choice, lead in slowest_lead.items() if lead > threshold)

@@ -74,7 +74,8 @@ def compile_rows(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> Comp
 
 
 def _single_device(rows: Sequence[Measurement]) -> DeviceSpec:
-    devices = sorted({canonical_json(dict(row.device)) for row in rows})
+    shared = {id(row.device): row.device for row in rows}
+    devices = sorted({canonical_json(dict(device)) for device in shared.values()})
     if len(devices) > 1:
         raise ResultsError(f"the results come from {len(devices)} devices, required one: {'; '.join(devices)}")
     return DeviceSpec.from_dict(rows[0].device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from layerzero_runtime.context import SelectionContext
 
@@ -60,6 +60,14 @@ class Measurement:
     policy: Mapping[str, Any]
     measured_at: str
     contention: float = 0.0
+
+    @classmethod
+    def of_stored(cls, values: Mapping[str, Any]) -> Self:
+        """A row of a results file from all its columns, whose times were rounded when it was written: a store holds a
+        million of them."""
+        row = object.__new__(cls)
+        row.__dict__.update(values)
+        return row
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "samples_ns", tuple(map(rounded_time, self.samples_ns)))
