@@ -10,6 +10,7 @@ import typer
 
 from layerzero_tune.command_line.options import JsonOption, KernelsOption, registry_with, split_list
 from layerzero_tune.command_line.output import console, print_json
+from layerzero_tune.compile.distrust import disturbed_contests
 from layerzero_tune.compile.emit import emit
 from layerzero_tune.compile.pipeline import compile_table
 from layerzero_tune.compile.self_check import check_emitted
@@ -30,6 +31,7 @@ def compile_command(
         probes = check_emitted(form, emitted.write(Path(draft)))
     folder = emitted.write(out)
     buckets = sum(len(entry.leaves()) for entry in form.entries)
+    distrusted = len(disturbed_contests(held.rows))
     if json:
         print_json(
             {
@@ -38,6 +40,7 @@ def compile_command(
                 "buckets": buckets,
                 "probes": probes,
                 "provenance": dict(form.provenance),
+                "distrusted_contests": distrusted,
                 "quarantined": [str(path) for path in held.quarantined],
             }
         )
@@ -47,3 +50,9 @@ def compile_command(
         f"measurements; the module answers as meant at {probes} probes",
         soft_wrap=True,
     )
+    if distrusted:
+        console.print(
+            f"{distrusted} contests ran beside other processes or while the machine drifted: others at the same sizes "
+            "go before them, else their intervals are wider",
+            soft_wrap=True,
+        )

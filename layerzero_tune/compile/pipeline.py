@@ -1,4 +1,5 @@
-"""The passes in order: results to verdicts, to what holds around them, to coverage, to trees, to a table's form."""
+"""The passes in order: results to verdicts, to what holds around them, to few configurations, to coverage, to trees, to
+a table's form."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from layerzero_tune.compile.coverage import bounds_of, max_product_of, unmeasure
 from layerzero_tune.compile.form import Entry, TableForm
 from layerzero_tune.compile.judge import Verdict, judge
 from layerzero_tune.compile.neighbourhood import settle
+from layerzero_tune.compile.portfolio import narrow
 from layerzero_tune.compile.tree import Cell, TreeGrower
 from layerzero_tune.identity import canonical_json
 from layerzero_tune.results.content import results_hash
@@ -129,7 +131,7 @@ def _entry(
     free = tuple(axes.index(axis.name) for axis in operation.axes_of(context))
     sizes = [verdict.sizes for verdict in verdicts]
     bounds, max_product = bounds_of(sizes), max_product_of(sizes, free)
-    cells = [Cell(verdict.sizes, verdict) for verdict in settle(verdicts, free)]
+    cells = [Cell(verdict.sizes, verdict) for verdict in narrow(settle(verdicts, free))]
     cells += [Cell(missing, None) for missing in unmeasured_cells(sizes, free, max_product)]
     default = verdicts[0].default
     measured = any(default in verdict.standings for verdict in verdicts)
