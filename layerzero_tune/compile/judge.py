@@ -31,15 +31,15 @@ DECIDED = math.log(1.05)
 Choice = tuple[str, str]  # (kernel id, canonical JSON of the configuration)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Standing:
     """How a choice stands against the reference choice at one cell.
 
     Attributes:
         log_ratio: mean of log(time / reference's time); negative is faster.
-        low, high: 95% bootstrap interval of that mean; the range of the rounds where they all lie beyond `DECIDED` on
-            one side; for a choice that was only screened, `SCREENING_DOUBT` either way. Wider by the doubt in disturbed
-            contests where there are no others.
+        low, high: 95% interval of that mean, by bootstrap unless all rounds lie beyond `DECIDED` on one side; for a
+            choice that was only screened, `SCREENING_DOUBT` either way. Wider by the doubt in disturbed contests where
+            there are no others.
         rounds: paired rounds behind it, 0 for a screening estimate.
     """
 

@@ -75,20 +75,25 @@ def paired_logs(times: Sequence[Sequence[float]], baseline: Sequence[float]) -> 
 def paired_ratios(logs: Logs, decided: float = math.inf, doubts: Sequence[float] = ()) -> list[PairedRatio]:
     """For each row of `logs` (choices, rounds) what `paired_log_ratio` gives, its interval widened by its doubt.
 
-    `decided` is for callers whose thresholds all lie within this log ratio of zero: where every round lies beyond it on
-    one side, the interval lies there as well, and the range of the rounds, which holds it, stands in its place. A
-    bootstrap costs a hundred times as much.
+    `decided` is for callers whose thresholds all lie within this log ratio of zero. Where every round lies beyond it on
+    one side, so does every resample, and a bootstrap, which costs a hundred times as much, would decide nothing: there
+    the interval is the normal one of a trimmed mean (Tukey and McLaughlin 1963), within the range of the rounds.
     """
-    kept, totals = _interquartile_sum(logs)
-    lows, highs = logs.min(axis=-1), logs.max(axis=-1)
+    count = logs.shape[-1]
+    first, end = _interquartile(count)
+    ordered = np.sort(logs, axis=-1)
+    totals = ordered[:, first:end].sum(axis=-1)
+    lows, highs = ordered[:, 0], ordered[:, -1]
     limits = (decided - np.array(doubts or [0.0] * len(logs))) / LOG_RESOLUTION
     is_settled = (lows > limits) | (highs < -limits) | (lows == highs)
-    scale = LOG_RESOLUTION / kept
+    half_widths = _normal_half_widths(ordered, first, end)
+    scale = LOG_RESOLUTION / (end - first)
     found = []
     for index, total in enumerate(totals.tolist()):
         doubt = doubts[index] if doubts else 0.0
         if is_settled[index]:
-            low, high = kept * int(lows[index]), kept * int(highs[index])
+            low = max(total - half_widths[index], (end - first) * int(lows[index]))
+            high = min(total + half_widths[index], (end - first) * int(highs[index]))
         else:
             low, high = _bootstrap_interval(logs[index])
         found.append(PairedRatio(total * scale, low * scale - doubt, high * scale + doubt))
@@ -195,10 +200,13 @@ def _interquartile(count: int) -> tuple[int, int]:
     return cut, count - cut
 
 
-def _interquartile_sum(logs: Logs) -> tuple[int, Logs]:
-    """How many values of each row are left, and their sums."""
-    first, end = _interquartile(logs.shape[-1])
-    return end - first, np.sort(logs, axis=-1)[..., first:end].sum(axis=-1)
+def _normal_half_widths(ordered: Logs, first: int, end: int) -> list[int]:
+    """Half of a 95% interval of the interquartile sum of each row: its winsorised deviation over sqrt(count)."""
+    count = ordered.shape[-1]
+    winsorised = np.clip(ordered, ordered[:, first, None], ordered[:, end - 1, None])
+    deviations = winsorised.std(axis=-1, ddof=1) if count > 1 else np.zeros(len(ordered))
+    # The mean of the ranks kept deviates by deviation x sqrt(count) / kept; their sum by kept times that.
+    return [round(1.96 * deviation * math.sqrt(count)) for deviation in deviations.tolist()]
 
 
 def _bootstrap_interval(logs: Logs) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -17,7 +17,7 @@ Status = Literal["ok", "refused", "unavailable", "failed", "wrong", "out_of_memo
 STATUSES: tuple[Status, ...] = ("ok", "refused", "unavailable", "failed", "wrong", "out_of_memory", "timeout", "died")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
     """One job in one contest, as it is stored: `screen_ns` and `samples_ns` are rounded to `TIME_BITS` when it is made.
 
@@ -62,11 +62,12 @@ class Measurement:
     contention: float = 0.0
 
     @classmethod
-    def of_stored(cls, values: Mapping[str, Any]) -> Self:
-        """A row of a results file from all its columns, whose times were rounded when it was written: a store holds a
-        million of them."""
+    def of_stored(cls, columns: Sequence[str], values: Sequence[Any]) -> Self:
+        """A row of a results file from all its columns. Its times were rounded when it was written; to do so again
+        would take longer than all the rest of reading."""
         row = object.__new__(cls)
-        row.__dict__.update(values)
+        for name, value in zip(columns, values, strict=True):
+            object.__setattr__(row, name, value)
         return row
 
     def __post_init__(self) -> None:

@@ -120,11 +120,19 @@ def test_an_interval_that_is_not_resampled_decides_the_same(
     logs = paired_logs([[base * chance.uniform(0.9, 1.2) for base in baseline]], baseline)
     (exact,), (quick,) = paired_ratios(logs, doubts=[doubt]), paired_ratios(logs, decided, [doubt])
     assert exact.mean_log_ratio == quick.mean_log_ratio
-    assert quick.low <= exact.low + 1e-12
-    assert quick.high >= exact.high - 1e-12
+    assert quick.low <= quick.mean_log_ratio <= quick.high
     for threshold in (-decided, -0.01, 0.0, 0.005, decided):
         assert (quick.low > threshold) == (exact.low > threshold)
         assert (quick.high < threshold) == (exact.high < threshold)
+
+
+def test_an_interval_that_is_not_resampled_is_as_wide_as_one_that_is() -> None:
+    rng = np.random.Generator(np.random.PCG64(5))
+    logs = paired_logs([noisy_pair(rng, 16, ratio=1.5)[0] for _ in range(300)], noisy_pair(rng, 16)[1])
+    exact, quick = paired_ratios(logs), paired_ratios(logs, 0.05)
+    widths = [(q.high - q.low) / (e.high - e.low) for q, e in zip(quick, exact, strict=True)]
+    assert 0.9 < statistics.fmean(widths) < 1.1
+    assert statistics.stdev(widths) > 0.0
 
 
 def test_a_rank_correlation_says_how_a_series_follows_its_order() -> None:
