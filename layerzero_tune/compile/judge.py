@@ -14,7 +14,7 @@ from layerzero_runtime.operation import Operation, Sizes, StaticKey
 from layerzero_runtime.operations import operation_named
 from layerzero_tune.compile.distrust import doubts, is_disturbed
 from layerzero_tune.identity import canonical_json
-from layerzero_tune.measure.statistics import LOG_RESOLUTION, paired_logs, paired_ratios
+from layerzero_tune.measure.statistics import LOG_RESOLUTION, SLOWER_THRESHOLD, paired_logs, paired_ratios
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.schema import JsonTexts
 
@@ -25,8 +25,8 @@ TIE_MARGIN = 0.005
 # A screening has a few short looks: its ratios may be off by this factor either way, as times of separate runs are.
 SCREENING_DOUBT = 2.0
 
-# Log ratio beyond which no threshold of the compiler or of an evaluation lies.
-DECIDED = math.log(1.05)
+# Log ratio beyond which no threshold lies: a gain, a tie margin, or what counts as slower than the default.
+DECIDED = math.log(SLOWER_THRESHOLD)
 
 Choice = tuple[str, str]  # (kernel id, canonical JSON of the configuration)
 
@@ -271,8 +271,8 @@ def _slower_in_every_round(contests: Sequence[_Contest], best: Choice) -> frozen
         times = np.array([contest.jobs[choice].samples_ns for choice in choices])
         leads = (times / np.array(anchor.samples_ns)).min(axis=1)
         for choice, lead in zip(choices, leads.tolist(), strict=True):
-            lead = 0.0 if contest.disturbed else lead
-            slowest_lead[choice] = min(lead, slowest_lead.get(choice, lead))
+            certain = 0.0 if contest.disturbed else lead
+            slowest_lead[choice] = min(certain, slowest_lead.get(choice, certain))
     # Above by more than the rounding of logarithms.
     threshold = (1.0 + TIE_MARGIN) * (1.0 + 10.0 * LOG_RESOLUTION)
     return frozenset(choice for choice, lead in slowest_lead.items() if lead > threshold)

@@ -25,7 +25,7 @@ _SEED = 0x6C61796572  # any fixed number
 Logs = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PairedRatio:
     """Natural logarithm of times over a baseline's times, and its confidence interval; negative is faster."""
 
@@ -79,25 +79,22 @@ def paired_ratios(logs: Logs, decided: float = math.inf, doubts: Sequence[float]
     one side, so does every resample, and a bootstrap, which costs a hundred times as much, would decide nothing: there
     the interval is the normal one of a trimmed mean (Tukey and McLaughlin 1963), within the range of the rounds.
     """
-    count = logs.shape[-1]
-    first, end = _interquartile(count)
+    first, end = _interquartile(logs.shape[-1])
+    kept = end - first
     ordered = np.sort(logs, axis=-1)
     totals = ordered[:, first:end].sum(axis=-1)
-    lows, highs = ordered[:, 0], ordered[:, -1]
-    limits = (decided - np.array(doubts or [0.0] * len(logs))) / LOG_RESOLUTION
-    is_settled = (lows > limits) | (highs < -limits) | (lows == highs)
+    smallest, largest = ordered[:, 0], ordered[:, -1]
     half_widths = _normal_half_widths(ordered, first, end)
-    scale = LOG_RESOLUTION / (end - first)
-    found = []
-    for index, total in enumerate(totals.tolist()):
-        doubt = doubts[index] if doubts else 0.0
-        if is_settled[index]:
-            low = max(total - half_widths[index], (end - first) * int(lows[index]))
-            high = min(total + half_widths[index], (end - first) * int(highs[index]))
-        else:
-            low, high = _bootstrap_interval(logs[index])
-        found.append(PairedRatio(total * scale, low * scale - doubt, high * scale + doubt))
-    return found
+    lows = np.maximum(totals - half_widths, kept * smallest)
+    highs = np.minimum(totals + half_widths, kept * largest)
+    doubt = np.array(doubts) if doubts else np.zeros(len(logs))
+    limits = (decided - doubt) / LOG_RESOLUTION
+    is_settled = (smallest > limits) | (largest < -limits) | (smallest == largest)
+    for index in np.flatnonzero(~is_settled):
+        lows[index], highs[index] = _bootstrap_interval(logs[index])
+    scale = LOG_RESOLUTION / kept
+    columns = (totals * scale, lows * scale - doubt, highs * scale + doubt)
+    return [PairedRatio(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 def slower_p_value(times: Sequence[float], baseline: Sequence[float], threshold: float = SLOWER_THRESHOLD) -> float:
@@ -200,13 +197,13 @@ def _interquartile(count: int) -> tuple[int, int]:
     return cut, count - cut
 
 
-def _normal_half_widths(ordered: Logs, first: int, end: int) -> list[int]:
-    """Half of a 95% interval of the interquartile sum of each row: its winsorised deviation over sqrt(count)."""
+def _normal_half_widths(ordered: Logs, first: int, end: int) -> Logs:
+    """Half of a 95% interval of the interquartile sum of each row, which is in ascending order."""
     count = ordered.shape[-1]
     winsorised = np.clip(ordered, ordered[:, first, None], ordered[:, end - 1, None])
     deviations = winsorised.std(axis=-1, ddof=1) if count > 1 else np.zeros(len(ordered))
     # The mean of the ranks kept deviates by deviation x sqrt(count) / kept; their sum by kept times that.
-    return [round(1.96 * deviation * math.sqrt(count)) for deviation in deviations.tolist()]
+    return np.rint(1.96 * deviations * math.sqrt(count)).astype(np.int64)
 
 
 def _bootstrap_interval(logs: Logs) -> tuple[int, int]:

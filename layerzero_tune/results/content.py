@@ -54,7 +54,7 @@ def whole_contests(files: Iterable[Iterable[Measurement]]) -> list[Contest]:
 
 def differ(first: Contest, second: Contest) -> bool:
     """Whether two versions of a contest say different things."""
-    return first != second and list(_texts(first)) != list(_texts(second))  # an error that is no number equals itself
+    return first != second and _texts(first) != _texts(second)  # an error that is no number equals itself
 
 
 def _ids(row: Measurement) -> tuple[str, str]:
@@ -70,8 +70,12 @@ def _precedence(contest: Contest) -> tuple[float, str, list[str]]:
     return (
         disturbance if disturbance > MAX_SHARE else 0.0,
         min(row.measured_at for row in contest),
-        list(map(_Texts().of_row, contest)),
+        _texts(contest),
     )
+
+
+def _texts(contest: Contest) -> list[str]:
+    return list(map(_Texts().of_row, contest))
 
 
 class _Texts:
