@@ -31,10 +31,15 @@ UP_AND_DOWN = (1.0, 1.3, 1.0, 1.3, 1.0, 1.3, 1.0, 1.3, 1.0, 1.3)
 
 
 def rounds(
-    default: Sequence[float], lean: Sequence[float], repeat: int = 0, contention: float = 0.0
+    default: Sequence[float],
+    lean: Sequence[float],
+    repeat: int = 0,
+    contention: float = 0.0,
+    wide: Sequence[float] = (),
 ) -> list[Measurement]:
-    """A contest with these times in units of 1000 ns, beside `wide`, which always takes 2000 ns."""
-    times = {"torch.rms_norm": default, "synthetic.lean": lean, "synthetic.wide": [2.0] * len(default)}
+    """A contest with these times in units of 1000 ns; `wide` takes 2000 ns if nothing is said of it."""
+    wide = wide or [2.0] * len(default)
+    times = {"torch.rms_norm": default, "synthetic.lean": lean, "synthetic.wide": wide}
     made = contest_rows(norm(64), dict.fromkeys(times, 1.0), rounds=len(default), repeat=repeat)
     return [
         replace(row, samples_ns=tuple(1000.0 * time for time in times[row.kernel_id]), contention=contention)
@@ -119,6 +124,22 @@ def test_a_ratio_that_moves_in_a_drifting_contest_must_gain_at_both_ends() -> No
     assert found.acceptable == {DEFAULT}
     large = verdict(rounds(TREND, scaled(STEADY, 0.5)))
     assert large.acceptable == {LEAN}
+
+
+def test_noise_of_a_ratio_in_a_drifting_contest_is_not_counted_twice() -> None:
+    """Its halves differ by 3%, which chance gives: the bootstrap has seen it already."""
+    noisy = [0.9 * jitter for jitter in (1.0, 1.04, 0.97, 1.02, 0.98, 1.03, 1.01, 1.05, 0.99, 1.04)]
+    drifting = [time * trend for time, trend in zip(noisy, TREND, strict=True)]
+    assert disturbed_contests(rounds(TREND, drifting))
+    found, calm = (verdict(rows).standings[LEAN] for rows in (rounds(TREND, drifting), rounds(STEADY, noisy)))
+    assert (found.low, found.high) == pytest.approx((calm.low, calm.high), abs=1e-5)
+
+
+def test_a_ratio_to_the_best_that_moves_leaves_a_tie() -> None:
+    """`wide` is slower in every round, at first by 0.7%, in the end by 8%: which of these is true?"""
+    wide = [0.5 * (1.007 + 0.008 * number) for number in range(10)]
+    assert verdict(rounds(TREND, [0.5] * 10, wide=wide)).tied == {LEAN, WIDE}
+    assert verdict(rounds(STEADY, [0.5] * 10, wide=wide)).tied == {LEAN}
 
 
 @pytest.mark.parametrize(("share", "gains"), [(0.04, True), (0.06, False), (0.9, False)])
