@@ -88,7 +88,7 @@ def paired_ratios(logs: Logs, decided: float = math.inf, doubts: Sequence[float]
     lows = np.maximum(totals - half_widths, kept * smallest)
     highs = np.minimum(totals + half_widths, kept * largest)
     doubt = np.array(doubts) if doubts else np.zeros(len(logs))
-    limits = (decided - doubt) / LOG_RESOLUTION
+    limits = (decided + doubt) / LOG_RESOLUTION
     is_settled = (smallest > limits) | (largest < -limits) | (smallest == largest)
     for index in np.flatnonzero(~is_settled):
         lows[index], highs[index] = _bootstrap_interval(logs[index])
