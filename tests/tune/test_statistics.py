@@ -126,6 +126,13 @@ def test_an_interval_that_is_not_resampled_decides_the_same(
         assert (quick.high < threshold) == (exact.high < threshold)
 
 
+def test_rounds_are_resampled_where_the_doubt_reaches_over_a_threshold() -> None:
+    """None of the rounds is slower by 1%, but with a doubt of 2% one of them may be."""
+    logs = np.array([[-64_538_521, -64_538_521, 0]])
+    assert paired_ratios(logs, 0.01, [0.02]) == paired_ratios(logs, doubts=[0.02])
+    assert paired_ratios(-logs, 0.01, [0.02]) == paired_ratios(-logs, doubts=[0.02])
+
+
 def test_an_interval_that_is_not_resampled_is_as_wide_as_one_that_is() -> None:
     rng = np.random.Generator(np.random.PCG64(5))
     logs = paired_logs([noisy_pair(rng, 16, ratio=1.5)[0] for _ in range(300)], noisy_pair(rng, 16)[1])
