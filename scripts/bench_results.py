@@ -8,7 +8,6 @@ The rows are those of `synthetic_tuning`. With --results they are kept there, an
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import resource
@@ -24,20 +23,6 @@ from layerzero_tune.results.store import ResultsStore
 
 ROWS = 1_000_000
 MAX_BYTES, MAX_SECONDS, MAX_PEAK = 100e6, 60.0, 2e9
-# Contests between two compactions: a run leaves a file for each contest.
-_BATCH = 5000
-
-
-def write(store: ResultsStore, rows: int) -> None:
-    """Write contests of whole points until there are `rows` rows or more."""
-    contests = -(-rows // len(synthetic_tuning.CANDIDATES))
-    for second, context in enumerate(itertools.islice(synthetic_tuning.points(), contests)):
-        store.append(synthetic_tuning.contest_rows(context, second))
-        if second % _BATCH == _BATCH - 1:
-            store.compact()
-            print(f"\r{second + 1} of {contests} contests written", end="", file=sys.stderr, flush=True)
-    store.compact()
-    print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
 
 
 def report(results: Path) -> bool:
@@ -78,7 +63,7 @@ def main() -> None:
     with TemporaryDirectory() as temporary:
         results = arguments.results or Path(temporary, "results")
         if not results.exists():
-            write(ResultsStore(results), arguments.rows)
+            synthetic_tuning.write(ResultsStore(results), arguments.rows)
         sys.exit(not report(results))
 
 

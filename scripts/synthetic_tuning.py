@@ -17,6 +17,7 @@ from layerzero_runtime.kernel import Configuration, Kernel, KernelFunction, Kern
 from layerzero_tune.identity import content_hash
 from layerzero_tune.measure.contest import Candidate, Contest, MeasurementPolicy
 from layerzero_tune.results.measurement import Measurement
+from layerzero_tune.results.store import ResultsStore
 
 H100 = DeviceSpec("cuda", "NVIDIA H100 80GB HBM3", compute_capability=(9, 0), multiprocessors=132)
 POLICY = MeasurementPolicy(rounds=16)
@@ -103,6 +104,18 @@ def contest_rows(context: SelectionContext, second: int) -> list[Measurement]:
     ]
 
 
+def write(store: ResultsStore, rows: int) -> None:
+    """Write the contests of whole points until there are `rows` rows or more, a file each as a run does, compacted."""
+    contests = -(-rows // len(CANDIDATES))
+    for second, context in enumerate(itertools.islice(points(), contests)):
+        store.append(contest_rows(context, second))
+        if second % _BATCH == _BATCH - 1:
+            store.compact()
+    store.compact()
+
+
+# Contests between two compactions: a run of days compacts at the end of each.
+_BATCH = 5000
 _DEVICE, _VERSIONS, _POLICY = H100.to_dict(), {"torch": "2.13.0", "synthetic": "1.0"}, POLICY.to_dict()
 _SOURCES = {candidate.kernel_id: content_hash(candidate.kernel_id) for candidate in CANDIDATES}
 
