@@ -9,7 +9,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,14 +18,15 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.counters import CounterGroup
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.kernels import builtin_kernels
+from layerzero_runtime.operation import StaticKey
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.snapshot import Snapshot
 from layerzero_runtime.tables.table_files import TABLES_VARIABLE
 from layerzero_tune.command_line.output import shape_text
 from layerzero_tune.compile.emit import emit
-from layerzero_tune.compile.judge import Choice, judge
-from layerzero_tune.compile.pipeline import compile_table
+from layerzero_tune.compile.judge import Choice, Verdict
+from layerzero_tune.compile.pipeline import compile_rows
 from layerzero_tune.evaluate.agreement import TIE_WITHIN, Agreement, Alike, Tuning, agreement
 from layerzero_tune.identity import canonical_json
 from layerzero_tune.results.measurement import Measurement
@@ -35,20 +36,19 @@ from layerzero_tune.workload.draw import draw_between
 
 def tuning(rows: Sequence[Measurement], contexts: Sequence[SelectionContext]) -> Tuning:
     """What the runtime selects with the table of these results."""
-    form = compile_table(rows, builtin_kernels())
-    device = DeviceSpec.from_dict(form.device)
+    compiled = compile_rows(rows, builtin_kernels())
+    device = DeviceSpec.from_dict(compiled.form.device)
     with TemporaryDirectory() as folder:
-        emit(form).write(Path(folder))
+        emit(compiled.form).write(Path(folder))
         os.environ[TABLES_VARIABLE] = folder
         snapshot = Snapshot(Registry(builtin_kernels()), CounterGroup())
         plans = {context: snapshot.select(context.with_device(device)) for context in contexts}
     picks = {context: (plan.kernel_id, canonical_json(dict(plan.configuration))) for context, plan in plans.items()}
-    return Tuning(picks, alike_at_the_nearest_cell(rows))
+    return Tuning(picks, alike_at_the_nearest_cell(compiled.verdicts))
 
 
-def alike_at_the_nearest_cell(rows: Sequence[Measurement]) -> Alike:
+def alike_at_the_nearest_cell(verdicts: Mapping[tuple[str, StaticKey], Sequence[Verdict]]) -> Alike:
     """By the measured ratios at the cell that lies nearest in log space."""
-    verdicts = judge(rows)
 
     def alike(context: SelectionContext, choice: Choice) -> set[Choice]:
         operation = operation_named(context.operation)
