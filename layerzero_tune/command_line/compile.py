@@ -10,6 +10,7 @@ import typer
 
 from layerzero_tune.command_line.options import JsonOption, KernelsOption, registry_with, split_list
 from layerzero_tune.command_line.output import console, print_json, write_workload
+from layerzero_tune.compile.distrust import disturbed_contests
 from layerzero_tune.compile.emit import emit
 from layerzero_tune.compile.pipeline import compile_rows
 from layerzero_tune.compile.self_check import check_emitted
@@ -48,6 +49,7 @@ def compile_command(
     if wanted is not None:
         write_workload(lines, wanted, "--wanted")
     buckets = sum(len(entry.leaves()) for entry in form.entries)
+    distrusted = len(disturbed_contests(held.rows))
     if json:
         print_json(
             {
@@ -57,6 +59,7 @@ def compile_command(
                 "probes": probes,
                 "provenance": dict(form.provenance),
                 "wanted": None if wanted is None else len(lines),
+                "distrusted_contests": distrusted,
                 "quarantined": [str(path) for path in held.quarantined],
             }
         )
@@ -74,3 +77,9 @@ def compile_command(
         )
     elif wanted is not None:
         console.print(f"{wanted}: empty, there is no hole to close", soft_wrap=True)
+    if distrusted:
+        console.print(
+            f"{distrusted} contests ran beside other processes or while the machine drifted: others at the same sizes "
+            "go before them, else their intervals are wider",
+            soft_wrap=True,
+        )

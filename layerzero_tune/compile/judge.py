@@ -7,12 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+import numpy as np
+
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operation import Operation, Sizes, StaticKey
 from layerzero_runtime.operations import operation_named
+from layerzero_tune.compile.distrust import doubts, is_disturbed
 from layerzero_tune.identity import canonical_json
-from layerzero_tune.measure.statistics import LOG_RESOLUTION, paired_log_ratio
+from layerzero_tune.measure.statistics import LOG_RESOLUTION, SLOWER_THRESHOLD, paired_logs, paired_ratios
 from layerzero_tune.results.measurement import Measurement
+from layerzero_tune.results.schema import JsonTexts
 
 # An entry differs from the default only where the 95% bound of the gain is above 1% (contract 4).
 MINIMUM_GAIN = 0.01
@@ -21,17 +25,21 @@ TIE_MARGIN = 0.005
 # A screening has a few short looks: its ratios may be off by this factor either way, as times of separate runs are.
 SCREENING_DOUBT = 2.0
 
+# Log ratio beyond which no threshold lies: a gain, a tie margin, or what counts as slower than the default.
+DECIDED = math.log(SLOWER_THRESHOLD)
+
 Choice = tuple[str, str]  # (kernel id, canonical JSON of the configuration)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Standing:
     """How a choice stands against the reference choice at one cell.
 
     Attributes:
         log_ratio: mean of log(time / reference's time); negative is faster.
-        low, high: 95% bootstrap interval of that mean; for a choice that was only screened, `SCREENING_DOUBT` either
-            way.
+        low, high: 95% interval of that mean, by bootstrap unless all rounds lie beyond `DECIDED` on one side; for a
+            choice that was only screened, `SCREENING_DOUBT` either way. Wider by the doubt in disturbed contests where
+            there are no others.
         rounds: paired rounds behind it, 0 for a screening estimate.
     """
 
@@ -85,20 +93,29 @@ class Verdict:
         return max(0.0, standing.log_ratio - self.standings[self.best].log_ratio)
 
 
-def choice_of(row: Measurement) -> Choice:
-    return (row.kernel_id, canonical_json(dict(row.configuration)))
+@dataclass(frozen=True)
+class _Contest:
+    """The rows of a contest that have a time, by choice, and whether something disturbed it."""
+
+    jobs: Mapping[Choice, Measurement]
+    disturbed: bool
 
 
 def judge(rows: Iterable[Measurement]) -> dict[tuple[str, StaticKey], tuple[Verdict, ...]]:
     """Verdicts by operation and static key, sorted by sizes; cells in which nothing has a time are left out."""
     cells: dict[tuple[str, StaticKey, Sizes], list[Measurement]] = {}
+    by_context: dict[int, list[Measurement]] = {}  # rows share their contexts, whose keys take longer than their ids
     for row in rows:
-        operation = operation_named(row.context.operation)
-        key = (operation.name, operation.static_key(row.context), operation.sizes(row.context))
-        cells.setdefault(key, []).append(row)
+        cell = by_context.get(id(row.context))
+        if cell is None:
+            operation = operation_named(row.context.operation)
+            key = (operation.name, operation.static_key(row.context), operation.sizes(row.context))
+            cell = by_context[id(row.context)] = cells.setdefault(key, [])
+        cell.append(row)
     verdicts: dict[tuple[str, StaticKey], list[Verdict]] = {}
+    texts = JsonTexts()
     for (name, static_key, sizes), found in cells.items():
-        verdict = _judge_cell(operation_named(name), sizes, found)
+        verdict = _judge_cell(operation_named(name), sizes, found, texts)
         if verdict is not None:
             verdicts.setdefault((name, static_key), []).append(verdict)
     return {
@@ -107,16 +124,13 @@ def judge(rows: Iterable[Measurement]) -> dict[tuple[str, StaticKey], tuple[Verd
     }
 
 
-def _judge_cell(operation: Operation, sizes: Sizes, rows: Sequence[Measurement]) -> Verdict | None:
-    contests: dict[str, dict[Choice, Measurement]] = {}
-    for row in sorted(rows, key=lambda row: (row.contest_id, row.job_id)):
-        if row.status == "ok" and row.screen_ns is not None:
-            contests.setdefault(row.contest_id, {})[choice_of(row)] = row
+def _judge_cell(operation: Operation, sizes: Sizes, rows: Sequence[Measurement], texts: JsonTexts) -> Verdict | None:
+    contests = _contests(rows, texts)
     if not contests:
         return None
     default: Choice = (operation.default_kernel, canonical_json({}))
-    reference = default if any(default in jobs for jobs in contests.values()) else _fastest(contests)
-    standings = _standings(contests, reference)
+    reference = default if any(default in contest.jobs for contest in contests) else _fastest(contests)
+    standings = _standings(contests, reference, DECIDED)
     measured = {choice: standing for choice, standing in standings.items() if standing.rounds}
     best = min(measured or standings, key=lambda choice: (standings[choice].log_ratio, choice))
     tied = frozenset({best, *_tied(contests, best, measured)})
@@ -127,9 +141,8 @@ def _judge_cell(operation: Operation, sizes: Sizes, rows: Sequence[Measurement])
         acceptable = frozenset({default})
     else:
         acceptable = gaining
-    jobs = [jobs[reference] for jobs in contests.values() if reference in jobs]
     return Verdict(
-        context=rows[0].context if len(rows) == 1 else min((row.context for row in rows), key=_context_order),
+        context=min({id(row.context): row.context for row in rows}.values(), key=_context_order),
         sizes=sizes,
         standings=standings,
         default=default,
@@ -137,8 +150,19 @@ def _judge_cell(operation: Operation, sizes: Sizes, rows: Sequence[Measurement])
         best=best,
         tied=tied,
         acceptable=acceptable,
-        reference_ns=median(_time(job) for job in jobs),
+        reference_ns=median(_time(contest.jobs[reference]) for contest in contests if reference in contest.jobs),
         measured_at=max(row.measured_at for row in rows),
+    )
+
+
+def _contests(rows: Sequence[Measurement], texts: JsonTexts) -> tuple[_Contest, ...]:
+    found: dict[str, list[Measurement]] = {}
+    for row in sorted(rows, key=lambda row: (row.contest_id, row.job_id)):
+        if row.status == "ok" and row.screen_ns is not None:
+            found.setdefault(row.contest_id, []).append(row)
+    return tuple(
+        _Contest({(row.kernel_id, texts.of_mapping(row.configuration)): row for row in jobs}, is_disturbed(jobs))
+        for jobs in found.values()
     )
 
 
@@ -151,50 +175,104 @@ def _time(row: Measurement) -> float:
     return median(row.samples_ns) if row.samples_ns else row.screen_ns
 
 
-def _fastest(contests: Mapping[str, Mapping[Choice, Measurement]]) -> Choice:
+def _fastest(contests: Sequence[_Contest]) -> Choice:
     """The choice with a time in the most contests, the fastest of these."""
     times: dict[Choice, list[float]] = {}
-    for jobs in contests.values():
-        for choice, row in jobs.items():
+    for contest in contests:
+        for choice, row in contest.jobs.items():
             times.setdefault(choice, []).append(_time(row))
     return min(times, key=lambda choice: (-len(times[choice]), median(times[choice]), choice))
 
 
-def _standings(contests: Mapping[str, Mapping[Choice, Measurement]], reference: Choice) -> dict[Choice, Standing]:
-    """Ratios within contests alone, pooled over the contests that hold both sides."""
-    pairs: dict[Choice, tuple[list[float], list[float]]] = {}
-    screened: dict[Choice, list[float]] = {}
-    for jobs in contests.values():
-        anchor = jobs.get(reference)
-        if anchor is None or anchor.screen_ns is None:
-            continue
-        for choice, row in jobs.items():
-            if row.samples_ns and len(row.samples_ns) == len(anchor.samples_ns):
-                times, baseline = pairs.setdefault(choice, ([], []))
-                times.extend(row.samples_ns)
-                baseline.extend(anchor.samples_ns)
-            elif row.screen_ns is not None:
-                screened.setdefault(choice, []).append(math.log(row.screen_ns / anchor.screen_ns))
+def _standings(contests: Sequence[_Contest], reference: Choice, decided: float) -> dict[Choice, Standing]:
+    """Ratios within contests alone, pooled over the contests that hold both sides.
+
+    Disturbed contests do not count for a choice that others hold too. Where they are all there is, their doubt widens
+    its interval: leaving them out would make a hole in the table where the default, at least, is known to serve.
+    `decided` as in `paired_ratios`.
+    """
+    anchored = [contest for contest in contests if reference in contest.jobs]
+    paired: dict[Choice, list[_Contest]] = {}
+    screened: dict[Choice, list[_Contest]] = {}
+    for contest in anchored:
+        rounds = len(contest.jobs[reference].samples_ns)
+        for choice, row in contest.jobs.items():
+            held = paired if rounds and len(row.samples_ns) == rounds else screened
+            held.setdefault(choice, []).append(contest)
+    together: dict[tuple[int, ...], list[Choice]] = {}
+    for choice, found in paired.items():
+        together.setdefault(tuple(map(id, found)), []).append(choice)
     standings: dict[Choice, Standing] = {}
-    for choice in sorted({*pairs, *screened}):
-        if choice in pairs:
-            ratio = paired_log_ratio(*pairs[choice])
-            standings[choice] = Standing(ratio.mean_log_ratio, ratio.low, ratio.high, len(pairs[choice][0]))
-        else:
-            estimate = math.fsum(screened[choice]) / len(screened[choice])
-            # Rounded as the paired ratios are: the last bits of a logarithm differ between machines.
-            estimate = round(estimate / LOG_RESOLUTION) * LOG_RESOLUTION
-            doubt = math.log(SCREENING_DOUBT)
-            standings[choice] = Standing(estimate, estimate - doubt, estimate + doubt, 0)
-    return standings
+    for choices in together.values():
+        standings |= _paired(_trusted(paired[choices[0]]), choices, reference, decided)
+    for choice in screened.keys() - paired.keys():
+        standings[choice] = _screened(_trusted(screened[choice]), choice, reference)
+    return dict(sorted(standings.items()))
 
 
-def _tied(
-    contests: Mapping[str, Mapping[Choice, Measurement]], best: Choice, measured: Mapping[Choice, Standing]
-) -> Iterable[Choice]:
+def _trusted(contests: Sequence[_Contest]) -> Sequence[_Contest]:
+    """The undisturbed contests, all where there are none."""
+    return [contest for contest in contests if not contest.disturbed] or contests
+
+
+def _paired(
+    contests: Sequence[_Contest], choices: Sequence[Choice], reference: Choice, decided: float
+) -> dict[Choice, Standing]:
+    """The standings of choices that have rounds in all of these contests."""
+    logs = [
+        paired_logs([contest.jobs[choice].samples_ns for choice in choices], contest.jobs[reference].samples_ns)
+        for contest in contests
+    ]
+    doubt: Sequence[float] = ()
+    if contests[0].disturbed:
+        found = [doubts(contest.jobs[reference], part) for contest, part in zip(contests, logs, strict=True)]
+        doubt = [max(each) for each in zip(*found, strict=True)]
+    pooled = np.concatenate(logs, axis=1)
+    ratios = paired_ratios(pooled, decided, doubt)
+    return {
+        choice: Standing(ratio.mean_log_ratio, ratio.low, ratio.high, pooled.shape[1])
+        for choice, ratio in zip(choices, ratios, strict=True)
+    }
+
+
+def _screened(contests: Sequence[_Contest], choice: Choice, reference: Choice) -> Standing:
+    found = [(contest.jobs[choice].screen_ns, contest.jobs[reference].screen_ns) for contest in contests]
+    ratios = [math.log(time / anchor) for time, anchor in found if time is not None and anchor is not None]
+    # Rounded as the paired ratios are: the last bits of a logarithm differ between machines.
+    estimate = round(math.fsum(ratios) / len(ratios) / LOG_RESOLUTION) * LOG_RESOLUTION
+    doubt = math.log(SCREENING_DOUBT)
+    return Standing(estimate, estimate - doubt, estimate + doubt, 0)
+
+
+def _tied(contests: Sequence[_Contest], best: Choice, measured: Mapping[Choice, Standing]) -> Iterable[Choice]:
     """Choices whose paired ratio to the best is not shown to be above the tie margin."""
-    against_best = _standings(contests, best)
+    margin = math.log1p(TIE_MARGIN)
+    slower = _slower_in_every_round(contests, best)
+    rivals = [
+        _Contest({choice: row for choice, row in contest.jobs.items() if choice not in slower}, contest.disturbed)
+        for contest in contests
+    ]
+    against_best = _standings(rivals, best, margin)
     for choice in measured:
         standing = against_best.get(choice)
-        if standing is not None and standing.rounds and standing.low <= math.log1p(TIE_MARGIN):
+        if standing is not None and standing.rounds and standing.low <= margin:
             yield choice
+
+
+def _slower_in_every_round(contests: Sequence[_Contest], best: Choice) -> frozenset[Choice]:
+    """The choices of undisturbed contests that took longer than the best and the tie margin in each of their rounds:
+    so they do in every resample of these, and need no interval."""
+    slowest_lead: dict[Choice, float] = {}
+    for contest in contests:
+        anchor = contest.jobs.get(best)
+        if anchor is None or not anchor.samples_ns:
+            continue
+        choices = [c for c, row in contest.jobs.items() if len(row.samples_ns) == len(anchor.samples_ns)]
+        times = np.array([contest.jobs[choice].samples_ns for choice in choices])
+        leads = (times / np.array(anchor.samples_ns)).min(axis=1)
+        for choice, lead in zip(choices, leads.tolist(), strict=True):
+            certain = 0.0 if contest.disturbed else lead
+            slowest_lead[choice] = min(certain, slowest_lead.get(choice, certain))
+    # Above by more than the rounding of logarithms.
+    threshold = (1.0 + TIE_MARGIN) * (1.0 + 10.0 * LOG_RESOLUTION)
+    return frozenset(choice for choice, lead in slowest_lead.items() if lead > threshold)

@@ -1,4 +1,5 @@
-"""The passes in order: results to verdicts, to what holds around them, to coverage, to trees, to a table's form."""
+"""The passes in order: results to verdicts, to what holds around them, to few configurations, to coverage, to trees, to
+a table's form."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from layerzero_tune.compile.coverage import bounds_of, max_product_of, unmeasure
 from layerzero_tune.compile.form import Entry, TableForm
 from layerzero_tune.compile.judge import Verdict, judge
 from layerzero_tune.compile.neighbourhood import settle
+from layerzero_tune.compile.portfolio import narrow
 from layerzero_tune.compile.regret import RegretModel
 from layerzero_tune.compile.tree import Cell, TreeGrower
 from layerzero_tune.identity import canonical_json
@@ -82,7 +84,8 @@ def compile_rows(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> Comp
 
 
 def _single_device(rows: Sequence[Measurement]) -> DeviceSpec:
-    devices = sorted({canonical_json(dict(row.device)) for row in rows})
+    shared = {id(row.device): row.device for row in rows}
+    devices = sorted({canonical_json(dict(device)) for device in shared.values()})
     if len(devices) > 1:
         raise ResultsError(f"the results come from {len(devices)} devices, required one: {'; '.join(devices)}")
     return DeviceSpec.from_dict(rows[0].device)
@@ -140,7 +143,7 @@ def _entry(key: Key, model: RegretModel, kernels: Mapping[str, Kernel], device: 
     axes = tuple(axis.name for axis in operation.axes)
     sizes = [verdict.sizes for verdict in model.verdicts]
     bounds, max_product = bounds_of(sizes), max_product_of(sizes, model.free)
-    cells = [Cell(verdict.sizes, verdict) for verdict in settle(model)]
+    cells = [Cell(verdict.sizes, verdict) for verdict in narrow(settle(model))]
     cells += [Cell(missing, None) for missing in unmeasured_cells(sizes, model.free, max_product)]
     default = model.verdicts[0].default
     measured = any(default in verdict.standings for verdict in model.verdicts)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
+from json.encoder import encode_basestring_ascii
+from math import isfinite
+from operator import attrgetter
 from typing import Any
 
 from layerzero_tune.measure.contention import MAX_SHARE
@@ -13,6 +16,7 @@ from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.schema import COLUMNS, JsonTexts
 
 Contest = list[Measurement]
+_COLUMNS_OF = attrgetter(*COLUMNS)
 
 
 def results_hash(rows: Iterable[Measurement]) -> str:
@@ -21,9 +25,12 @@ def results_hash(rows: Iterable[Measurement]) -> str:
     It depends on what was measured alone: not on the order of the rows, nor on files, runs or machines.
     """
     digest = hashlib.sha256()
-    for text in sorted(_texts(rows)):
-        digest.update(text.encode())
-        digest.update(b"\n")
+    texts = _Texts()
+    # The texts begin with the contest's id in quotes: in its order they need not all be held to be sorted.
+    for _, contest in groupby(sorted(rows, key=_quoted_contest), key=_quoted_contest):
+        for text in sorted(map(texts.of_row, contest)):
+            digest.update(text.encode())
+            digest.update(b"\n")
     return digest.hexdigest()[:32]
 
 
@@ -47,11 +54,15 @@ def whole_contests(files: Iterable[Iterable[Measurement]]) -> list[Contest]:
 
 def differ(first: Contest, second: Contest) -> bool:
     """Whether two versions of a contest say different things."""
-    return first != second and list(_texts(first)) != list(_texts(second))  # an error that is no number equals itself
+    return first != second and _texts(first) != _texts(second)  # an error that is no number equals itself
 
 
 def _ids(row: Measurement) -> tuple[str, str]:
     return (row.contest_id, row.job_id)
+
+
+def _quoted_contest(row: Measurement) -> str:
+    return encode_basestring_ascii(row.contest_id)
 
 
 def _precedence(contest: Contest) -> tuple[float, str, list[str]]:
@@ -59,18 +70,53 @@ def _precedence(contest: Contest) -> tuple[float, str, list[str]]:
     return (
         disturbance if disturbance > MAX_SHARE else 0.0,
         min(row.measured_at for row in contest),
-        list(_texts(contest)),
+        _texts(contest),
     )
 
 
-def _texts(rows: Iterable[Measurement]) -> Iterator[str]:
-    """Each row as JSON, ids first; equal rows give equal texts."""
-    texts = JsonTexts()
-    for row in rows:
-        values: dict[str, Any] = {name: getattr(row, name) for name in COLUMNS}
-        values["context"] = texts.of_context(row.context)
-        for name in ("configuration", "device", "versions", "policy"):
-            values[name] = texts.of_mapping(values[name])
-        for name in ("relative_error", "tolerance"):
-            values[name] = None if values[name] is None else float(values[name])
-        yield json.dumps(list(values.values()))
+def _texts(contest: Contest) -> list[str]:
+    return list(map(_Texts().of_row, contest))
+
+
+class _Texts:
+    """Rows as JSON lists of their columns, ids first; equal rows give equal texts.
+
+    What many rows share is printed once. As with `JsonTexts` an instance serves one pass over rows that are kept alive.
+    """
+
+    def __init__(self) -> None:
+        texts = JsonTexts()
+        quoted: dict[str, str] = {}
+
+        def word(text: str) -> str:
+            found = quoted.get(text)
+            if found is None:
+                found = quoted[text] = encode_basestring_ascii(text)
+            return found
+
+        # `repr` is what JSON prints for finite floats, at a third of its cost.
+        def number(value: float | None) -> str:
+            if value is None:
+                return "null"
+            return repr(float(value)) if isfinite(value) else json.dumps(float(value))
+
+        def times(values: tuple[float, ...]) -> str:
+            return f"[{', '.join(map(repr, values))}]" if isfinite(sum(values)) else json.dumps(values)
+
+        def mapping(value: Mapping[str, Any]) -> str:
+            return word(texts.of_mapping(value))
+
+        printers: dict[str, Callable[[Any], str]] = {
+            "contest_id": encode_basestring_ascii,
+            "job_id": encode_basestring_ascii,
+            "context": lambda context: word(texts.of_context(context)),
+            **dict.fromkeys(("configuration", "device", "versions", "policy"), mapping),
+            "is_default": lambda value: "true" if value else "false",
+            **dict.fromkeys(("relative_error", "tolerance", "screen_ns", "contention"), number),
+            "samples_ns": times,
+        }
+        self._printers = tuple(printers.get(name, word) for name in COLUMNS)
+
+    def of_row(self, row: Measurement) -> str:
+        values = _COLUMNS_OF(row)
+        return f"[{', '.join([text(value) for text, value in zip(self._printers, values, strict=True)])}]"

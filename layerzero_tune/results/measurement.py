@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from layerzero_runtime.context import SelectionContext
 
@@ -17,7 +17,7 @@ Status = Literal["ok", "refused", "unavailable", "failed", "wrong", "out_of_memo
 STATUSES: tuple[Status, ...] = ("ok", "refused", "unavailable", "failed", "wrong", "out_of_memory", "timeout", "died")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
     """One job in one contest, as it is stored: `screen_ns` and `samples_ns` are rounded to `TIME_BITS` when it is made.
 
@@ -60,6 +60,15 @@ class Measurement:
     policy: Mapping[str, Any]
     measured_at: str
     contention: float = 0.0
+
+    @classmethod
+    def of_stored(cls, columns: Sequence[str], values: Sequence[Any]) -> Self:
+        """A row of a results file from all its columns. Its times were rounded when it was written; to do so again
+        would take longer than all the rest of reading."""
+        row = object.__new__(cls)
+        for name, value in zip(columns, values, strict=True):
+            object.__setattr__(row, name, value)
+        return row
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "samples_ns", tuple(map(rounded_time, self.samples_ns)))

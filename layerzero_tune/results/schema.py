@@ -140,7 +140,7 @@ class Decoder:
         if unknown:
             raise ValueError(f"status {sorted(unknown)[0]!r}, allowed: {', '.join(STATUSES)}")
         names = tuple(columns)
-        return [Measurement(**dict(zip(names, values, strict=True))) for values in zip(*columns.values(), strict=True)]
+        return [Measurement.of_stored(names, values) for values in zip(*columns.values(), strict=True)]
 
     def _context(self, text: str) -> SelectionContext:
         context = self._contexts.get(text)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import synthetic_tuning
 from benchmarking.in_force import in_force
 from benchmarking.timing import held_bytes
 
@@ -15,13 +16,10 @@ from layerzero_runtime import dispatch
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.selection.live_cache import LiveCache
 from layerzero_runtime.selection.live_selector import Ranking
-from layerzero_tune.identity import content_hash
-from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
-from selection_bench.measuring import H100, Hit, Row, attention, kernel
+from selection_bench.measuring import Hit, Row, attention, kernel
 
 CACHED, RECORDS = 25_600, 1_000_000
-CANDIDATES = 50  # of a contest
 
 
 def rows(hit: Hit, full: bool) -> Iterator[Row]:
@@ -65,51 +63,13 @@ def _cache() -> Row:
 
 
 def _store(full: bool) -> Row:
-    contests = (RECORDS if full else RECORDS // 50) // CANDIDATES
+    rows = RECORDS if full else RECORDS // 50
     with tempfile.TemporaryDirectory() as folder:
         store = ResultsStore(Path(folder, "results"))
-        for number in range(contests):
-            store.append(_contest(number))
-            if number % 5000 == 4999:
-                store.compact()
-        store.compact()
+        synthetic_tuning.write(store, rows)
         size = sum(path.stat().st_size for path in store.directory.rglob("*") if path.is_file())
-    scaled = size * RECORDS / (contests * CANDIDATES)
-    how = "measured" if full else f"from {contests * CANDIDATES:,}; --full writes them all"
+    scaled = size * RECORDS / rows
+    how = "measured" if full else f"from {rows:,}; --full writes them all"
     return Row(
         "PS-013", "< 500 MB", f"{scaled / 1e6:.0f} MB for 1,000,000 rows of 16 samples ({how})", met=scaled < 500e6
     )
-
-
-def _contest(number: int) -> list[Measurement]:
-    """Candidates with 16 samples each; times from a generator that repeats after no less than 2^31 numbers."""
-    state = number + 1
-    context = replace(attention(batch_size=1 + number % 4096, seq_len_q=1 + number // 4096), device=None)
-    found = []
-    for candidate in range(CANDIDATES):
-        samples = []
-        for _ in range(16):
-            state = (state * 48271) % 2147483647
-            samples.append(1e4 * (1.0 + candidate) * (1.0 + state / 2147483647 / 50))
-        found.append(
-            Measurement(
-                contest_id=content_hash(["contest", number]),
-                job_id=content_hash(["job", number, candidate]),
-                context=context,
-                kernel_id=f"my.kernel_{candidate}",
-                configuration={"block": 1 + candidate},
-                is_default=candidate == 0,
-                status="ok",
-                message="",
-                relative_error=samples[0] * 1e-8,
-                tolerance=1e-2,
-                screen_ns=samples[1],
-                samples_ns=tuple(samples),
-                device=H100.to_dict(),
-                versions={"torch": "2.13.0"},
-                source_hash=content_hash(candidate),
-                policy={"rounds": 16},
-                measured_at=f"2026-03-01T{number // 3600 % 24:02}:{number // 60 % 60:02}:{number % 60:02}+00:00",
-            )
-        )
-    return found

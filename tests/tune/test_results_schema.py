@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ResultsError
+from layerzero_tune.identity import canonical_json
 from layerzero_tune.results.measurement import TIME_BITS, Measurement, rounded_time
-from layerzero_tune.results.schema import DamagedFileError, Decoder, encode
+from layerzero_tune.results.schema import COLUMNS, DamagedFileError, Decoder, encode
 from layerzero_tune.results.store import ResultsStore, results_hash
 from tests.tune.measurements import make_contest, rows_of
 
@@ -35,6 +40,26 @@ class TestHash:
         before = results_hash(store.read().rows)
         store.compact()
         assert results_hash(store.read().rows) == before == results_hash(rows) == results_hash(reversed(rows))
+
+    def test_is_that_of_all_columns_as_json_in_ascending_order(self) -> None:
+        """Tables name the results that they were compiled from by it, so it must not change."""
+        numbers: dict[str, Any] = {
+            "relative_error": None,
+            "tolerance": 1,
+            "screen_ns": float("inf"),
+            "contention": 1 / 3,
+        }
+        rows = [*rows_of(*range(5)), *make_contest(7, **numbers), *make_contest(8, contest_id='a"\u00e9')]
+        texts = []
+        for row in rows:
+            values: list[Any] = [getattr(row, name) for name in COLUMNS]
+            for place, value in enumerate(values):
+                if isinstance(value, SelectionContext | dict):
+                    values[place] = canonical_json(value if isinstance(value, dict) else value.to_dict())
+                elif COLUMNS[place] in ("relative_error", "tolerance") and value is not None:
+                    values[place] = float(value)
+            texts.append(json.dumps(values) + "\n")
+        assert results_hash(rows) == hashlib.sha256("".join(sorted(texts)).encode()).hexdigest()[:32]
 
     @pytest.mark.parametrize(
         "change",

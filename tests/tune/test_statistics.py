@@ -14,9 +14,13 @@ from hypothesis import strategies as st
 from layerzero_tune.measure.statistics import (
     PairedRatio,
     geometric_mean,
+    half_shift,
     holm,
     paired_log_ratio,
+    paired_logs,
+    paired_ratios,
     percentile,
+    rank_correlation,
     slower_p_value,
     student_t_upper_tail,
 )
@@ -90,6 +94,67 @@ def test_the_interquartile_mean_is_robust_and_its_interval_honest() -> None:
             assert rms["interquartile"] < rms["mean"] / 3
         else:
             assert rms["interquartile"] < min(1.25 * rms["mean"], 1.02 * rms["median"])
+
+
+@given(
+    samples=st.lists(st.lists(st.floats(0.5, 2.0), min_size=16, max_size=16), min_size=2, max_size=4),
+    count=st.integers(1, 16),
+)
+def test_the_bootstrap_gives_what_sorting_every_resample_gives(samples: list[list[float]], count: int) -> None:
+    """The definition, written out: the interquartile mean of each resample, and the 2.5% on either side."""
+    logs = paired_logs([row[:count] for row in samples[1:]], samples[0][:count])
+    raw = np.random.PCG64(0x6C61796572).random_raw(4000 * count)
+    indices = (((raw >> np.uint64(32)) * np.uint64(count)) >> np.uint64(32)).astype(int).reshape(4000, count)
+    cut = min(-(-count // 4), (count - 1) // 2)
+    for row, judged in zip(logs, paired_ratios(logs), strict=True):
+        means = np.sort(np.sort(row[indices], axis=1)[:, cut : count - cut].sum(axis=1)) * (1e-9 / (count - 2 * cut))
+        assert judged.mean_log_ratio == np.sort(row)[cut : count - cut].sum() * (1e-9 / (count - 2 * cut))
+        assert (judged.low, judged.high) == (means[100], means[3899])
+
+
+@given(times, st.randoms(use_true_random=False), st.sampled_from([0.01, 0.05, 0.3]), st.sampled_from([0.0, 0.02]))
+def test_an_interval_that_is_not_resampled_decides_the_same(
+    baseline: list[float], chance: random.Random, decided: float, doubt: float
+) -> None:
+    """At every threshold up to the one that it was promised to be compared with."""
+    logs = paired_logs([[base * chance.uniform(0.9, 1.2) for base in baseline]], baseline)
+    (exact,), (quick,) = paired_ratios(logs, doubts=[doubt]), paired_ratios(logs, decided, [doubt])
+    assert exact.mean_log_ratio == quick.mean_log_ratio
+    assert quick.low <= quick.mean_log_ratio <= quick.high
+    for threshold in (-decided, -0.01, 0.0, 0.005, decided):
+        assert (quick.low > threshold) == (exact.low > threshold)
+        assert (quick.high < threshold) == (exact.high < threshold)
+
+
+def test_rounds_are_resampled_where_the_doubt_reaches_over_a_threshold() -> None:
+    """None of the rounds is slower by 1%, but with a doubt of 2% one of them may be."""
+    logs = np.array([[-64_538_521, -64_538_521, 0]])
+    assert paired_ratios(logs, 0.01, [0.02]) == paired_ratios(logs, doubts=[0.02])
+    assert paired_ratios(-logs, 0.01, [0.02]) == paired_ratios(-logs, doubts=[0.02])
+
+
+def test_an_interval_that_is_not_resampled_is_as_wide_as_one_that_is() -> None:
+    rng = np.random.Generator(np.random.PCG64(5))
+    logs = paired_logs([noisy_pair(rng, 16, ratio=1.5)[0] for _ in range(300)], noisy_pair(rng, 16)[1])
+    exact, quick = paired_ratios(logs), paired_ratios(logs, 0.05)
+    widths = [(q.high - q.low) / (e.high - e.low) for q, e in zip(quick, exact, strict=True)]
+    assert 0.9 < statistics.fmean(widths) < 1.1
+    assert statistics.stdev(widths) > 0.0
+
+
+def test_a_rank_correlation_says_how_a_series_follows_its_order() -> None:
+    assert rank_correlation(np.array([1, 2, 5, 9, 100])) == 1.0
+    assert rank_correlation(np.array([7, 6, 5, 1])) == -1.0
+    assert rank_correlation(np.array([3, 3, 3])) == 0.0
+    assert rank_correlation(np.array([3])) == 0.0
+    # By hand, 1 - 6 x sum(d^2) / (n (n^2 - 1)) with d = 1, -1, 0, 1, -1; and with the mean rank 1.5 of a pair.
+    assert rank_correlation(np.array([20, 10, 30, 50, 40])) == pytest.approx(0.8)
+    assert rank_correlation(np.array([10, 10, 30])) == pytest.approx(math.sqrt(3) / 2)
+
+
+def test_the_shift_between_halves_leaves_out_the_middle() -> None:
+    assert half_shift(np.array([[1, 2, 3, 0, 14, 15, 16], [5, 5, 5, 0, 1, 9, 1]])).tolist() == [13, -4]
+    assert half_shift(np.array([4])).tolist() == 0
 
 
 def test_slower_is_found_and_equal_is_not() -> None:

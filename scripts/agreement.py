@@ -1,0 +1,99 @@
+"""Do two tunings of one device agree? Compiles both results and compares what the tables pick on held-out shapes.
+
+usage: python scripts/agreement.py RESULTS RESULTS [--held-out N] [--seed N] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.counters import CounterGroup
+from layerzero_runtime.device import DeviceSpec
+from layerzero_runtime.kernels import builtin_kernels
+from layerzero_runtime.operation import StaticKey
+from layerzero_runtime.operations import operation_named
+from layerzero_runtime.registry import Registry
+from layerzero_runtime.snapshot import Snapshot
+from layerzero_runtime.tables.table_files import TABLES_VARIABLE
+from layerzero_tune.command_line.output import shape_text
+from layerzero_tune.compile.emit import emit
+from layerzero_tune.compile.judge import Choice, Verdict
+from layerzero_tune.compile.pipeline import compile_rows
+from layerzero_tune.evaluate.agreement import TIE_WITHIN, Agreement, Alike, Tuning, agreement
+from layerzero_tune.identity import canonical_json
+from layerzero_tune.results.measurement import Measurement
+from layerzero_tune.results.store import ResultsStore
+from layerzero_tune.workload.draw import draw_between
+
+
+def tuning(rows: Sequence[Measurement], contexts: Sequence[SelectionContext]) -> Tuning:
+    """What the runtime selects with the table of these results."""
+    compiled = compile_rows(rows, builtin_kernels())
+    device = DeviceSpec.from_dict(compiled.form.device)
+    with TemporaryDirectory() as folder:
+        emit(compiled.form).write(Path(folder))
+        os.environ[TABLES_VARIABLE] = folder
+        snapshot = Snapshot(Registry(builtin_kernels()), CounterGroup())
+        plans = {context: snapshot.select(context.with_device(device)) for context in contexts}
+    picks = {context: (plan.kernel_id, canonical_json(dict(plan.configuration))) for context, plan in plans.items()}
+    return Tuning(picks, alike_at_the_nearest_cell(compiled.verdicts))
+
+
+def alike_at_the_nearest_cell(verdicts: Mapping[tuple[str, StaticKey], Sequence[Verdict]]) -> Alike:
+    """By the measured ratios at the cell that lies nearest in log space."""
+
+    def alike(context: SelectionContext, choice: Choice) -> set[Choice]:
+        operation = operation_named(context.operation)
+        place = [math.log(size) for size in operation.sizes(context)]
+        cell = min(
+            verdicts[operation.name, operation.static_key(context)],
+            key=lambda verdict: (math.dist(place, [math.log(size) for size in verdict.sizes]), verdict.sizes),
+        )
+        if choice not in cell.standings:
+            return {choice}
+        limit = cell.standings[choice].log_ratio + math.log1p(TIE_WITHIN)
+        return {choice, *(other for other, standing in cell.standings.items() if standing.log_ratio <= limit)}
+
+    return alike
+
+
+def print_found(found: Agreement) -> None:
+    print(
+        f"{found.shapes} held-out shapes: the same plan on {found.same:.1%}, the same or a tied one on {found.tied:.1%}"
+    )
+    for each in found.rest:
+        shape = f"{each.context.operation} {each.context.dtype} {shape_text(each.context)}"
+        print(f"  {shape}: {each.first[0]} / {each.second[0]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("first", type=Path)
+    parser.add_argument("second", type=Path)
+    parser.add_argument("--held-out", type=int, default=400, metavar="N", help="number of shapes to draw")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    results = [ResultsStore(path).read().rows for path in (arguments.first, arguments.second)]
+    # Shapes that lie between points which both have measured, and repeat none of them.
+    measured = [{row.context for row in rows} for rows in results]
+    contexts = draw_between(measured[0] & measured[1], arguments.held_out, arguments.seed)
+    first, second = (tuning(rows, contexts) for rows in results)
+    found = agreement(first, second, contexts)
+    if arguments.json:
+        rest = [asdict(each) | {"context": each.context.to_dict()} for each in found.rest]
+        print(json.dumps(asdict(found) | {"rest": rest}, indent=1))
+    else:
+        print_found(found)
+
+
+if __name__ == "__main__":
+    main()

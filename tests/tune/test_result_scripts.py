@@ -1,0 +1,62 @@
+"""The scripts over results: the benchmark of a million rows, in small, and the agreement of two tunings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from layerzero_tune.results.store import ResultsStore
+from tests.tune.synthetic_results import grid, measured, norm
+
+SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
+
+
+def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def tuned(directory: Path, crossing: float, tie: float) -> Path:
+    """Results of 40 norms: the fused kernel wins from a number of rows on, and another one always comes close to it."""
+    store = ResultsStore(directory)
+    for context in grid(norm, (1, 4, 16, 64, 256, 1024, 4096, 16384), (512, 1024, 2048, 4096, 8192)):
+        rows = context.rows or 0
+        fused = 500.0 if rows >= crossing else 2000.0
+        times = {"torch.rms_norm": 1000.0, "torch.rms_norm.fused": fused, "torch.inductor.rms_norm": fused * tie}
+        store.append(measured([context], lambda _, times=times: times, noise=0.001))  # type: ignore[misc]
+    store.compact()
+    return directory
+
+
+def test_the_benchmark_of_results_says_what_it_found() -> None:
+    done = run_script("bench_results.py", "--rows", 600)
+    assert done.stdout.startswith("600 rows give 1 static keys and "), done.stderr
+    assert "| store | 0 MB | < 100 MB | yes |" in done.stdout
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_benchmark_whose_figures_fall_short_fails() -> None:
+    script = "import bench_results; bench_results.MAX_BYTES = 1.0; bench_results.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--rows", "50"], cwd=SCRIPTS, capture_output=True, text=True, check=False
+    )
+    assert "| store | 0 MB | < 100 MB | NO |" in done.stdout, done.stderr
+    assert done.returncode == 1
+
+
+def test_two_tunings_agree_where_they_pick_the_same_or_tied_plans(tmp_path: Path) -> None:
+    one = tuned(tmp_path / "one", crossing=64, tie=1.01)
+    same = run_script("agreement.py", one, one, "--held-out", 40)
+    assert same.stdout == "40 held-out shapes: the same plan on 100.0%, the same or a tied one on 100.0%\n", same.stderr
+    tied = tuned(tmp_path / "tied", crossing=64, tie=0.99)
+    found = json.loads(run_script("agreement.py", one, tied, "--held-out", 40, "--json").stdout)
+    assert found["shapes"] == 40
+    assert found["same"] < 0.8
+    assert found["tied"] == 1.0
+    other = tuned(tmp_path / "other", crossing=1024, tie=1.01)
+    found = json.loads(run_script("agreement.py", one, other, "--held-out", 40, "--json").stdout)
+    assert found["same"] <= found["tied"] < 1.0
+    assert len(found["rest"]) == round(40 * (1.0 - found["tied"]))
+    assert {"torch.rms_norm"} < {kernel for each in found["rest"] for kernel in (each["first"][0], each["second"][0])}
