@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -228,6 +229,8 @@ def test_arguments_of_attention_are_seen(
         assert len(described) == 1
     if name in ("mask", "dropout", "scale"):
         assert lz.stats()["misses"] == before["misses"] + 1
+        lz.attention(*parts, **(options | ARGUMENTS[name]))
+        assert len(described) == 2  # nor is it ever kept
     described.clear()
     call.run()
     assert described == []
@@ -246,9 +249,38 @@ def test_the_usual_scale_is_no_feature_however_it_is_written(
         assert described == []
 
 
+def test_each_float_next_to_the_usual_scale_is_kept_once(nothing_seen: Snapshot, described: list[str]) -> None:
+    query, key, value = (torch.randn(1, 2, 8, 49) for _ in range(3))
+    scales = {49**-0.5, 1 / 49**0.5, math.nextafter(1 / 7, 1.0)}
+    assert len(scales) >= 2
+    for scale in (*scales, None) * 2:
+        lz.attention(query, key, value, scale=scale)
+    assert len(described) == len(scales)
+
+
+@each_attention
+def test_lengths_that_become_equal_or_unequal_are_seen(
+    call: PublicCall, seen_before: Callable[[PublicCall], None], described: list[str]
+) -> None:
+    seen_before(call)
+    query, key, value, *rest = call.arguments
+    if query.shape[2] == key.shape[2]:
+        other = (query[:, :, :-1], key, value)
+    else:
+        other = (query, key[:, :, : query.shape[2]], value[:, :, : query.shape[2]])
+    name = call.operation.name if call.operation.name == "attention.causal" else "attention.cross"
+    if query.shape[2] != key.shape[2] and name == "attention.cross":
+        name = "attention.full"
+    features = {"causal_alignment": call.features["causal_alignment"]}
+    changed = PublicCall(OPERATIONS[name], (*other, *rest), features)
+    described.clear()
+    changed.assert_right(changed.run())
+    assert described == [name]
+
+
 @each_attention
 def test_values_of_another_width_or_length_are_seen(
-    call: PublicCall, seen_before: Callable[[PublicCall], None], described: list[str]
+    call: PublicCall, seen_before: Callable[[PublicCall], None], described: list[str], nothing_seen: Snapshot
 ) -> None:
     seen_before(call)
     query, key, value, *rest = call.arguments
@@ -257,6 +289,7 @@ def test_values_of_another_width_or_length_are_seen(
         described.clear()
         narrow.assert_right(narrow.run())
         assert described == [call.operation.name]
+    assert len(nothing_seen.seen.attention) == 1
     described.clear()
     with pytest.raises(ValueError, match="shapes do not fit together"):
         call.on(query, key, value[:, :, :-1], *rest).run()
@@ -310,13 +343,30 @@ def test_sizes_may_change(call: PublicCall, seen_before: Callable[[PublicCall], 
     assert described == [call.operation.name]
 
 
-def test_rows_of_different_shapes_are_refused(seen_before: Callable[[PublicCall], None]) -> None:
+def test_rows_of_different_shapes_are_refused(seen_before: Callable[[PublicCall], None], described: list[str]) -> None:
     x, weight = rows(2, 3, 128), rows(128)
     for operation, rest in (("mlp.swiglu", ()), ("norm.add_rms", (weight, 1e-6))):
         call = PublicCall(OPERATIONS[operation], (x, rows(2, 3, 128), *rest))
         seen_before(call)
+        described.clear()
         with pytest.raises(ValueError, match="shapes differ"):
             call.on(x, rows(3, 2, 128), *rest).run()
+        assert described == [operation]
+
+
+def test_numbers_and_names_among_the_arguments_are_seen(nothing_seen: Snapshot, described: list[str]) -> None:
+    x, weight = rows(), rows(128)
+    for function, arguments, other in (
+        (lz.rms_norm, (x, weight, 1e-6, 0.0), (x, weight, 1e-6, 1.0)),
+        (lz.geglu, (x, rows(), "none"), (x, rows(), "tanh")),
+    ):
+        for _ in range(2):
+            function(*arguments)
+        described.clear()
+        torch.testing.assert_close(function(*other), function(*other))
+        assert len(described) == 1  # each is a kind of its own
+        function(*arguments)
+        assert len(described) == 1
 
 
 def test_a_tensor_that_is_passed_twice_is_served_by_itself(nothing_seen: Snapshot, described: list[str]) -> None:
