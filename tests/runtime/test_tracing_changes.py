@@ -99,6 +99,16 @@ def test_a_policy_that_comes_back_brings_its_graphs_back(flash: tuple[Callable[.
     assert graphs.functions() == [{FLASH}, {SDPA}]
 
 
+def test_graphs_of_constant_sizes_follow_the_policy_too(snapshot: Snapshot) -> None:
+    with compiled(causal, dynamic=False) as (traced, graphs):
+        traced(*tensors(12))
+        with policy_in_force(denying("torch.sdpa.flash_cpu")):
+            traced(*tensors(12))
+        with policy_in_force(denying("torch.sdpa.math")):
+            traced(*tensors(12))
+    assert graphs.functions() == [{FLASH}, {SDPA}]
+
+
 def test_rules_about_sizes_hold_for_every_call_of_a_graph(snapshot: Snapshot) -> None:
     policy = denying("torch.sdpa.flash_cpu", Limit("seq_len_q", "at_most", 12))
     with policy_in_force(policy), compiled(causal) as (traced, graphs):

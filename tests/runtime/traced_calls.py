@@ -15,6 +15,23 @@ from tests.runtime.public_calls import Outputs, PublicCall
 
 # What Dynamo makes of the shapes of tensors.
 SHAPES = frozenset({"Size", "getitem", "size"})
+# Of kernels that Dynamo traces, the function that makes them out, in the words of `Graphs.functions`.
+TRACED = {
+    "torch.sdpa": {"scaled_dot_product_attention"},
+    "torch.sdpa.flash_cpu": {"_scaled_dot_product_flash_attention_for_cpu"},
+    "torch.sdpa.flash_cpu_folded": {"_scaled_dot_product_flash_attention_for_cpu", "reshape"},
+    "torch.sdpa.math": {"_scaled_dot_product_attention_math"},
+    "torch.rms_norm": {"rms_norm"},
+    "torch.rms_norm.vector_norm": {"linalg_vector_norm"},
+    "torch.add_rms_norm": {"rms_norm", "add"},
+    "torch.add_rms_norm.vector_norm": {"linalg_vector_norm", "add"},
+    "torch.layer_norm": {"layer_norm"},
+    "torch.layer_norm.vector_norm": {"linalg_vector_norm"},
+    "torch.swiglu": {"silu", "mul"},
+    "torch.swiglu.in_place": {"silu", "mul_"},
+    "torch.geglu": {"gelu", "mul"},
+    "torch.geglu.in_place": {"gelu", "mul_"},
+}
 
 
 class Graphs:
