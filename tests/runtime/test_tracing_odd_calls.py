@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import layerzero_runtime as lz
+from layerzero_runtime.integrations.tracing import serve_traced
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.operations import OPERATIONS
 from layerzero_runtime.policies.policy import Policy, Rule
@@ -168,6 +169,16 @@ def test_behind_a_graph_break_calls_are_eager_ones(shared_snapshot: Snapshot) ->
     gate, up = rows(6, 24).double(), rows(6, 24).double()
     with registered(spec, swiglu), compiled(lambda: lz.swiglu(gate + 1, up), fullgraph=False) as (traced, _):
         torch.testing.assert_close(traced(), swiglu(gate + 1, up))
+
+
+def test_outside_of_a_trace_the_traced_way_serves_eager_calls(shared_snapshot: Snapshot) -> None:
+    """Where Dynamo gives up on a frame, Python runs it, whatever was traced before."""
+    with compiled(lz.swiglu) as (traced, _):
+        traced(rows(4, 40), rows(4, 40))
+    gate, up = rows(6, 24), rows(6, 24)
+    before = lz.stats()["calls"]
+    torch.testing.assert_close(serve_traced("mlp.swiglu", (gate, up), {}), lz.swiglu(gate, up))
+    assert lz.stats()["calls"] == before + 2
 
 
 def test_beyond_dynamos_limit_calls_are_eager_ones(shared_snapshot: Snapshot) -> None:

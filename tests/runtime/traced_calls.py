@@ -35,14 +35,26 @@ TRACED = {
 
 
 class Graphs:
-    """A backend of torch.compile that runs what Dynamo traced as it is, and keeps it."""
+    """A backend of torch.compile that runs what Dynamo traced as it is, and keeps it.
+
+    Attributes:
+        traced: the graphs, in the order in which they were compiled.
+        ran: of each call, the index of its graph.
+    """
 
     def __init__(self) -> None:
         self.traced: list[GraphModule] = []
+        self.ran: list[int] = []
 
     def __call__(self, graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        index = len(self.traced)
         self.traced.append(graph)
-        return graph.forward
+
+        def run(*arguments: Any) -> Any:
+            self.ran.append(index)
+            return graph.forward(*arguments)
+
+        return run
 
     def __len__(self) -> int:
         return len(self.traced)
