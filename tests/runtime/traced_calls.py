@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor_config
 from torch.fx import GraphModule
 
 import layerzero_runtime as lz
@@ -81,7 +82,8 @@ def compiled(
     options = {"fullgraph": True, "dynamic": dynamic, "backend": graphs if backend is None else backend, **options}
     torch._dynamo.reset()
     try:
-        with torch._dynamo.config.patch(recompile_limit=64):
+        # What an earlier run left on disk says nothing of the code as it is.
+        with torch._dynamo.config.patch(recompile_limit=64), inductor_config.patch(force_disable_caches=True):
             yield torch.compile(function, **options), graphs
     finally:
         torch._dynamo.reset()
