@@ -20,7 +20,7 @@ from torch._C import DispatchKey, DispatchKeySet
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import KernelExecutionError
-from layerzero_runtime.kernel import KernelFunction
+from layerzero_runtime.kernel import KernelFunction, KernelSpec
 from layerzero_runtime.operation import Operation
 from layerzero_runtime.selection.live_selector import Choice
 from layerzero_runtime.serving.prepared import PreparedKernel
@@ -61,7 +61,8 @@ def operator_of(
         context, features = replace(context, layout=layout), {**features, "layout": layout}
     prepared = snapshot.prepare(choice, operation, context)
     kinds = tuple(map(_kind, arguments))
-    name = _name(choice, operation, context, kinds)
+    tags, dtype = _tags(spec, context), _result_dtype(snapshot, operation, context, arguments)
+    name = _name(choice, operation, context, (kinds, tags, dtype))
     with _lock:
         known = _operators.get(name)
         if known is None:
@@ -70,9 +71,8 @@ def operator_of(
                     f"{spec.kernel_id} needs an operator for {context.to_dict()}, and there are {MAX_OPERATORS} "
                     "already, the most that a process may have; deny the kernel, or call it outside of torch.compile"
                 )
-            dtype = _result_dtype(snapshot, operation, context, arguments)
             known = _KernelOperator(prepared, operation, context, features, dtype)
-            known.define(name, kinds)
+            known.define(name, kinds, tags)
             _operators[name] = known
         # The kernel of this name may be another than before, registered anew.
         known.prepared = prepared
@@ -105,20 +105,30 @@ def _result_dtype(
     return dtype
 
 
-def _name(choice: Choice, operation: Operation, context: SelectionContext, kinds: Sequence[str]) -> str:
+def _tags(spec: KernelSpec, context: SelectionContext) -> tuple[torch.Tag, ...]:
+    # What a kernel asks of strides was checked on those of the traced call: Inductor must not change them.
+    tags = [torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides]
+    if context.dropout_p:
+        tags.append(torch.Tag.nondeterministic_seeded)
+    if not spec.is_cuda_graph_safe:
+        tags.append(torch.Tag.cudagraph_unsafe)
+    return tuple(tags)
+
+
+def _name(choice: Choice, operation: Operation, context: SelectionContext, form: tuple[Any, ...]) -> str:
+    """A name that tells apart all that a graph may rely on: Inductor keeps compiled graphs on disk by such names."""
     assert context.device is not None
-    spec = choice.kernel.spec
+    kernel_id = choice.kernel.kernel_id
     content = (
         sorted(choice.configuration.items()),
         choice.densify,
         operation.name,
         context.device.slug,
         operation.static_key(context),
-        kinds,
-        spec.supports_backward,
-        spec.is_cuda_graph_safe,
+        choice.kernel.spec.supports_backward,
+        form,
     )
-    return f"{spec.kernel_id.replace('.', '_')}_{hashlib.sha256(repr(content).encode()).hexdigest()[:12]}"
+    return f"{kernel_id.replace('.', '_')}_{hashlib.sha256(repr(content).encode()).hexdigest()[:12]}"
 
 
 class _KernelOperator:
@@ -146,14 +156,7 @@ class _KernelOperator:
         self.operator: Any = None
         self._backward_operator: Any = None
 
-    def define(self, name: str, kinds: Sequence[str]) -> None:
-        spec = self.prepared.kernel.spec
-        # What a kernel asks of strides was checked on those of the traced call: Inductor must not change them.
-        tags = [torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides]
-        if self._context.dropout_p:
-            tags.append(torch.Tag.nondeterministic_seeded)
-        if not spec.is_cuda_graph_safe:
-            tags.append(torch.Tag.cudagraph_unsafe)
+    def define(self, name: str, kinds: Sequence[str], tags: tuple[torch.Tag, ...]) -> None:
         parameters = ", ".join(f"{kind} argument_{index}" for index, kind in enumerate(kinds))
         results = ", ".join(["Tensor"] * self._outputs)
         self.operator = _defined(name, f"({parameters}) -> ({results})", tags, self._run, self._shaped_results)
@@ -164,7 +167,7 @@ class _KernelOperator:
             return result.transpose(1, 2)
 
         self.transposed = transposed
-        if spec.supports_backward:
+        if self.prepared.kernel.spec.supports_backward:
             schema = f"(Tensor[] gradients, int[] needed, {parameters}) -> Tensor[]"
             self._backward_operator = _defined(
                 f"{name}_backward", schema, tags, self._run_backward, self._shaped_gradients
@@ -221,7 +224,7 @@ class _KernelOperator:
 def _defined(
     name: str,
     schema: str,
-    tags: list[torch.Tag],
+    tags: tuple[torch.Tag, ...],
     function: Callable[..., Any],
     shaped: Callable[..., Any],
 ) -> Any:

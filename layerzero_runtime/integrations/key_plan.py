@@ -58,12 +58,14 @@ class KeyPlan:
     Attributes:
         decision: the code of the table's decision function, None without an entry.
         chains: of each leaf, the candidates that can serve, up to the first without guards.
+        unmeasured: the one that serves misses, where neither sizes nor rules have a say in that, else none.
         others: the candidates of calls that no measured plan serves.
         policy: the rules that may apply.
     """
 
     decision: CodeType | None
     chains: tuple[tuple[Candidate, ...], ...]
+    unmeasured: tuple[Candidate, ...]
     others: tuple[Candidate, ...]
     policy: Policy
     decide: Callable[..., int] | None = field(compare=False)
@@ -87,10 +89,10 @@ class KeyPlan:
         return self._choose_unmeasured(context)
 
     def _chain_of(self, leaf: int) -> tuple[Candidate, ...]:
-        return () if leaf == MISS else self.chains[leaf]
+        return self.unmeasured if leaf == MISS else self.chains[leaf]
 
     def _leaves(self, candidates: tuple[Candidate, ...], *, alone: bool = False) -> frozenset[int]:
-        """The leaves whose chains begin with these candidates, or consist of them; MISS has none."""
+        """The leaves whose chains begin with these candidates, or consist of them; MISS may be one of them."""
         length = None if alone else len(candidates)
         places = (MISS, *range(len(self.chains)))
         return frozenset(leaf for leaf in places if self._chain_of(leaf)[:length] == candidates)

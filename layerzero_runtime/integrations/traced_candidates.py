@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.integrations.key_plan import Candidate, KeyPlan
@@ -28,11 +28,13 @@ def key_plan(snapshot: Snapshot, operation: Operation, example: SelectionContext
     chains: list[tuple[Candidate, ...]] = []
     if table is not None and entry is not None:
         chains = [offer.chain(table, steps, by_name=bool(policy.rules())) for steps in entry.leaves]
-    others = map(offer.candidate, (Choice(kernel, {}) for kernel in snapshot.registry.candidates(operation.name)))
+    registered = map(offer.candidate, (Choice(kernel, {}) for kernel in snapshot.registry.candidates(operation.name)))
+    others = tuple(candidate for candidate in registered if candidate is not None)
     return KeyPlan(
         decision=None if entry is None else entry.decide.__code__,
         chains=tuple(chains),
-        others=tuple(candidate for candidate in others if candidate is not None),
+        unmeasured=() if policy.rules() else offer.for_all_sizes(others),
+        others=others,
         policy=policy,
         decide=None if entry is None else entry.decide,
         order=lambda context: snapshot.live.order(context, Prior()),
@@ -75,15 +77,21 @@ class _Offer:
             candidate = None if kernel is None else self.candidate(Choice(kernel, step.configuration), step.guards)
             if candidate is None:
                 continue
-            if not by_name:
-                candidate = Candidate(candidate.traced, candidate.traced, candidate.guards, candidate.is_ready)
-            candidates.append(candidate)
+            candidates.append(candidate if by_name else replace(candidate, choice=candidate.traced))
             if not candidate.guards:
                 # One whose place the last takes in graphs anyway needs no guard.
                 while len(candidates) > 1 and candidates[-2].traced == candidate.choice:
                     del candidates[-2]
                 break
         return tuple(candidates)
+
+    def for_all_sizes(self, candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+        """The first in the live selector's order, where its limits allow every size, else none."""
+        order = self.snapshot.live.order(self.example, Prior())
+        first = min(candidates, key=lambda candidate: order(candidate.choice), default=None)
+        if first is None or first.guards or not all(map(self._knows, first.choice.kernel.spec.limits)):
+            return ()
+        return (replace(first, choice=first.traced),)
 
     def candidate(
         self, choice: Choice, guards: tuple[Limit, ...] | None = None, *, is_legal: bool = False

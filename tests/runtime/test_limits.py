@@ -128,6 +128,12 @@ def test_malformed_ids_are_refused(kernel_id: object) -> None:
         spec(kernel_id=kernel_id)
 
 
+@pytest.mark.parametrize("traced", [{"traced_as": "sdpa"}, {"traced_as": "torch.sdpa", "traceable": True}])
+def test_a_kernel_is_traced_itself_or_as_another(traced: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match="required is one of the two, for traced_as a kernel_id"):
+        spec(**traced)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -1,4 +1,4 @@
-"""Calls inside torch.compile: a graph holds the chosen kernel and nothing of the choice, and there is one per plan."""
+"""Calls inside torch.compile: a graph holds the chosen kernel and nothing of the choice; one graph per kernel."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,18 +20,7 @@ from layerzero_runtime.snapshot import Snapshot
 from layerzero_runtime.tables.table import MISS
 from tests.runtime.call_examples import each_call, rows
 from tests.runtime.public_calls import PublicCall
-from tests.runtime.traced_calls import compiled, on_tensors
-
-# What a kernel is in a graph, in the words of `Graphs.functions`.
-TRACED = {
-    "torch.sdpa": {"scaled_dot_product_attention"},
-    "torch.sdpa.flash_cpu": {"_scaled_dot_product_flash_attention_for_cpu"},
-    "torch.sdpa.math": {"_scaled_dot_product_attention_math"},
-    "torch.rms_norm": {"rms_norm"},
-    "torch.rms_norm.vector_norm": {"linalg_vector_norm", "square_", "mul_", "add_", "rsqrt_", "to", "mul", "truediv"},
-    "torch.swiglu": {"silu", "mul"},
-    "torch.swiglu.in_place": {"silu", "mul_"},
-}
+from tests.runtime.traced_calls import TRACED, compiled, on_tensors
 
 
 @each_call
@@ -70,11 +60,12 @@ class Sweep:
     tensors: Callable[[int], tuple[torch.Tensor, ...]]
 
     def plan(self, size: int) -> str:
-        """The kernel that is measured for the size, by what stands for it in graphs; "" for a miss."""
+        """What is in the graph for the size: the table's kernel or what stands for it, for a miss the default."""
         plan = lz.select(self.context(size))
         kernel = current_snapshot().registry.get(plan.kernel_id)
         assert kernel is not None
-        return "" if plan.source == "live" else kernel.spec.traced_as or kernel.kernel_id
+        is_miss = plan.source == "live"
+        return OPERATIONS[self.operation].default_kernel if is_miss else kernel.spec.traced_as or kernel.kernel_id
 
     def leaf(self, size: int) -> int:
         plan = lz.select(self.context(size))
@@ -124,24 +115,40 @@ SWEEPS = {
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_a_sweep_compiles_once_per_plan_entered(name: str, shared_snapshot: Snapshot) -> None:
+def test_a_sweep_compiles_once_per_kernel_entered(name: str, shared_snapshot: Snapshot) -> None:
     sweep = SWEEPS[name]
     plans = [sweep.plan(size) for size in sweep.sizes]
+    leaves = {sweep.leaf(size) for size in sweep.sizes}
     with compiled(sweep.function) as (traced, graphs):
         for size in sweep.sizes:
             tensors = sweep.tensors(size)
             torch.testing.assert_close(traced(*tensors), sweep.function(*tensors), atol=1e-2, rtol=1e-2)
-    assert "" in plans
-    assert len(set(plans)) > 1
-    assert len(graphs) == len(set(plans))
-    assert len(graphs) <= len({sweep.leaf(size) for size in sweep.sizes})
+    assert MISS in leaves
+    assert len(leaves) >= len(graphs) == len(set(plans))
     for plan, functions in zip(dict.fromkeys(plans), graphs.functions(), strict=True):
-        default = OPERATIONS[sweep.operation].default_kernel
-        kernel = plan or default
-        if kernel in TRACED:
-            assert functions <= TRACED[kernel] | {"truediv"}
+        if plan in TRACED:
+            assert TRACED[plan] <= functions
+            assert not any(function.startswith("layerzero") for function in functions)
         else:
-            assert [function.startswith(f"layerzero.{kernel.replace('.', '_')}_") for function in functions] == [True]
+            assert [function.startswith(f"layerzero.{plan.replace('.', '_')}_") for function in functions] == [True]
+
+
+def test_static_features_hold_for_every_call_of_a_graph(shared_snapshot: Snapshot) -> None:
+    """The table knows head_dim 16 and no other, and another plan for grouped heads."""
+
+    def calls() -> Iterable[tuple[torch.Tensor, ...]]:
+        for heads, kv_heads, head_dim in ((5, 5, 16), (6, 6, 16), (5, 5, 24), (6, 3, 16), (5, 5, 16), (10, 5, 16)):
+            sizes = (heads, kv_heads, kv_heads)
+            yield tuple(torch.randn(1, count, 12, head_dim) for count in sizes)
+
+    with compiled(partial(lz.attention, is_causal=True, enable_gqa=True)) as (traced, graphs):
+        for query, key, value in calls():
+            expected = lz.attention(query, key, value, is_causal=True, enable_gqa=True)
+            torch.testing.assert_close(traced(query, key, value), expected)
+    flash, default, grouped = graphs.functions()
+    assert flash == TRACED["torch.sdpa.flash_cpu"]
+    assert default == TRACED["torch.sdpa"]
+    assert grouped == TRACED["torch.sdpa.math"]
 
 
 def test_sizes_that_are_given_as_constants_make_graphs_of_their_own(shared_snapshot: Snapshot) -> None:

@@ -87,7 +87,7 @@ def test_a_denied_kernel_is_in_no_graph_that_runs(flash: tuple[Callable[..., Any
         (operator,) = graphs.functions()[2]
         assert operator.startswith("layerzero.torch_matmul_causal_")
     traced(*tensors(12))
-    assert len(graphs) == 3
+    assert graphs.ran == [0, 0, 1, 2, 0]
 
 
 def test_a_policy_that_comes_back_brings_its_graphs_back(flash: tuple[Callable[..., Any], Graphs]) -> None:
@@ -97,6 +97,17 @@ def test_a_policy_that_comes_back_brings_its_graphs_back(flash: tuple[Callable[.
             traced(*tensors(12))
         traced(*tensors(12))
     assert graphs.functions() == [{FLASH}, {SDPA}]
+    assert graphs.ran == [0, 0, 1, 0, 1, 0, 1, 0]
+
+
+def test_graphs_of_constant_sizes_follow_the_policy_too(snapshot: Snapshot) -> None:
+    with compiled(causal, dynamic=False) as (traced, graphs):
+        traced(*tensors(12))
+        with policy_in_force(denying("torch.sdpa.flash_cpu")):
+            traced(*tensors(12))
+        with policy_in_force(denying("torch.sdpa.math")):
+            traced(*tensors(12))
+    assert graphs.functions() == [{FLASH}, {SDPA}]
 
 
 def test_rules_about_sizes_hold_for_every_call_of_a_graph(snapshot: Snapshot) -> None:
@@ -105,6 +116,7 @@ def test_rules_about_sizes_hold_for_every_call_of_a_graph(snapshot: Snapshot) ->
         for length in (10, 11, 12, 13, 16, 14, 12):
             traced(*tensors(length))
     assert graphs.functions() == [{SDPA}, {FLASH}]
+    assert graphs.ran == [0, 0, 0, 1, 1, 1, 0]
 
 
 def test_a_lock_decides_for_all_sizes(snapshot: Snapshot) -> None:
@@ -134,13 +146,12 @@ def test_a_broken_kernel_is_in_no_graph_until_it_works_again(
         monkeypatch.setattr(health(), "_clock", lambda: float("inf"))
         health().reopen_due()  # Half-open: eager calls try it, one at a time.
         traced(*tensors(12))
-        assert graphs.functions() == [{FLASH}, {SDPA}]
         causal(*tensors(12))
         traced(*tensors(12))
-        assert len(graphs) == 2
         health().failed("torch.sdpa.flash_cpu", "once more")
         traced(*tensors(12))
-        assert len(graphs) == 2
+        assert graphs.functions() == [{FLASH}, {SDPA}]
+        assert graphs.ran == [0, 0, 1, 1, 0, 1]
     finally:
         health().reset()
 
@@ -155,6 +166,7 @@ def test_another_table_makes_other_graphs(
     with tables_in_force(synthetic_tables[0]):
         traced(*tensors(12))
     assert graphs.functions() == [{FLASH}, {SDPA}]
+    assert graphs.ran == [0, 0, 1, 1, 0]
 
 
 def test_a_kernel_that_compiles_serves_graphs_after_warmup(snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +201,13 @@ def test_an_answer_of_a_snapshot_that_another_has_replaced_is_asked_for_again(sn
     answer = Answer(lambda gate, up: None, Choice(kernel, {}), False, lambda later: later is not snapshot)
     publish_snapshot()
     assert name_of(answer, snapshot) is None
+
+
+def test_equal_answers_are_one(flash: tuple[Callable[..., Any], Graphs]) -> None:
+    known = len(in_force._answers)
+    with compiled(lambda query, key, value: causal(query, key, value) + 1) as (traced, _):
+        traced(*tensors(12))
+    assert len(in_force._answers) == known
 
 
 def test_the_oldest_answers_give_way(snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import layerzero_runtime as lz
+from layerzero_runtime.integrations.tracing import serve_traced
 from layerzero_runtime.kernels import builtin_kernels
+from layerzero_runtime.operations import OPERATIONS
 from layerzero_runtime.policies.policy import Policy, Rule
 from layerzero_runtime.snapshot import Snapshot
 from tests.runtime.call_examples import each_call, qkv, rows
 from tests.runtime.public_calls import PublicCall, as_outputs
 from tests.runtime.test_interception import Marked
-from tests.runtime.traced_calls import compiled, on_tensors, policy_in_force, registered
+from tests.runtime.traced_calls import TRACED, compiled, on_tensors, policy_in_force, registered
 
 FLASH, SDPA = "_scaled_dot_product_flash_attention_for_cpu", "scaled_dot_product_attention"
 
@@ -169,6 +171,16 @@ def test_behind_a_graph_break_calls_are_eager_ones(shared_snapshot: Snapshot) ->
         torch.testing.assert_close(traced(), swiglu(gate + 1, up))
 
 
+def test_outside_of_a_trace_the_traced_way_serves_eager_calls(shared_snapshot: Snapshot) -> None:
+    """Where Dynamo gives up on a frame, Python runs it, whatever was traced before."""
+    with compiled(lz.swiglu) as (traced, _):
+        traced(rows(4, 40), rows(4, 40))
+    gate, up = rows(6, 24), rows(6, 24)
+    before = lz.stats()["calls"]
+    torch.testing.assert_close(serve_traced("mlp.swiglu", (gate, up), {}), lz.swiglu(gate, up))
+    assert lz.stats()["calls"] == before + 2
+
+
 def test_beyond_dynamos_limit_calls_are_eager_ones(shared_snapshot: Snapshot) -> None:
     with (
         compiled(lambda query, key, value: causal(query * 2, key, value), fullgraph=False) as (traced, _),
@@ -242,35 +254,12 @@ def test_export_takes_the_default(shared_snapshot: Snapshot) -> None:
     assert called == ["aten.scaled_dot_product_attention.default"]
 
 
-DIFFERENTIABLE = [kernel.kernel_id for kernel in builtin_kernels() if kernel.spec.supports_backward]
-"""Kernels by which gradients flow, and calls on which each may serve."""
-
-
-@pytest.mark.parametrize("kernel_id", [kernel.kernel_id for kernel in builtin_kernels()])
-def test_gradients_are_the_defaults_whatever_kernel_is_asked_for(kernel_id: str, shared_snapshot: Snapshot) -> None:
-    """A lock on a kernel that has no backward is in vain where gradients are needed."""
-    kernel = shared_snapshot.registry.get(kernel_id)
-    assert kernel is not None
-    operation = kernel.spec.operations[0]
-    function, given = GRADIENT_CALLS[operation]
-    if "flash_cpu_folded" in kernel_id:
-        function, given = GRADIENT_CALLS["attention.cross"]
-    leaves = [part.clone().requires_grad_() for part in given]
-    policy = Policy(locks=(Rule(kernel=kernel_id),))
-    with policy_in_force(policy), compiled(function, backend="aot_eager") as (traced, _):
-        outputs = as_outputs(traced(*leaves))
-        found = torch.autograd.grad([part.square().sum() for part in outputs], leaves)
-    expected = torch.autograd.grad([part.square().sum() for part in as_outputs(function(*leaves))], leaves)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
-
-
 def _grouped(**options: Any) -> Any:
     return lambda query, key, value: lz.attention(query, key, value, enable_gqa=True, **options)
 
 
 X, WEIGHT = rows(6, 24), rows(24)
-GRADIENT_CALLS: dict[str, tuple[Any, tuple[Tensor, ...]]] = {
+KERNEL_CALLS: dict[str, tuple[Any, tuple[Tensor, ...]]] = {
     "attention.causal": (_grouped(is_causal=True, causal_alignment="bottom_right"), qkv(6, 9)),
     "attention.full": (_grouped(), qkv(6, 6)),
     "attention.cross": (_grouped(), qkv(6, 9)),
@@ -280,3 +269,32 @@ GRADIENT_CALLS: dict[str, tuple[Any, tuple[Tensor, ...]]] = {
     "mlp.swiglu": (lz.swiglu, (X, X + 1)),
     "mlp.geglu": (lz.geglu, (X, X + 1)),
 }
+
+
+@pytest.mark.parametrize("needs_gradients", [False, True])
+@pytest.mark.parametrize("kernel_id", [kernel.kernel_id for kernel in builtin_kernels()])
+def test_a_kernel_that_is_asked_for_serves_where_it_may(
+    kernel_id: str, needs_gradients: bool, shared_snapshot: Snapshot
+) -> None:
+    """In the form that its declaration says, and with the default's gradients; one without a backward serves only
+    where none are needed."""
+    kernel = shared_snapshot.registry.get(kernel_id)
+    assert kernel is not None
+    operation = "attention.cross" if "folded" in kernel_id else kernel.spec.operations[0]
+    function, given = KERNEL_CALLS[operation]
+    leaves = [part.clone().requires_grad_(needs_gradients) for part in given]
+    with policy_in_force(Policy(locks=(Rule(kernel=kernel_id),))), compiled(function) as (traced, graphs):
+        outputs = as_outputs(traced(*leaves))
+        found = torch.autograd.grad([part.square().sum() for part in outputs], leaves) if needs_gradients else outputs
+    expected = as_outputs(function(*leaves))
+    if needs_gradients:
+        expected = torch.autograd.grad([part.square().sum() for part in expected], leaves)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    may_serve = kernel.spec.supports_backward or not needs_gradients
+    serves = (kernel.spec.traced_as or kernel_id) if may_serve else OPERATIONS[operation].default_kernel
+    (functions,) = graphs.functions()
+    if serves in TRACED:
+        assert TRACED[serves] <= functions
+    else:
+        assert [called.startswith(f"layerzero.{serves.replace('.', '_')}_") for called in functions] == [True]

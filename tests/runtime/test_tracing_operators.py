@@ -14,7 +14,8 @@ from layerzero_runtime.errors import KernelOutputError
 from layerzero_runtime.integrations import kernel_operators
 from layerzero_runtime.snapshot import Snapshot
 from tests.runtime.call_examples import qkv, rows
-from tests.runtime.traced_calls import compiled, registered
+from tests.runtime.public_calls import as_outputs
+from tests.runtime.traced_calls import TRACED, compiled, registered
 
 SPEC: dict[str, Any] = {"platforms": ("cpu",), "library": "mine", "priority": 200}
 
@@ -27,6 +28,10 @@ def untraceable() -> None:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     untraceable()
     return torch.sigmoid(gate).mul(gate).mul(up)
+
+
+def swiglu_written_out(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.sigmoid(gate) * gate * up
 
 
 def norm(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
@@ -124,18 +129,27 @@ def test_gradients_flow_through_operators(name: str, backend: str, mine: None) -
     function, tensors = CALLS[name]
     leaves = [part.detach().clone().requires_grad_() for part in tensors]
     with compiled(function, backend=backend) as (traced, _):
-        outputs = traced(*leaves)
         assert torch.autograd.gradcheck(traced, leaves, fast_mode=True)
-        # Of two results one may go unused, and not every input may need a gradient.
-        (gradient,) = torch.autograd.grad(
-            outputs[0].sum() if isinstance(outputs, tuple) else outputs.sum(), leaves[1:2]
-        )
+        # Not every input may need a gradient, and of two results one may go unused.
         leaves[0].requires_grad_(False)
-        outputs = function(*leaves)
-        (expected,) = torch.autograd.grad(
-            outputs[0].sum() if isinstance(outputs, tuple) else outputs.sum(), leaves[1:2]
+        found, expected = (
+            torch.autograd.grad(as_outputs(call(*leaves))[0].square().sum(), leaves[1:]) for call in (traced, function)
         )
-        torch.testing.assert_close(gradient, expected)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_backward_is_an_operator_that_works_below_autograd(mine: None) -> None:
+    with compiled(lz.swiglu) as (traced, graphs):
+        traced(X, X + 1)
+    (name,) = graphs.functions()[0]
+    backward = getattr(torch.ops.layerzero, f"{name.split('.')[1]}_backward").default
+    gate, up, gradient = X.clone().requires_grad_(), (X + 1).requires_grad_(), torch.ones_like(X)
+    expected = torch.autograd.grad(swiglu_written_out(gate, up), (up, gate), gradient)
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        found = backward([gradient], [1, 0], X, X + 1)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_results_are_dense_and_of_the_dtype_of_the_default(snapshot: Snapshot) -> None:
@@ -194,9 +208,18 @@ def test_an_operator_keeps_the_strides_that_its_kernel_asks_for(snapshot: Snapsh
         return swiglu(gate, up)
 
     def function(x: Tensor) -> Any:
-        gate = (x + 1).t().contiguous().t()
-        return lz.swiglu(gate, gate) * 2
+        gate = torch.empty_strided((6, 24), (1, 6), dtype=x.dtype).copy_(x) + 1
+        return lz.swiglu(gate, gate + 1)
 
     with registered(spec("mine.columns", "mlp.swiglu"), columns), compiled(function, backend="inductor") as (traced, _):
         gate = X + 1
-        torch.testing.assert_close(traced(X), torch.nn.functional.silu(gate) * gate * 2)
+        torch.testing.assert_close(traced(X), torch.nn.functional.silu(gate) * (gate + 1))
+
+
+@pytest.mark.parametrize("stand_in", ["torch.rms_norm.vector_norm", "no.such.kernel"])
+def test_what_cannot_stand_in_for_a_kernel_does_not(stand_in: str, snapshot: Snapshot) -> None:
+    """One cannot take the weight's dtype, the other is not registered: the default serves in their place."""
+    taken = spec("mine.named", "norm.rms", dtypes=("bfloat16",), supports_mixed_weight_dtype=True, traced_as=stand_in)
+    with registered(taken, norm), compiled(lz.rms_norm) as (traced, graphs):
+        traced(rows(6, 24).bfloat16(), rows(24))
+    assert graphs.functions() == [TRACED["torch.rms_norm"]]

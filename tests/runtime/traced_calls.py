@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor_config
 from torch.fx import GraphModule
 
 import layerzero_runtime as lz
@@ -15,17 +16,46 @@ from tests.runtime.public_calls import Outputs, PublicCall
 
 # What Dynamo makes of the shapes of tensors.
 SHAPES = frozenset({"Size", "getitem", "size"})
+# Of kernels that Dynamo traces, the function that makes them out, in the words of `Graphs.functions`.
+TRACED = {
+    "torch.sdpa": {"scaled_dot_product_attention"},
+    "torch.sdpa.flash_cpu": {"_scaled_dot_product_flash_attention_for_cpu"},
+    "torch.sdpa.flash_cpu_folded": {"_scaled_dot_product_flash_attention_for_cpu", "reshape"},
+    "torch.sdpa.math": {"_scaled_dot_product_attention_math"},
+    "torch.rms_norm": {"rms_norm"},
+    "torch.rms_norm.vector_norm": {"linalg_vector_norm"},
+    "torch.add_rms_norm": {"rms_norm", "add"},
+    "torch.add_rms_norm.vector_norm": {"linalg_vector_norm", "add"},
+    "torch.layer_norm": {"layer_norm"},
+    "torch.layer_norm.vector_norm": {"linalg_vector_norm"},
+    "torch.swiglu": {"silu", "mul"},
+    "torch.swiglu.in_place": {"silu", "mul_"},
+    "torch.geglu": {"gelu", "mul"},
+    "torch.geglu.in_place": {"gelu", "mul_"},
+}
 
 
 class Graphs:
-    """A backend of torch.compile that runs what Dynamo traced as it is, and keeps it."""
+    """A backend of torch.compile that runs what Dynamo traced as it is, and keeps it.
+
+    Attributes:
+        traced: the graphs, in the order in which they were compiled.
+        ran: of each call, the index of its graph.
+    """
 
     def __init__(self) -> None:
         self.traced: list[GraphModule] = []
+        self.ran: list[int] = []
 
     def __call__(self, graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        index = len(self.traced)
         self.traced.append(graph)
-        return graph.forward
+
+        def run(*arguments: Any) -> Any:
+            self.ran.append(index)
+            return graph.forward(*arguments)
+
+        return run
 
     def __len__(self) -> int:
         return len(self.traced)
@@ -52,7 +82,8 @@ def compiled(
     options = {"fullgraph": True, "dynamic": dynamic, "backend": graphs if backend is None else backend, **options}
     torch._dynamo.reset()
     try:
-        with torch._dynamo.config.patch(recompile_limit=64):
+        # What an earlier run left on disk says nothing of the code as it is.
+        with torch._dynamo.config.patch(recompile_limit=64), inductor_config.patch(force_disable_caches=True):
             yield torch.compile(function, **options), graphs
     finally:
         torch._dynamo.reset()

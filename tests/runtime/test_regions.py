@@ -1,0 +1,108 @@
+"""The guards that keep a graph to the region of its plan hold for the sizes of that region, and for no others."""
+
+from __future__ import annotations
+
+import operator
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.source import LocalSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from layerzero_runtime.integrations.regions import guard_region
+
+Sizes = tuple[int, ...]
+COMPARISONS = (operator.le, operator.lt, operator.ge, operator.gt, operator.eq, operator.ne)
+# Of three sizes, what a decision compares: one of them, or a product of all.
+OPERANDS: tuple[Callable[..., Any], ...] = (
+    lambda batch, rows, columns: batch,
+    lambda batch, rows, columns: rows,
+    lambda batch, rows, columns: columns,
+    lambda batch, rows, columns: batch * rows * columns,
+)
+# Dynamo keeps sizes from 2 on symbolic.
+POINTS = st.tuples(*[st.integers(2, 40)] * 3)
+
+
+@st.composite
+def decisions(draw: st.DrawFn, depth: int = 4) -> Callable[..., int]:
+    """A decision function of three sizes with leaves -1 to 3, each of which may be reached in several ways."""
+    if depth == 0 or draw(st.integers(0, 5)) == 0:
+        leaf = draw(st.integers(-1, 3))
+        return lambda *sizes: leaf
+    compare, operand = draw(st.sampled_from(COMPARISONS)), draw(st.sampled_from(OPERANDS))
+    bound = draw(st.integers(3, 30))
+    yes, no = draw(decisions(depth - 1)), draw(decisions(depth - 1))
+    return lambda *sizes: (yes if compare(operand(*sizes), bound) else no)(*sizes)
+
+
+def symbolic(point: Sizes) -> tuple[ShapeEnv, list[torch.SymInt], list[Any]]:
+    """(what keeps the guards, the sizes of a call, their symbols: equal sizes are one)."""
+    shapes, sizes, symbols = ShapeEnv(), [], []
+    for place, size in enumerate(point):
+        source = LocalSource(f"size_{place}")
+        symbol = shapes.create_symbol(size, source, dynamic_dim=DimDynamic.DYNAMIC)
+        made = shapes.create_symintnode(symbol, hint=size, source=source)
+        assert isinstance(made, torch.SymInt)
+        sizes.append(made)
+        symbols.append(symbol)
+    return shapes, sizes, symbols
+
+
+def holds(shapes: ShapeEnv, symbols: list[Any], point: Sizes) -> bool:
+    """Whether all guards let these sizes pass."""
+    values = dict(zip(symbols, point, strict=True))
+    return all(guard.expr.subs(values) == True for guard in shapes.guards)  # noqa: E712 - sympy's own True
+
+
+@settings(max_examples=60, deadline=None)
+@given(decide=decisions(), point=POINTS, others=st.lists(POINTS, max_size=40), also=st.sets(st.integers(-1, 3)))
+def test_guards_hold_exactly_in_the_region(
+    decide: Callable[..., int], point: Sizes, others: list[Sizes], also: set[int]
+) -> None:
+    leaves = frozenset({decide(*point), *also})
+    shapes, sizes, symbols = symbolic(point)
+    guard_region(decide, sizes, leaves)
+    for other in (point, *others):
+        values = dict(zip(symbols, other, strict=True))
+        alike = tuple(values[symbol] for symbol in symbols)
+        assert holds(shapes, symbols, alike) == (decide(*alike) in leaves)
+
+
+def test_a_search_over_edges_is_a_decision_too() -> None:
+    edges, results = (4, 9, 20), (0, 1, 0, 2)
+
+    def decide(rows: int) -> int:
+        return results[bisect_left(edges, rows)]
+
+    shapes, sizes, symbols = symbolic((15,))
+    guard_region(decide, sizes, frozenset({0}))
+    assert [rows for rows in range(2, 30) if holds(shapes, symbols, (rows,))] == [2, 3, 4, *range(10, 21)]
+
+
+def test_what_is_common_to_a_region_is_a_guard_each() -> None:
+    """So that Dynamo learns the range of each size."""
+
+    def decide(batch: int, rows: int) -> int:
+        if not (4 <= batch <= 16 and rows <= 64):
+            return -1
+        if rows <= 8:
+            return 0
+        return 1 if rows <= 16 else 0
+
+    shapes, sizes, _ = symbolic((5, 20))
+    guard_region(decide, sizes, frozenset({0}))
+    assert len(shapes.guards) == 4
+    guard_region(decide, sizes, frozenset({0}))
+    assert len(shapes.guards) == 4
+
+
+def test_sizes_outside_of_the_region_are_an_error() -> None:
+    _, sizes, _ = symbolic((5,))
+    with pytest.raises(AssertionError, match="outside of the region"):
+        guard_region(lambda rows: 0 if rows <= 4 else 1, sizes, frozenset({0}))
