@@ -87,6 +87,13 @@ def refusal(error: LayerZeroError) -> str:
     return "refused"
 
 
+def give_up() -> None:
+    """Give up all answers, as after `torch._dynamo.reset()`: graphs that rest on them are compiled again."""
+    with _lock:
+        _answers.clear()
+        vars(IN_FORCE).clear()
+
+
 def _follow(snapshot: Snapshot) -> None:
     """Take away the answers that do not hold in a snapshot, and put back those that do."""
     with _lock:

@@ -11,6 +11,7 @@ import torch._inductor.config as inductor_config
 from torch.fx import GraphModule
 
 import layerzero_runtime as lz
+from layerzero_runtime.integrations import in_force
 from layerzero_runtime.kernel import KernelFunction, KernelSpec
 from tests.runtime.public_calls import Outputs, PublicCall
 
@@ -87,6 +88,8 @@ def compiled(
             yield torch.compile(function, **options), graphs
     finally:
         torch._dynamo.reset()
+        # Else each snapshot of the tests that follow would be asked whether it still selects as this one did.
+        in_force.give_up()
 
 
 @contextmanager
