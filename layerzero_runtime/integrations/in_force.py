@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+from torch._dynamo.callback import CallbackArgs, callback_handler
+
 from layerzero_runtime.errors import LayerZeroError
 from layerzero_runtime.selection.live_selector import Choice
 from layerzero_runtime.serving.published import PUBLISHED
@@ -47,33 +49,40 @@ class Answer:
             return False
 
 
-# Guards `_answers`; held while an answer is compared with a snapshot, so that none is put in force behind one.
+# Guards the two below; held while an answer is compared with a snapshot, so that none is put in force behind one.
 _lock = threading.Lock()
 _answers: dict[str, Answer] = {}
+# Those that the compilations under way have asked for: Dynamo fails where a guard does not hold at the end of its own
+# compilation, so they stay until then, whatever is published. No other graph rests on them.
+_asked_for: set[str] = set()
 _numbers = count()
 
 
 def name_of(answer: Answer, snapshot: Snapshot) -> str | None:
-    """Put an answer of a snapshot in force; None where another snapshot has been published that answers otherwise.
-
-    Equal answers have one name, so that a graph which rests on one serves again once that holds again.
-    """
+    """Put an answer of a snapshot in force; None where another snapshot has been published that answers otherwise."""
+    if _compilations_ended not in callback_handler.end_callbacks:  # torch._dynamo.reset takes it out
+        callback_handler.register_end_callback(_compilations_ended)
     with _lock:
         now = PUBLISHED.snapshot
         if now is not None and now is not snapshot and not answer.holds(now):
             return None
-        for name, known in _answers.items():
+        for name in _asked_for:
+            known = _answers[name]
             if known.function is answer.function and known.choice == answer.choice and known.basis == answer.basis:
-                setattr(IN_FORCE, name, known.function)
                 return name
         name = f"{answer.choice.kernel.kernel_id.replace('.', '_')}_{next(_numbers)}"
         if len(_answers) >= MAX_ANSWERS:
-            oldest = next(iter(_answers))
-            del _answers[oldest]
-            vars(IN_FORCE).pop(oldest, None)
+            _give_up(next(iter(_answers)))
         _answers[name] = answer
+        _asked_for.add(name)
         setattr(IN_FORCE, name, answer.function)
         return name
+
+
+def _give_up(name: str) -> None:
+    del _answers[name]
+    _asked_for.discard(name)
+    vars(IN_FORCE).pop(name, None)
 
 
 def refusal(error: LayerZeroError) -> str:
@@ -95,12 +104,22 @@ def give_up() -> None:
 
 
 def _follow(snapshot: Snapshot) -> None:
-    """Take away the answers that do not hold in a snapshot, and put back those that do."""
+    """Take away the answers that do not hold in a snapshot, and put back those that do: their graphs serve again."""
     with _lock:
         for name, answer in _answers.items():
             if answer.holds(snapshot):
                 setattr(IN_FORCE, name, answer.function)
-            else:
+            elif name not in _asked_for:
+                vars(IN_FORCE).pop(name, None)
+
+
+def _compilations_ended(arguments: CallbackArgs) -> None:
+    """Let the answers of the compilations that have just ended follow what was published meanwhile."""
+    with _lock:
+        asked_for = tuple(_asked_for)
+        _asked_for.clear()
+        for name in asked_for:
+            if PUBLISHED.snapshot is not None and not _answers[name].holds(PUBLISHED.snapshot):
                 vars(IN_FORCE).pop(name, None)
 
 

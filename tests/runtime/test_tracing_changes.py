@@ -203,16 +203,34 @@ def test_an_answer_of_a_snapshot_that_another_has_replaced_is_asked_for_again(sn
     assert name_of(answer, snapshot) is None
 
 
-def test_equal_answers_are_one(flash: tuple[Callable[..., Any], Graphs]) -> None:
+def test_equal_answers_of_a_compilation_are_one(snapshot: Snapshot) -> None:
     known = len(in_force._answers)
-    with compiled(lambda query, key, value: causal(query, key, value) + 1) as (traced, _):
+    with compiled(lambda query, key, value: causal(causal(query, key, value), key, value)) as (traced, graphs):
         traced(*tensors(12))
-    assert len(in_force._answers) == known
+    assert len(in_force._answers) == known + 1
+    assert len(graphs) == 1
+
+
+def test_a_policy_that_comes_while_dynamo_compiles_holds_from_the_next_call_on(snapshot: Snapshot) -> None:
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        if not graphs.traced:
+            lz.set_policy(denying("torch.sdpa.flash_cpu"))
+        return graphs(graph, inputs)
+
+    graphs = Graphs()
+    with policy_in_force(Policy()), compiled(causal, backend=backend) as (traced, _):
+        traced(*tensors(12))
+        traced(*tensors(12))
+        assert graphs.functions() == [{FLASH}, {SDPA}]
+        lz.set_policy(None)
+        traced(*tensors(12))
+    assert graphs.ran == [0, 1, 0]
 
 
 def test_the_oldest_answers_give_way(snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(in_force, "MAX_ANSWERS", 2)
     monkeypatch.setattr(in_force, "_answers", {})
+    monkeypatch.setattr(in_force, "_asked_for", set())
     kernel = snapshot.registry.get("torch.swiglu")
     assert kernel is not None
     names = [
