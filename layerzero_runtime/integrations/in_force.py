@@ -99,8 +99,8 @@ def refusal(error: LayerZeroError) -> str:
 def give_up() -> None:
     """Give up all answers, as after `torch._dynamo.reset()`: graphs that rest on them are compiled again."""
     with _lock:
-        _answers.clear()
-        vars(IN_FORCE).clear()
+        for name in tuple(_answers):
+            _give_up(name)
 
 
 def _follow(snapshot: Snapshot) -> None:
