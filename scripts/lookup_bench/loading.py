@@ -89,11 +89,11 @@ def rows(processes: int) -> Iterator[Row]:
 
 def _row(name: str, most_ns: float, times: list[tuple[int, int]], note: str = "") -> Row:
     wall, own = zip(*times, strict=True)
-    median = statistics.median(wall)
+    median = float(statistics.median(wall))
     processes = f"median of {len(times)} fresh processes, {statistics.median(own) / 1e6:.2f} ms of their own time"
     how = "; ".join(filter(None, (note, processes)))
     met = median < most_ns
-    return Row(name, f"< {most_ns / 1e6:g} ms", median, None, min(wall), max(wall), how, met, "loading")
+    return Row(name, f"< {most_ns / 1e6:g} ms", median, None, float(min(wall)), float(max(wall)), how, met, "loading")
 
 
 def _times(installed: Path, code: str, processes: int) -> list[tuple[int, int]]:

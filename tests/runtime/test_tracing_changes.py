@@ -207,7 +207,7 @@ def test_equal_answers_of_a_compilation_are_one(snapshot: Snapshot) -> None:
     known = len(in_force._answers)
     with compiled(lambda query, key, value: causal(causal(query, key, value), key, value)) as (traced, graphs):
         traced(*tensors(12))
-    assert len(in_force._answers) == known + 1
+        assert len(in_force._answers) == known + 1
     assert len(graphs) == 1
 
 

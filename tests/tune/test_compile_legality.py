@@ -102,12 +102,12 @@ def test_what_a_bucket_does_not_determine_is_a_guard_with_the_default_behind(
 
 
 def test_a_product_that_a_bucket_exceeds_is_a_guard() -> None:
-    """The winner's bucket reaches halfway to 2048 keys; 64 x 64 x 362 scores are more than the limit of 2**20."""
-    table = table_of(compiled(with_winner(grid(cross, (32, 64), (32, 64), (64, 2048)), SMALL_SCORES.kernel_id)))
+    """The winner's bucket reaches halfway to 2048 keys; 64 x 64 x 512 scores are more than the limit of 2**20."""
+    table = table_of(compiled(with_winner(grid(cross, (32, 64), (32, 64), (128, 2048)), SMALL_SCORES.kernel_id)))
     assert served(table, cross(64, 64, 256)) == "synthetic.small_scores"
     assert served(table, cross(64, 64, 257)) == "torch.sdpa"
-    assert served(table, cross(32, 64, 362)) == "synthetic.small_scores"
-    assert served(table, cross(32, 64, 363)) == "torch.sdpa"
+    assert served(table, cross(32, 64, 512)) == "synthetic.small_scores"
+    assert served(table, cross(32, 64, 513)) == "torch.sdpa"
 
 
 def test_lengths_that_are_tied_are_split_together() -> None:
