@@ -72,14 +72,14 @@ def name_of(answer: Answer, snapshot: Snapshot) -> str | None:
                 return name
         name = f"{answer.choice.kernel.kernel_id.replace('.', '_')}_{next(_numbers)}"
         if len(_answers) >= MAX_ANSWERS:
-            _give_up(next(iter(_answers)))
+            _drop(next(iter(_answers)))
         _answers[name] = answer
         _asked_for.add(name)
         setattr(IN_FORCE, name, answer.function)
         return name
 
 
-def _give_up(name: str) -> None:
+def _drop(name: str) -> None:
     del _answers[name]
     _asked_for.discard(name)
     vars(IN_FORCE).pop(name, None)
@@ -99,8 +99,9 @@ def refusal(error: LayerZeroError) -> str:
 def give_up() -> None:
     """Give up all answers, as after `torch._dynamo.reset()`: graphs that rest on them are compiled again."""
     with _lock:
-        for name in tuple(_answers):
-            _give_up(name)
+        _answers.clear()
+        _asked_for.clear()
+        vars(IN_FORCE).clear()
 
 
 def _follow(snapshot: Snapshot) -> None:

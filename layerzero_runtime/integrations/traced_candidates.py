@@ -23,6 +23,8 @@ def key_plan(snapshot: Snapshot, operation: Operation, example: SelectionContext
     known = KEY_FIELDS.union(operation.static, operation.plain, operation.fixed)
     table = snapshot.tables.of(example.device)
     entry = None if table is None else table.entries.get(operation.name, {}).get(operation.static_key(example))
+    if entry is not None and snapshot.tables.is_damaged(entry):
+        entry = None
     policy = _bearing(snapshot.policy, example, known)
     offer = _Offer(snapshot, operation, example, known)
     chains: list[tuple[Candidate, ...]] = []

@@ -18,6 +18,7 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.counters import CounterGroup
 from layerzero_runtime.device import detect_device
 from layerzero_runtime.errors import TableError
+from layerzero_runtime.integrations.traced_candidates import key_plan
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.registry import Registry
@@ -184,6 +185,12 @@ def test_a_call_at_a_damaged_entry_is_served_and_counted_as_a_miss(snapshot_of_d
     torch.testing.assert_close(result, torch.nn.functional.silu(gate) * up)
     assert route.misses.value == 1
     assert dict(snapshot.counters)["entries_damaged"] == 1
+
+
+def test_to_a_traced_call_a_damaged_entry_is_none(snapshot_of_damaged: tuple[Snapshot, str]) -> None:
+    plan = key_plan(snapshot_of_damaged[0], operation_named("mlp.swiglu"), DAMAGED)
+    assert (plan.decision, plan.chains) == (None, ())
+    assert [candidate.choice.kernel.kernel_id for candidate in plan.unmeasured] == ["torch.swiglu"]
 
 
 def test_a_table_knows_its_damage_when_it_is_checked(installed: Path, source: str) -> None:
