@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 # Kinds of calls that a function keeps: each is asked in turn, and a call of none of them is described.
@@ -39,7 +38,7 @@ class SeenCalls:
         self.key_shape: tuple[int, ...] | None = None
         self.repeats = 0
 
-    def keep(self, function: str, kind: tuple[Callable[..., bool] | Any, ...]) -> None:
+    def keep(self, function: str, kind: tuple[Any, ...]) -> None:
         """Put a kind of the public function of that name first; the oldest beyond MAX_SEEN goes."""
         setattr(self, function, (kind, *getattr(self, function)[: MAX_SEEN - 1]))
 

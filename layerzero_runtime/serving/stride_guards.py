@@ -11,7 +11,6 @@ from layerzero_runtime.tensors import FIELD_READERS
 
 Guards = tuple[Limit, ...]
 
-
 # What a spec's `requires_contiguous` and `requires_last_dim_stride1` become.
 _CONTIGUOUS = Limit("is_contiguous", "one_of", (True,))
 _UNIT_STRIDE = Limit("stride_last_dim", "one_of", (1,))

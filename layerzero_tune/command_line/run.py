@@ -24,7 +24,7 @@ from layerzero_tune.command_line.options import (
     split_list,
 )
 from layerzero_tune.command_line.output import notes, print_json, print_table, progress_bar, shape_text
-from layerzero_tune.measure.contention import MAX_ATTEMPTS, MAX_SHARE
+from layerzero_tune.measure.contention import MAX_ATTEMPTS
 from layerzero_tune.measure.contest import MeasurementPolicy
 from layerzero_tune.report.wins import kernel_wins
 from layerzero_tune.results.store import ResultsStore
@@ -125,7 +125,7 @@ def _run(device: MeasuringDevice, contexts: Sequence[SelectionContext], store: R
             for found in kernel_wins(results.rows)
         ],
     )
-    disturbed = len({row.contest_id for row in results.rows if row.contention > MAX_SHARE})
+    disturbed = len({row.contest_id for row in results.rows if row.is_contended})
     if disturbed:
         notes.print(
             f"{disturbed} contests were disturbed by other processes, {MAX_ATTEMPTS} times over; "

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from layerzero_runtime.device import DeviceSpec
-from layerzero_tune.measure.contention import MAX_SHARE
 from layerzero_tune.measure.statistics import (
     LOG_RESOLUTION,
     Logs,
@@ -33,12 +32,7 @@ def is_disturbed(rows: Sequence[Measurement]) -> bool:
 
     The anchor is the default, or without its rounds the first kernel that has some.
     """
-    return is_contended(rows[0]) or _drifts(rows)
-
-
-def is_contended(row: Measurement) -> bool:
-    """Whether other processes took more of the machine than a contest bears, although it was timed again."""
-    return row.contention > MAX_SHARE
+    return rows[0].is_contended or _drifts(rows)
 
 
 def doubts(row: Measurement, logs: Logs) -> list[float]:
@@ -52,7 +46,7 @@ def doubts(row: Measurement, logs: Logs) -> list[float]:
     to 1 + f times as slow, and another one not at all.
     """
     contended = 0.0
-    if is_contended(row):
+    if row.is_contended:
         device = DeviceSpec.from_dict(row.device)
         busy = min(1.0, row.contention * (device.threads or device.physical_cores or 1))
         contended = round(math.log1p(busy) / LOG_RESOLUTION) * LOG_RESOLUTION

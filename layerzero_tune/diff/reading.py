@@ -21,7 +21,6 @@ from layerzero_tune.compile.judge import Verdict, judge
 from layerzero_tune.compile.pipeline import compile_rows
 from layerzero_tune.diff.side import Bucket, EntryKey, Side, SideEntry
 from layerzero_tune.identity import canonical_json
-from layerzero_tune.measure.contention import MAX_SHARE
 from layerzero_tune.results.content import results_hash
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
@@ -112,7 +111,7 @@ def _side(
         },
         verdicts=verdicts,
         contests=len({row.contest_id for row in rows}),
-        disturbed=len({row.contest_id for row in rows if row.contention > MAX_SHARE}),
+        disturbed=len({row.contest_id for row in rows if row.is_contended}),
     )
 
 

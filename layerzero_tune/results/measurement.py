@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from layerzero_runtime.context import SelectionContext
+from layerzero_tune.measure.contention import MAX_SHARE
 
 # Times keep 20 significant bits, a relative step of 1e-6. The least noise of any clock here is 5e-4, so nothing is
 # lost, and a million rows of 16 samples take half the space that the random low bits of a division would.
@@ -60,6 +61,11 @@ class Measurement:
     policy: Mapping[str, Any]
     measured_at: str
     contention: float = 0.0
+
+    @property
+    def is_contended(self) -> bool:
+        """Whether other processes took more of the machine than a contest bears, although it was timed again."""
+        return self.contention > MAX_SHARE
 
     @classmethod
     def of_stored(cls, columns: Sequence[str], values: Sequence[Any]) -> Self:
