@@ -42,7 +42,7 @@ def unmeasured_cells(cells: Sequence[Sizes], free: Sequence[int], max_product: i
         nearest = math.prod(math.sqrt(size * low[size]) for size, low in zip(crossing, before, strict=True))
         if max_product is not None and nearest >= max_product:
             continue
-        at = tuple(math.log(size) for size in crossing)
+        at = tuple(math.log2(size) for size in crossing)
         if not any(vouches(place, at) for place in places):
             found.append(_with_tied(crossing, cells[0], free))
     return tuple(found)

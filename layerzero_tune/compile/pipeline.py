@@ -12,13 +12,14 @@ from layerzero_runtime.errors import ResultsError
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.operation import StaticKey
 from layerzero_runtime.operations import operation_named
+from layerzero_tune.compile.cell import Cell
 from layerzero_tune.compile.coverage import bounds_of, max_product_of, unmeasured_cells
 from layerzero_tune.compile.form import Entry, TableForm
 from layerzero_tune.compile.judge import Verdict, judge
 from layerzero_tune.compile.neighbourhood import settle
 from layerzero_tune.compile.portfolio import narrow
 from layerzero_tune.compile.regret import RegretModel
-from layerzero_tune.compile.tree import Cell, TreeGrower
+from layerzero_tune.compile.tree import TreeGrower
 from layerzero_tune.identity import canonical_json
 from layerzero_tune.results.content import results_hash
 from layerzero_tune.results.measurement import Measurement

@@ -10,39 +10,18 @@ import numpy as np
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernel import Kernel
-from layerzero_runtime.operation import Operation, Sizes
+from layerzero_runtime.operation import Operation
+from layerzero_tune.compile.cell import MISS, Cell
+from layerzero_tune.compile.edge import edge_between
 from layerzero_tune.compile.form import Box, Leaf, Split, Step, Tree, leaves_of
-from layerzero_tune.compile.judge import Choice, Verdict
+from layerzero_tune.compile.judge import Choice
 from layerzero_tune.compile.leaf_evidence import evidence_of
 from layerzero_tune.compile.legality import legality
 from layerzero_tune.compile.tree_parts import balanced, parts_along
 
-MISS: Choice = ("", "")
-# Cost, in log time, of a choice without a time at a cell, and of answering where nothing was measured.
-_UNKNOWN_COST = 2.0
-# Added where a choice is not acceptable, so that splits prefer pure sides over small differences in regret.
-_UNACCEPTABLE_COST = 0.01
 # Sizes that lie closer together than this factor share a bucket. What sets them apart is not their magnitude but
 # whether they are even or fill whole tiles, which says nothing about the sizes in between.
 MIN_STEP = 1.05
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A point of the tree: measured sizes with their verdict, or unmeasured ones (None), which must miss."""
-
-    sizes: Sizes
-    verdict: Verdict | None
-
-    @property
-    def acceptable(self) -> frozenset[Choice]:
-        return frozenset({MISS}) if self.verdict is None else self.verdict.acceptable
-
-    def cost(self, choice: Choice) -> float:
-        if self.verdict is None or choice == MISS:
-            return 0.0 if self.verdict is None and choice == MISS else _UNKNOWN_COST
-        regret = min(self.verdict.regret(choice), _UNKNOWN_COST)
-        return regret if choice in self.verdict.acceptable else regret + _UNACCEPTABLE_COST
 
 
 @dataclass(frozen=True)
@@ -104,7 +83,8 @@ class TreeGrower:
         choices = sorted({choice for cell in cells for choice in cell.acceptable})
         costs = np.array([[cell.cost(choice) for choice in choices] for cell in cells])
         best: tuple[float, int, int] | None = None
-        split: tuple[int, int] = (0, 0)
+        split: tuple[int, tuple[int, int]] = (0, (0, 0))
+        sides = (MISS, MISS)
         for axis in self.free:
             order = sorted(range(len(cells)), key=lambda index, axis=axis: cells[index].sizes[axis])  # type: ignore[misc]
             low_sums = np.cumsum(costs[order], axis=0)
@@ -119,19 +99,28 @@ class TreeGrower:
                 rank = (round(total, 9), abs(2 * (position + 1) - len(order)), axis)
                 if best is None or rank < best:
                     best = rank
+                    split = axis, (low_size, high_size)
                     sides = choices[int(low_sums[position].argmin())], choices[int(high_sums[position].argmin())]
-                    split = axis, self._edge(cells, axis, low_size, high_size, *sides)
-        return None if best is None else split
+        if best is None:
+            return None
+        axis, (low, high) = split
+        limit = self._limit_between(cells, axis, low, high, sides)
+        return axis, edge_between(cells, axis, low, high) if limit is None else limit
 
-    def _edge(self, cells: Sequence[Cell], axis: int, low: int, high: int, at_low: Choice, at_high: Choice) -> int:
-        """Where the two choices cost the same, interpolated in log space between the nearest cells of both sides."""
-        lead_low = _mean_lead(cells, axis, low, at_low, at_high)
-        lead_high = _mean_lead(cells, axis, high, at_high, at_low)
-        share = 0.5
-        if lead_low is not None and lead_high is not None and lead_low >= 0 and lead_high >= 0 and lead_low + lead_high:
-            share = lead_low / (lead_low + lead_high)
-        edge = math.floor(math.exp(math.log(low) + share * (math.log(high) - math.log(low))) + 1e-9)
-        return min(max(edge, low), high - 1)
+    def _limit_between(
+        self, cells: Sequence[Cell], axis: int, low: int, high: int, sides: tuple[Choice, Choice]
+    ) -> int | None:
+        """The edge at a range limit, between two neighbouring grid lines, of the choice that suits one side best: the
+        line beyond cannot say what it is worth up to there."""
+        ranges = tuple((min(sizes), max(sizes)) for sizes in zip(*(cell.sizes for cell in cells), strict=True))
+        box = self._divide(self._divide(ranges, axis, high)[0], axis, low - 1)[1]
+        for choice in sides:
+            if choice != MISS:
+                found = legality(self.kernels[choice[0]], self.operation, self.context, box)
+                edges = [edge for at, edge in found.splits if at == axis]
+                if edges:
+                    return edges[0]
+        return None
 
     def _divide(self, box: Box, axis: int, edge: int) -> tuple[Box, Box]:
         """Both halves of a box; axes that are tied to the split one follow it."""
@@ -153,8 +142,9 @@ class TreeGrower:
             # The choice was measured in no cell of this box: the default serves, else it is a miss.
             serves = choice != self.default and self._default_stands_in(cells)
             return self._leaf(cells, box, self.default) if serves else Leaf(box, (), None)
-        if found.splits:
-            axis, edge = found.splits[0]
+        split = found.splits[0] if found.splits else self._stand_in_split(cells, box) if found.guards else None
+        if split is not None:
+            axis, edge = split
             low_box, high_box = self._divide(box, axis, edge)
             low, high = (
                 self._leaf([cell for cell in cells if low <= cell.sizes[axis] <= high], half, choice)
@@ -162,13 +152,42 @@ class TreeGrower:
                 for low, high in (half[axis],)
             )
             return Split(axis, edge, low, high)
-        verdicts = [cell.verdict for cell in cells if cell.verdict is not None]
         chain = [Step(choice, found.guards)]
-        if found.guards and choice != self.default and self._default_stands_in(cells):
-            behind = legality(self.kernels[self.default[0]], self.operation, self.context, box)
+        for stand_in in self._stand_ins(cells, choice):
+            if not chain[-1].guards:
+                break
+            behind = legality(self.kernels[stand_in[0]], self.operation, self.context, box)
             if behind.violated is None and not behind.splits:
-                chain.append(Step(self.default, behind.guards))
+                chain.append(Step(stand_in, behind.guards))
+        verdicts = [cell.verdict for cell in cells if cell.verdict is not None]
         return Leaf(box, tuple(chain), evidence_of(choice, self.default, verdicts))
+
+    def _stand_ins(self, cells: Sequence[Cell], choice: Choice) -> Sequence[Choice]:
+        """What may serve behind a choice's guards, best first: proved to gain wherever these cells were measured, and
+        the default."""
+        verdicts = [cell.verdict for cell in cells if cell.verdict is not None]
+        gaining = [
+            other
+            for other in sorted(verdicts[0].standings if verdicts else ())
+            if other != choice and all(verdict.gains(other) for verdict in verdicts)
+        ]
+        gaining.sort(key=lambda other: (round(math.fsum(verdict.regret(other) for verdict in verdicts), 9), other))
+        last = [self.default] if choice != self.default and self._default_stands_in(cells) else []
+        return [*gaining, *last]
+
+    def _stand_in_split(self, cells: Sequence[Cell], box: Box) -> tuple[int, int] | None:
+        """Where a range limit of a choice runs through the box that may stand behind guards on one side of it."""
+        verdicts = [cell.verdict for cell in cells if cell.verdict is not None]
+        for other in sorted({choice for verdict in verdicts for choice in verdict.standings if verdict.gains(choice)}):
+            found = legality(self.kernels[other[0]], self.operation, self.context, box)
+            for axis, edge in found.splits:
+                sides = (
+                    [verdict for verdict in verdicts if (verdict.sizes[axis] <= edge) == is_low]
+                    for is_low in (True, False)
+                )
+                if any(side and all(verdict.gains(other) for verdict in side) for side in sides):
+                    return axis, edge
+        return None
 
     def _default_stands_in(self, cells: Sequence[Cell]) -> bool:
         """Whether the default may serve where a choice is illegal: it has a time wherever these cells were measured."""
@@ -194,19 +213,6 @@ class TreeGrower:
                 edges.append(edge)
             parts.append(part)
         return balanced(axis, edges, parts)
-
-
-def _mean_lead(cells: Sequence[Cell], axis: int, size: int, ahead: Choice, behind: Choice) -> float | None:
-    """Mean log time by which one choice leads the other over the measured cells at this size; None without any."""
-    leads = [
-        cell.verdict.standings[behind].log_ratio - cell.verdict.standings[ahead].log_ratio
-        for cell in cells
-        if cell.sizes[axis] == size
-        and cell.verdict is not None
-        and ahead in cell.verdict.standings
-        and behind in cell.verdict.standings
-    ]
-    return math.fsum(leads) / len(leads) if leads else None
 
 
 def _lies_in(cell: Cell, box: Box) -> bool:

@@ -115,10 +115,14 @@ def contest_rows(
 
 
 def measured(
-    contexts: Iterable[SelectionContext], model: CostModel, noise: float = 0.0, screen: float = math.inf
+    contexts: Iterable[SelectionContext],
+    model: CostModel,
+    noise: float = 0.0,
+    screen: float = math.inf,
+    repeat: int = 0,
 ) -> list[Measurement]:
     """One contest per context, one second after the other; kernels `screen` times as slow as the best do not enter the
-    rounds, unless they are the default."""
+    rounds, unless they are the default. Another `repeat` has other noise."""
     rows = []
     for second, context in enumerate(contexts):
         times = model(context)
@@ -126,7 +130,7 @@ def measured(
         default = operation_named(context.operation).default_kernel
         slow = [name for name, time in times.items() if not isinstance(time, str) and time > screen * best]
         screened = [name for name in slow if name != default]
-        rows += contest_rows(context, times, noise=noise, second=second, screened=screened)
+        rows += contest_rows(context, times, noise=noise, second=second, screened=screened, repeat=repeat)
     return rows
 
 

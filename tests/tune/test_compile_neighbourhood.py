@@ -45,7 +45,7 @@ def test_a_gain_stays_where_all_around_it_gains() -> None:
 
 
 def test_cells_out_of_reach_do_not_count() -> None:
-    assert acceptable({64: lean(0.95), 140: lean(3.0)}) == [{LEAN}, {DEFAULT}]
+    assert acceptable({64: lean(0.95), 200: lean(3.0)}) == [{LEAN}, {DEFAULT}]
 
 
 def test_a_large_gain_beside_a_steep_crossing_stays() -> None:

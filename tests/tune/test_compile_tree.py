@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operations import operation_named
+from layerzero_tune.compile.cell import MISS, Cell
 from layerzero_tune.compile.emit import leaf_at
 from layerzero_tune.compile.form import Entry, Leaf, Tree
 from layerzero_tune.compile.judge import Choice, Standing, Verdict
-from layerzero_tune.compile.tree import MIN_STEP, MISS, Cell, TreeGrower
+from layerzero_tune.compile.tree import MIN_STEP, TreeGrower
 from layerzero_tune.results.measurement import Measurement
 from tests.tune.synthetic_results import (
     ALL_KERNELS,
@@ -100,6 +101,7 @@ def test_a_crossing_over_two_axes_is_followed_in_steps() -> None:
 
 
 def test_what_was_measured_is_served_by_a_proved_choice_on_three_axes() -> None:
+    """Winners that change from point to point: the best, or the default where the gain does not hold around it."""
     contexts = grid(cross, (4, 16, 64), (1, 8, 64), (64, 256, 1024, 4096))
 
     def model(context: SelectionContext) -> Times:
@@ -112,7 +114,7 @@ def test_what_was_measured_is_served_by_a_proved_choice_on_three_axes() -> None:
     table = table_of(compiled(measured(contexts, model, 0.03)))
     for context in contexts:
         times = {kernel_id: float(time) for kernel_id, time in model(context).items()}
-        assert times[served(table, context) or ""] == min(times.values())
+        assert times[served(table, context) or ""] in (min(times.values()), times["torch.sdpa"])
 
 
 def test_a_default_that_always_fails_leaves_the_fastest_everywhere() -> None:

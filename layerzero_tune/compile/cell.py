@@ -1,0 +1,43 @@
+"""A point of the tree, and what each choice costs there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from layerzero_runtime.operation import Sizes
+from layerzero_tune.compile.judge import Choice, Verdict
+
+MISS: Choice = ("", "")
+# Cost, in log time, of a choice without a time at a cell, and of answering where nothing was measured.
+_UNKNOWN_COST = 2.0
+# Added where a choice is not acceptable, so that splits prefer pure sides over small differences in regret.
+_UNACCEPTABLE_COST = 0.01
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A point of the tree: measured sizes with their verdict, or unmeasured ones (None), which must miss."""
+
+    sizes: Sizes
+    verdict: Verdict | None
+
+    @property
+    def acceptable(self) -> frozenset[Choice]:
+        return frozenset({MISS}) if self.verdict is None else self.verdict.acceptable
+
+    def cost(self, choice: Choice) -> float:
+        if self.verdict is None or choice == MISS:
+            return 0.0 if self.verdict is None and choice == MISS else _UNKNOWN_COST
+        regret = min(self.verdict.regret(choice), _UNKNOWN_COST)
+        return regret if choice in self.verdict.acceptable else regret + _UNACCEPTABLE_COST
+
+    def lead(self, ahead: Choice, behind: Choice) -> float | None:
+        """Log time by which one choice leads the other here, None where one of them has no time."""
+        standings = {} if self.verdict is None else self.verdict.standings
+        if ahead not in standings or behind not in standings:
+            return None
+        return standings[behind].log_ratio - standings[ahead].log_ratio
+
+    def column(self, axis: int) -> Sizes:
+        """The sizes on all other axes: cells of one column differ along this axis alone."""
+        return self.sizes[:axis] + self.sizes[axis + 1 :]
