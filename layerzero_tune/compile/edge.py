@@ -1,4 +1,4 @@
-"""Placing an edge between two neighbouring grid lines: where the choices of both sides cost the same."""
+"""Placing the edge of a split: where the choices of both sides cost the same."""
 
 from __future__ import annotations
 
@@ -7,10 +7,26 @@ from collections.abc import Iterator, Sequence
 
 from layerzero_tune.compile.cell import Cell
 from layerzero_tune.compile.judge import Choice
+from layerzero_tune.compile.region import Axes, product_of
+from layerzero_tune.compile.split import Place
+
+# The cells on either side that tell which choices meet at an edge over a product: those up to this factor away.
+_BESIDE = 4.0
+# How far from the middle of such an edge a cell still tells where they meet, with a weight that falls to 0.
+_REACH = 16.0
 
 
-def edge_between(cells: Sequence[Cell], axis: int, low: int, high: int) -> int:
-    """The last size of the side below, from `low` to `high` - 1; these are sizes of the cells with none in between.
+def edge_at(cells: Sequence[Cell], place: Place) -> int:
+    """The last size (product over the axes) of the side below, from `place.low` to `place.high` - 1."""
+    if len(place.axes) == 1:
+        at = _between_lines(cells, place.axes[0], place.low, place.high)
+    else:
+        at = _across(cells, place.axes, place.low, place.high)
+    return min(max(math.floor(math.exp(at) + 1e-6), place.low), place.high - 1)
+
+
+def _between_lines(cells: Sequence[Cell], axis: int, low: int, high: int) -> float:
+    """Log of the size between two neighbouring grid lines at which an edge belongs.
 
     The choices are those that suit the cells at `low` and at `high` best: a third may win between two that win further
     out. Where they cost the same is interpolated in log space from their times.
@@ -20,16 +36,35 @@ def edge_between(cells: Sequence[Cell], axis: int, low: int, high: int) -> int:
     if best_low == best_high:
         # The split sets apart cells that need another choice: the side that has them ends at its cells.
         mixed_low, mixed_high = (any(best_low not in cell.acceptable for cell in found) for found in (at_low, at_high))
-        at = math.log(low) + (0.5 + 0.5 * (mixed_high - mixed_low)) * (math.log(high) - math.log(low))
-    else:
-        crossings = list(_crossings(cells, axis, low, best_low, best_high))
-        if crossings:
-            at = math.fsum(at * weight for at, weight in crossings) / math.fsum(weight for _, weight in crossings)
-        else:
-            at = _interpolated(
-                low, high, _mean_lead(at_low, best_low, best_high), _mean_lead(at_high, best_high, best_low)
-            )
-    return min(max(math.floor(math.exp(at) + 1e-6), low), high - 1)
+        return math.log(low) + (0.5 + 0.5 * (mixed_high - mixed_low)) * (math.log(high) - math.log(low))
+    crossings = list(_crossings(cells, axis, low, best_low, best_high))
+    if crossings:
+        return math.fsum(at * weight for at, weight in crossings) / math.fsum(weight for _, weight in crossings)
+    return _interpolated(low, high, _mean_lead(at_low, best_low, best_high), _mean_lead(at_high, best_high, best_low))
+
+
+def _across(cells: Sequence[Cell], axes: Axes, low: int, high: int) -> float:
+    """Log of the product at which an edge belongs that runs across the axes: the root of the weighted regression line
+    of one choice's lead over the other on the log of the product; half way where there is none."""
+    logs = [math.log(product_of(cell.sizes, axes)) for cell in cells]
+    middle, half = (math.log(low) + math.log(high)) / 2.0, (math.log(high) - math.log(low)) / 2.0
+    near = half + math.log(_BESIDE)
+    best_low = _cheapest([cell for cell, at in zip(cells, logs, strict=True) if middle - near <= at < middle])
+    best_high = _cheapest([cell for cell, at in zip(cells, logs, strict=True) if middle < at <= middle + near])
+    reach = half + math.log(_REACH)
+    points = [
+        (1.0 - abs(at - middle) / reach, at - middle, lead)
+        for cell, at in zip(cells, logs, strict=True)
+        if abs(at - middle) < reach and (lead := cell.lead(best_low, best_high)) is not None
+    ]
+    total = math.fsum(weight for weight, _, _ in points)
+    if best_low == best_high or not total:
+        return middle
+    center = math.fsum(weight * at for weight, at, _ in points) / total
+    level = math.fsum(weight * lead for weight, _, lead in points) / total
+    variance = math.fsum(weight * (at - center) ** 2 for weight, at, _ in points)
+    covariance = math.fsum(weight * (at - center) * (lead - level) for weight, at, lead in points)
+    return middle + center - level * variance / covariance if covariance < 0.0 else middle
 
 
 def _at(cells: Sequence[Cell], axis: int, size: int) -> Sequence[Cell]:

@@ -10,8 +10,7 @@ from typing import Any
 from layerzero_runtime.operation import Sizes, StaticKey
 from layerzero_runtime.selection.limits import Limit
 from layerzero_tune.compile.judge import Choice
-
-Box = tuple[tuple[int, int], ...]  # inclusive range of each axis
+from layerzero_tune.compile.region import Axes, Box, Region
 
 
 @dataclass(frozen=True)
@@ -45,16 +44,16 @@ class Evidence:
 class Leaf:
     """A bucket: its chain of plans, best first; an empty chain is a miss."""
 
-    box: Box
+    region: Region
     chain: tuple[Step, ...]
     evidence: Evidence | None
 
 
 @dataclass(frozen=True)
 class Split:
-    """`low` serves sizes up to and including `edge` on the axis, `high` those above."""
+    """`low` serves sizes whose product over the axes, mostly one, is at most the edge, `high` those above."""
 
-    axis: int
+    axes: Axes
     edge: int
     low: Tree
     high: Tree
@@ -70,7 +69,7 @@ class Entry:
     Attributes:
         axes: names of all axes, in the order of the decision function's parameters.
         free: indices of the axes that are not tied under this key.
-        bounds: inclusive measured range per axis.
+        bounds: measured range per axis.
         max_product: largest product of the free sizes that was measured, None where the whole box is covered.
     """
 

@@ -10,16 +10,19 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ContextError
+from layerzero_runtime.operation import Sizes
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.selection.limits import rejections
 from layerzero_runtime.tables.table import MISS, Table
 from layerzero_tune.compile.form import Split, Tree
 from layerzero_tune.compile.judge import judge
+from layerzero_tune.compile.region import Region
 from tests.tune.recordings import recorded_rows
 from tests.tune.synthetic_landscapes import Landscape, beyond, corners, landscapes, preset_points
 from tests.tune.synthetic_results import ALL_KERNELS, DEVICE, compiled, measured, norm, served, table_of
@@ -76,9 +79,9 @@ def test_in_corners_of_regions_a_table_is_as_good_on_the_whole(name: str, shift:
     assert max(found) <= math.log(1.25)
 
 
-def edges(tree: Tree) -> Iterator[tuple[int, int]]:
+def edges(tree: Tree) -> Iterator[tuple[tuple[int, ...], int]]:
     if isinstance(tree, Split):
-        yield tree.axis, tree.edge
+        yield tree.axes, tree.edge
         yield from edges(tree.low)
         yield from edges(tree.high)
 
@@ -92,8 +95,8 @@ def test_an_edge_lies_within_ten_percent_of_a_steep_crossing(crossing: int, seed
     (entry,) = compiled(measured(preset_points(norm(1)), model, NOISE, repeat=seed)).entries
     found = list(edges(entry.tree))
     assert found
-    for axis, edge in found:
-        if entry.axes[axis] == "rows":
+    for axes, edge in found:
+        if [entry.axes[axis] for axis in axes] == ["rows"]:
             assert abs(math.log((edge + 0.5) / crossing)) <= math.log(1.1)
 
 
@@ -157,6 +160,14 @@ def _random_call(landscape: Landscape, chance: random.Random) -> SelectionContex
         return context
 
 
+def _some_sizes(region: Region) -> Iterator[Sizes]:
+    lines = [sorted({round(low * (high / low) ** (step / 8)) for step in range(9)}) for low, high in region.box]
+    for free in product(*(lines[axis] for axis in region.free)):
+        sizes = tuple(free[region.free.index(axis)] if axis in region.free else free[-1] for axis in range(len(lines)))
+        if region.holds(sizes):
+            yield sizes
+
+
 def test_every_key_and_every_bucket_is_reached_by_a_call() -> None:
     """Over all operations of the quick preset: the key that the runtime builds for a call finds the entry."""
     form = compiled(recorded_rows())
@@ -170,7 +181,7 @@ def test_every_key_and_every_bucket_is_reached_by_a_call() -> None:
         operation = operation_named(entry.operation)
         reached = set()
         for leaf in entry.leaves():
-            for sizes in (tuple(low for low, _ in leaf.box), tuple((low + high) // 2 for low, high in leaf.box)):
+            for sizes in _some_sizes(leaf.region):
                 context = operation.with_sizes(contexts[entry.operation, entry.static_key], sizes)
                 if operation.static_key(context) == entry.static_key and operation.misfit(context) is None:
                     found, number = table.find(operation, context.with_device(DEVICE))

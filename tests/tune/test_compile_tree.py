@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -18,7 +19,10 @@ from layerzero_tune.compile.cell import MISS, Cell
 from layerzero_tune.compile.emit import leaf_at
 from layerzero_tune.compile.form import Entry, Leaf, Tree
 from layerzero_tune.compile.judge import Choice, Standing, Verdict
-from layerzero_tune.compile.tree import MIN_STEP, TreeGrower
+from layerzero_tune.compile.leaf import LeafBuilder
+from layerzero_tune.compile.region import Region
+from layerzero_tune.compile.split import MIN_STEP
+from layerzero_tune.compile.tree import TreeGrower
 from layerzero_tune.results.measurement import Measurement
 from tests.tune.synthetic_results import (
     ALL_KERNELS,
@@ -57,11 +61,11 @@ def entry_of(rows: Sequence[Measurement]) -> Entry:
     return entry
 
 
-def edges(tree: Tree) -> list[tuple[int, int]]:
-    """(axis, edge) of every split, in ascending order of what they separate."""
+def edges(tree: Tree) -> list[tuple[tuple[int, ...], int]]:
+    """(axes, edge) of every split, in ascending order of what they separate."""
     if isinstance(tree, Leaf):
         return []
-    return [*edges(tree.low), (tree.axis, tree.edge), *edges(tree.high)]
+    return [*edges(tree.low), (tree.axes, tree.edge), *edges(tree.high)]
 
 
 def kernels(entry: Entry) -> list[str]:
@@ -72,8 +76,8 @@ def kernels(entry: Entry) -> list[str]:
 @pytest.mark.parametrize(("noise", "tolerance"), [(0.0, 0.001), (0.01, 0.05), (0.03, 0.12)])
 def test_an_edge_on_one_axis_lies_at_the_crossing(crossing: int, noise: float, tolerance: float) -> None:
     entry = entry_of(measured(grid(norm, ROWS, (1024,)), wins_above(crossing, "rows"), noise))
-    ((axis, edge),) = edges(entry.tree)
-    assert axis == 0
+    ((axes, edge),) = edges(entry.tree)
+    assert axes == (0,)
     assert abs(math.log(edge / crossing)) <= tolerance + 1 / crossing
     assert kernels(entry) == ["torch.rms_norm", "synthetic.lean"]
 
@@ -82,22 +86,37 @@ def test_axes_that_decide_nothing_disappear() -> None:
     contexts = grid(cross, (8, 32, 128), (1, 16), (64, 256, 1024, 4096))
     rows = measured(contexts, wins_above(500, "seq_len_k", rival="synthetic.fused", default="torch.sdpa"), 0.01)
     entry = entry_of(rows)
-    ((axis, edge),) = edges(entry.tree)
+    (((axis,), edge),) = edges(entry.tree)
     assert entry.axes[axis] == "seq_len_k"
     assert edge == pytest.approx(500, rel=0.05)
 
 
-def test_a_crossing_over_two_axes_is_followed_in_steps() -> None:
+def test_a_crossing_of_products_is_one_edge() -> None:
+    """Kernels that differ by the work in a call cross along a line that runs across the axes."""
     model = wins_above(3e5, "rows", "hidden_size")
-    table = table_of(compiled(measured(grid(norm, ROWS, (512, 1024, 2048, 4096)), model, 0.02)))
-    chance = random.Random(3)
-    regrets = []
-    for _ in range(400):
-        context = norm(round(2 ** chance.uniform(0, 10)), round(2 ** chance.uniform(9, 12)))
-        times = {kernel_id: float(time) for kernel_id, time in model(context).items()}
-        regrets.append(math.log(times[served(table, context) or ""] / min(times.values())))
-    assert sum(regrets) / len(regrets) < 0.03
-    assert max(regrets) < math.log(2) / 2 + 0.05, "no further from the crossing than half a step of the grid"
+    entry = entry_of(measured(grid(norm, ROWS, (512, 1024, 2048, 4096)), model, 0.02))
+    ((axes, edge),) = edges(entry.tree)
+    assert axes == (0, 1)
+    assert edge == pytest.approx(3e5, rel=0.05)
+    assert kernels(entry) == ["torch.rms_norm", "synthetic.lean"]
+
+
+@pytest.mark.parametrize("fields", [("batch_kv_heads", "seq_len_k"), ("batch_kv_heads", "seq_len_q", "seq_len_k")])
+def test_of_three_axes_those_are_multiplied_that_decide(fields: tuple[str, ...]) -> None:
+    contexts = grid(cross, (4, 16, 64), (1, 8, 32), (64, 256, 1024, 4096))
+    crossing = {2: 7000.0, 3: 50000.0}[len(fields)]
+    model = wins_above(crossing, *fields, rival="synthetic.fused", default="torch.sdpa")
+    entry = entry_of(measured(contexts, model, 0.01))
+    ((axes, edge),) = edges(entry.tree)
+    assert [entry.axes[axis] for axis in axes] == list(fields)
+    assert edge == pytest.approx(crossing, rel=0.05)
+
+
+def test_an_edge_on_one_axis_is_preferred_to_one_over_a_product() -> None:
+    """Both tell the cells apart."""
+    model = wins_above(30, "rows")
+    ((axes, _),) = edges(entry_of(measured(grid(norm, (1, 1024), (512, 1024)), model)).tree)
+    assert axes == (0,)
 
 
 def test_what_was_measured_is_served_by_a_proved_choice_on_three_axes() -> None:
@@ -174,7 +193,7 @@ def verdict_at(sizes: tuple[int, ...], acceptable: frozenset[Choice]) -> Verdict
 
 def grower() -> TreeGrower:
     kernels = {kernel.kernel_id: kernel for kernel in ALL_KERNELS}
-    return TreeGrower(operation_named("norm.rms"), norm(1).with_device(DEVICE), kernels, (0, 1), DEFAULT, True)
+    return TreeGrower(LeafBuilder(operation_named("norm.rms"), norm(1).with_device(DEVICE), kernels, DEFAULT, True))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +209,7 @@ def test_ties_go_to_the_default_then_the_previous_bucket_then_the_id(
     acceptable: set[Choice], previous: Choice | None, chosen: Choice
 ) -> None:
     cell = Cell((16, 1024), verdict_at((16, 1024), frozenset(acceptable)))
-    leaf = grower().grow([cell], ((16, 16), (1024, 1024)), previous)
+    leaf = grower().grow([cell], Region(((16, 16), (1024, 1024)), (0, 1)), previous)
     assert isinstance(leaf, Leaf)
     assert [step.choice for step in leaf.chain] == [chosen]
 
@@ -258,18 +277,17 @@ def check_tree(tree: Tree, found: Sequence[Cell]) -> None:
     for cell in found:
         chain = leaf_at(tree, cell.sizes).chain
         assert (chain[0].choice if chain else MISS) in cell.acceptable
-    boxes = [leaf.box for leaf in Entry("norm.rms", (), (), (0, 1), box, None, tree).leaves()]
-    assert sum(math.prod(high - low + 1 for low, high in leaf) for leaf in boxes) == math.prod(
-        high - low + 1 for low, high in box
-    )
-    for leaf_box in boxes:
-        for corner in zip(*leaf_box, strict=True):
-            assert leaf_at(tree, corner).box == leaf_box
+    regions = [leaf.region for leaf in Entry("norm.rms", (), (), (0, 1), box, None, tree).leaves()]
+    lines = [
+        sorted({*bounds, *(edge for region in regions for edge in region.box[axis])}) for axis, bounds in enumerate(box)
+    ]
+    for sizes in itertools.product(*lines):
+        assert [region for region in regions if region.holds(sizes)] == [leaf_at(tree, sizes).region]
 
 
 def grown(found: Sequence[Cell]) -> Tree:
     box = tuple((min(sizes), max(sizes)) for sizes in zip(*(cell.sizes for cell in found), strict=True))
-    return grower().grow(found, box)
+    return grower().grow(found, Region(box, (0, 1)))
 
 
 @given(cells(columns=1))

@@ -13,8 +13,9 @@ from layerzero_runtime.operations import operation_named
 from layerzero_runtime.selection.limits import Limit
 from layerzero_runtime.tables.table import MISS
 from layerzero_tune.compile.form import Step
+from layerzero_tune.diff.ranges import Ranges
 from layerzero_tune.diff.regions import Chain, Region, changed_regions
-from layerzero_tune.diff.side import Bucket, EntryKey, Ranges, SideEntry
+from layerzero_tune.diff.side import Bucket, EntryKey, SideEntry
 
 NORM = operation_named("norm.rms")
 KEY: EntryKey = ("norm.rms", ("eager", "float32", 0.0, ()))
