@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.cell import Cell
 from layerzero_tune.compile.judge import Choice
 from layerzero_tune.compile.region import Axes, product_of
@@ -19,28 +20,21 @@ _REACH = 16.0
 def edge_at(cells: Sequence[Cell], place: Place) -> int:
     """The last size (product over the axes) of the side below, from `place.low` to `place.high` - 1."""
     if len(place.axes) == 1:
-        at = _between_lines(cells, place.axes[0], place.low, place.high)
+        at = _between_lines(cells, place)
     else:
         at = _across(cells, place.axes, place.low, place.high)
     return min(max(math.floor(math.exp(at) + 1e-6), place.low), place.high - 1)
 
 
-def _between_lines(cells: Sequence[Cell], axis: int, low: int, high: int) -> float:
-    """Log of the size between two neighbouring grid lines at which an edge belongs.
-
-    The choices are those that suit the cells at `low` and at `high` best: a third may win between two that win further
-    out. Where they cost the same is interpolated in log space from their times.
-    """
-    at_low, at_high = _at(cells, axis, low), _at(cells, axis, high)
-    best_low, best_high = _cheapest(at_low), _cheapest(at_high)
-    if best_low == best_high:
-        # The split sets apart cells that need another choice: the side that has them ends at its cells.
-        mixed_low, mixed_high = (any(best_low not in cell.acceptable for cell in found) for found in (at_low, at_high))
-        return math.log(low) + (0.5 + 0.5 * (mixed_high - mixed_low)) * (math.log(high) - math.log(low))
-    crossings = list(_crossings(cells, axis, low, best_low, best_high))
+def _between_lines(cells: Sequence[Cell], place: Place) -> float:
+    """Log of the size between two neighbouring grid lines at which an edge on one axis belongs."""
+    crossings = list(_crossings(cells, place))
     if crossings:
         return math.fsum(at * weight for at, weight in crossings) / math.fsum(weight for _, weight in crossings)
-    return _interpolated(low, high, _mean_lead(at_low, best_low, best_high), _mean_lead(at_high, best_high, best_low))
+    (axis,) = place.axes
+    low, high = ([cell for cell in cells if cell.sizes[axis] == size] for size in (place.low, place.high))
+    ahead, behind = _cheapest(low), _cheapest(high)
+    return _interpolated(place.low, place.high, _mean_lead(low, ahead, behind), _mean_lead(high, behind, ahead))
 
 
 def _across(cells: Sequence[Cell], axes: Axes, low: int, high: int) -> float:
@@ -67,32 +61,22 @@ def _across(cells: Sequence[Cell], axes: Axes, low: int, high: int) -> float:
     return middle + center - level * variance / covariance if covariance < 0.0 else middle
 
 
-def _at(cells: Sequence[Cell], axis: int, size: int) -> Sequence[Cell]:
-    return [cell for cell in cells if cell.sizes[axis] == size]
-
-
-def _crossings(
-    cells: Sequence[Cell], axis: int, low: int, best_low: Choice, best_high: Choice
-) -> Iterator[tuple[float, float]]:
-    """(log of the size, weight) of the crossing in each column of cells in which the choice changes at this edge.
+def _crossings(cells: Sequence[Cell], place: Place) -> Iterator[tuple[float, float]]:
+    """(log of the size, weight) of the crossing in each column of cells in which no choice suits both sides.
 
     Two cells that lie closer together along the axis say more: the weight falls with the square of the distance.
     """
-    columns: dict[tuple[int, ...], list[Cell]] = {}
-    for cell in cells:
-        columns.setdefault(cell.column(axis), []).append(cell)
+    (axis,) = place.axes
+    columns: dict[Sizes, list[Cell]] = {}
+    for cell in sorted(cells, key=lambda cell: cell.sizes[axis]):
+        columns.setdefault(cell.sizes[:axis] + cell.sizes[axis + 1 :], []).append(cell)
     for _, column in sorted(columns.items()):
-        below = max(
-            (cell for cell in column if cell.sizes[axis] <= low), key=lambda cell: cell.sizes[axis], default=None
-        )
-        above = min(
-            (cell for cell in column if cell.sizes[axis] > low), key=lambda cell: cell.sizes[axis], default=None
-        )
-        if below is None or above is None:
-            continue
-        if best_low in below.acceptable and best_high in above.acceptable:
-            first, last = below.sizes[axis], above.sizes[axis]
-            at = _interpolated(first, last, below.lead(best_low, best_high), above.lead(best_high, best_low))
+        below = [cell for cell in column if cell.sizes[axis] <= place.low][-1:]
+        above = [cell for cell in column if cell.sizes[axis] > place.low][:1]
+        if below and above and below[0].acceptable.isdisjoint(above[0].acceptable):
+            first, last = below[0].sizes[axis], above[0].sizes[axis]
+            ahead, behind = _cheapest(below), _cheapest(above)
+            at = _interpolated(first, last, below[0].lead(ahead, behind), above[0].lead(behind, ahead))
             yield at, (math.log(last) - math.log(first)) ** -2
 
 

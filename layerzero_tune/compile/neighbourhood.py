@@ -6,9 +6,10 @@ the next. A gain counts where the measured cells around it, taken together, say 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
-from layerzero_tune.compile.judge import Choice, Verdict
+from layerzero_tune.compile.judge import MINIMUM_GAIN, Choice, Verdict
 from layerzero_tune.compile.regret import RegretModel
 
 
@@ -22,8 +23,13 @@ def settle(model: RegretModel) -> tuple[Verdict, ...]:
 
 
 def _settled(verdict: Verdict, model: RegretModel) -> Verdict:
-    if verdict.reference != verdict.default or verdict.acceptable == {verdict.default}:
+    if verdict.reference != verdict.default:
         return verdict
+    likely = frozenset(
+        choice for choice in verdict.tied - {verdict.default} if _is_likely(choice, verdict, model)
+    )
+    if verdict.acceptable == {verdict.default}:
+        return replace(verdict, acceptable=verdict.acceptable | likely)
 
     def holds(choice: Choice) -> bool:
         estimate = model.estimate(choice, verdict.sizes)
@@ -36,4 +42,10 @@ def _settled(verdict: Verdict, model: RegretModel) -> Verdict:
             gaining, key=lambda choice: (verdict.standings[choice].log_ratio, choice), default=verdict.default
         )
         holding = frozenset({fastest})
-    return replace(verdict, acceptable=holding)
+    return replace(verdict, acceptable=holding | likely)
+
+
+def _is_likely(choice: Choice, verdict: Verdict, model: RegretModel) -> bool:
+    """Whether a gain that the contests here do not prove alone is what they and those around them make likely."""
+    standing, estimate = verdict.standings[choice], model.estimate(choice, verdict.sizes)
+    return standing.log_ratio < 0.0 and estimate is not None and estimate.upper < -math.log1p(MINIMUM_GAIN)
