@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.judge import Choice, Verdict
@@ -24,6 +24,12 @@ class Cell:
     @property
     def acceptable(self) -> frozenset[Choice]:
         return frozenset({MISS}) if self.verdict is None else self.verdict.acceptable
+
+    def without_doubt(self, default: Choice) -> Cell:
+        """The cell with the default alone acceptable where a choice beside it is not proved to gain on it."""
+        if self.verdict is None or default not in self.acceptable:
+            return self
+        return Cell(self.sizes, replace(self.verdict, acceptable=frozenset({default})))
 
     def cost(self, choice: Choice) -> float:
         """Log time that a choice costs beside the best acceptable one: what cannot be had attracts no split."""

@@ -8,22 +8,20 @@ from collections.abc import Iterator, Sequence
 from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.cell import Cell
 from layerzero_tune.compile.judge import Choice
-from layerzero_tune.compile.region import Axes, product_of
+from layerzero_tune.compile.region import product_of
 from layerzero_tune.compile.split import Place
 
 # The cells on either side that tell which choices meet at an edge over a product: those up to this factor away.
-_BESIDE = 4.0
+_BESIDE = 4
 # How far from the middle of such an edge a cell still tells where they meet, with a weight that falls to 0.
 _REACH = 16.0
 
 
 def edge_at(cells: Sequence[Cell], place: Place) -> int:
     """The last size (product over the axes) of the side below, from `place.low` to `place.high` - 1."""
-    if len(place.axes) == 1:
-        at = _between_lines(cells, place)
-    else:
-        at = _across(cells, place.axes, place.low, place.high)
-    return min(max(math.floor(math.exp(at) + 1e-6), place.low), place.high - 1)
+    at = _between_lines(cells, place) if len(place.axes) == 1 else _across(cells, place)
+    inside = min(max(at, math.log(place.low)), math.log(place.high))
+    return min(max(math.floor(math.exp(inside) + 1e-6), place.low), place.high - 1)
 
 
 def _between_lines(cells: Sequence[Cell], place: Place) -> float:
@@ -37,19 +35,19 @@ def _between_lines(cells: Sequence[Cell], place: Place) -> float:
     return _interpolated(place.low, place.high, _mean_lead(low, ahead, behind), _mean_lead(high, behind, ahead))
 
 
-def _across(cells: Sequence[Cell], axes: Axes, low: int, high: int) -> float:
+def _across(cells: Sequence[Cell], place: Place) -> float:
     """Log of the product at which an edge belongs that runs across the axes: the root of the weighted regression line
     of one choice's lead over the other on the log of the product; half way where there is none."""
-    logs = [math.log(product_of(cell.sizes, axes)) for cell in cells]
-    middle, half = (math.log(low) + math.log(high)) / 2.0, (math.log(high) - math.log(low)) / 2.0
-    near = half + math.log(_BESIDE)
-    best_low = _cheapest([cell for cell, at in zip(cells, logs, strict=True) if middle - near <= at < middle])
-    best_high = _cheapest([cell for cell, at in zip(cells, logs, strict=True) if middle < at <= middle + near])
-    reach = half + math.log(_REACH)
+    products = [product_of(cell.sizes, place.axes) for cell in cells]
+    below = [cell for cell, size in zip(cells, products, strict=True) if size <= place.low <= size * _BESIDE]
+    above = [cell for cell, size in zip(cells, products, strict=True) if place.high <= size <= place.high * _BESIDE]
+    best_low, best_high = _cheapest(below), _cheapest(above)
+    middle = (math.log(place.low) + math.log(place.high)) / 2.0
+    reach = (math.log(place.high) - math.log(place.low)) / 2.0 + math.log(_REACH)
     points = [
-        (1.0 - abs(at - middle) / reach, at - middle, lead)
-        for cell, at in zip(cells, logs, strict=True)
-        if abs(at - middle) < reach and (lead := cell.lead(best_low, best_high)) is not None
+        (1.0 - abs(at) / reach, at, lead)
+        for cell, at in zip(cells, (math.log(size) - middle for size in products), strict=True)
+        if abs(at) < reach and (lead := cell.lead(best_low, best_high)) is not None
     ]
     total = math.fsum(weight for weight, _, _ in points)
     if best_low == best_high or not total:

@@ -12,7 +12,7 @@ from layerzero_runtime.operation import Operation
 from layerzero_tune.compile.cell import MISS, Cell
 from layerzero_tune.compile.form import Leaf, Split, Step, Tree
 from layerzero_tune.compile.judge import Choice, Verdict
-from layerzero_tune.compile.leaf_evidence import evidence_of
+from layerzero_tune.compile.leaf_evidence import evidence_of, is_proved
 from layerzero_tune.compile.legality import Legality, legality
 from layerzero_tune.compile.region import Axes, Box, Region
 from layerzero_tune.compile.split import Place
@@ -38,8 +38,9 @@ class LeafBuilder:
         if choice == MISS:
             return Leaf(region, (), None)
         found = self._legality(choice, region.box)
-        if found.violated is not None:
-            # The choice was measured in no cell of this region: the default serves, else it is a miss.
+        if found.violated is not None or not self.is_proved(cells, choice):
+            # The choice was measured in no cell of this region, or gains too little on those that a limit has cut off:
+            # the default serves, else it is a miss.
             serves = choice != self.default and self._default_stands_in(cells)
             return self.build(cells, region, self.default) if serves else Leaf(region, (), None)
         split = found.splits[0] if found.splits else self._stand_in_split(cells, region) if found.guards else None
@@ -51,6 +52,10 @@ class LeafBuilder:
         if low_region.is_empty or high_region.is_empty:
             return self.build(cells, low_region if high_region.is_empty else high_region, choice)
         return Split((axis,), edge, self.build(low, low_region, choice), self.build(high, high_region, choice))
+
+    def is_proved(self, cells: Sequence[Cell], choice: Choice) -> bool:
+        """Whether these cells together prove the choice's gain on the default; true where nothing was measured."""
+        return choice == MISS or is_proved(choice, self.default, _verdicts(cells))
 
     def limit_at(self, cells: Sequence[Cell], free: Axes, place: Place) -> int | None:
         """The edge at a range limit, between two neighbouring grid lines, of the choice that suits one side best: the

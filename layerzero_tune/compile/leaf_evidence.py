@@ -6,10 +6,26 @@ import math
 from collections.abc import Sequence
 
 from layerzero_tune.compile.form import Evidence
-from layerzero_tune.compile.judge import Choice, Verdict
+from layerzero_tune.compile.judge import MINIMUM_GAIN, Choice, Verdict
 
 # Digits of a ratio that are written down: finer than any clock, coarser than where exponentials differ by machine.
 _DIGITS = 6
+
+
+def is_proved(choice: Choice, default: Choice, verdicts: Sequence[Verdict]) -> bool:
+    """Whether the measured cells of a leaf, taken together, prove that the choice gains on the default by more than
+    `MINIMUM_GAIN` (contract 4): the upper end of the 95% interval of their mean log ratio, contests being independent.
+
+    True for the default itself, and where it has no time to gain on.
+    """
+    if choice == default:
+        return True
+    found = [verdict.standings[choice] for verdict in verdicts if verdict.reference == default != choice]
+    if not found:
+        return True
+    mean = math.fsum(standing.log_ratio for standing in found) / len(found)
+    half = math.sqrt(math.fsum((standing.high - standing.log_ratio) ** 2 for standing in found)) / len(found)
+    return mean + half < -math.log1p(MINIMUM_GAIN)
 
 
 def evidence_of(choice: Choice, default: Choice, verdicts: Sequence[Verdict]) -> Evidence | None:

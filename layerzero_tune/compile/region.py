@@ -59,10 +59,12 @@ def product_of(sizes: Sequence[int], axes: Axes) -> int:
 def _tighten(ranges: dict[int, Range], products: Mapping[Axes, Range]) -> None:
     """Narrow each axis to the sizes that the products allow beside some sizes of the others."""
     before: dict[int, Range] = {}
-    while before != ranges and all(low <= high for low, high in ranges.values()):
+    while before != ranges:
         before = dict(ranges)
         for axes, (low, high) in products.items():
             for axis in axes:
+                if any(first > last for first, last in ranges.values()):
+                    return  # empty
                 least = math.prod(ranges[other][0] for other in axes if other != axis)
                 most = math.prod(ranges[other][1] for other in axes if other != axis)
                 ranges[axis] = (max(ranges[axis][0], -(-low // most)), min(ranges[axis][1], high // least))

@@ -26,7 +26,11 @@ class TreeGrower:
         """The tree over a region that holds these cells; `previous` is the choice of the bucket before it."""
         common = frozenset.intersection(*(cell.acceptable for cell in cells))
         if common:
-            return self.leaves.build(cells, region, self._tie_break(common, previous))
+            choice = self._tie_break(common, previous)
+            strict = [cell.without_doubt(self.leaves.default) for cell in cells]
+            if strict != cells and not self.leaves.is_proved(cells, choice):
+                return self.grow(strict, region, previous)
+            return self.leaves.build(cells, region, choice)
         place = best_place(cells, region.free)
         if place is None:
             return self.leaves.build(cells, region, self._compromise(cells))
