@@ -95,7 +95,7 @@ def test_of_three_axes_those_are_multiplied_that_decide(fields: tuple[str, ...])
 def test_an_edge_on_one_axis_is_preferred_to_one_over_a_product() -> None:
     """Both tell the cells apart."""
     model = wins_above(30, "rows")
-    ((axes, _),) = edges(entry_of(measured(grid(norm, (1, 1024), (512, 1024)), model)).tree)
+    ((axes, _),) = edges(entry_of(measured(grid(norm, (8, 64), (512, 1024)), model)).tree)
     assert axes == (0,)
 
 
