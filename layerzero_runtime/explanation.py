@@ -73,7 +73,10 @@ class Explanation:
             return []
         lines = []
         if found["speedup"] is not None:
-            lines.append(f"  {found['speedup']:.2f}x the default's speed over {len(found['points'])} measured points")
+            least = "" if found.get("least_speedup") is None else f" (95%: at least {found['least_speedup']:.2f}x)"
+            lines.append(
+                f"  {found['speedup']:.2f}x the default's speed{least} over {len(found['points'])} measured points"
+            )
         if found["runner_up"] is not None:
             lines.append(f"  runner-up: {found['runner_up']}, {100 * found['margin']:.1f}% slower")
         lines.append(f"  measured {found['measured_at']}, {found['rounds']} paired rounds")

@@ -28,12 +28,14 @@ class Evidence:
     Attributes:
         points: measured sizes inside the leaf.
         speedup: geometric mean of the default's time over the choice's, None where the default has no time.
+        least_speedup: the lower end of its 95% interval, None also for the default itself.
         runner_up: the next best choice over the leaf's points and how much slower it is, None without one.
         rounds: paired rounds behind the choice, over all points.
     """
 
     points: tuple[Sizes, ...]
     speedup: float | None
+    least_speedup: float | None
     runner_up: str | None
     margin: float | None
     rounds: int

@@ -59,7 +59,7 @@ def _grown(box: Box, leaves: int, axis: int, numbers: Iterator[int]) -> Tree:
 def _leaf(box: Sequence[tuple[int, int]], number: int) -> Leaf:
     first = Step((KERNELS[number % 3], "{}"), (GUARD,) if number % 3 < 2 else ())
     chain = (first, Step((KERNELS[3], "{}"))) if first.guards else (first,)
-    evidence = Evidence((tuple(low for low, _ in box),), 1.1, KERNELS[3], 0.1, 20, "2026-03-01T10:30:00+00:00")
+    evidence = Evidence((tuple(low for low, _ in box),), 1.1, 1.05, KERNELS[3], 0.1, 20, "2026-03-01T10:30:00+00:00")
     return Leaf(Region(tuple(box), tuple(range(len(box)))), chain, evidence)
 
 

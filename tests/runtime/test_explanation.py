@@ -37,7 +37,10 @@ def test_a_hit_names_bucket_margin_runner_up_time_and_versions(snapshot: Snapsho
     text = str(found).splitlines()
     assert text[0] == "norm.rms: torch.inductor.rms_norm"
     assert text[1].startswith("  bucket: rows ")
-    assert text[2].endswith(f"x the default's speed over {len(found.evidence['points'])} measured points")
+    least = found.evidence["least_speedup"]
+    assert 1.9 < least < found.evidence["speedup"]
+    points = len(found.evidence["points"])
+    assert text[2].endswith(f"x the default's speed (95%: at least {least:.2f}x) over {points} measured points")
     assert text[3].startswith("  runner-up: torch.rms_norm, ")
     assert text[4].startswith("  measured 2026-03-01T10:00:00+00:00, ")
     assert text[5].startswith(f"  table: {CPU.slug}, results {found.provenance['results']}, torch ")
