@@ -71,7 +71,7 @@ def _places(cells: Sequence[Cell], free: Axes) -> Sequence[Place]:
     costs = np.array([[cell.cost(choice) for choice in choices] for cell in cells])
     alike = _alike(cells)
     found: list[tuple[tuple[float, int, int, Axes], Place]] = []
-    for axes in _directions(free):
+    for axes in _directions(free, cells):
         order = sorted(range(len(cells)), key=lambda index, axes=axes: product_of(cells[index].sizes, axes))  # type: ignore[misc]
         sizes = [product_of(cells[index].sizes, axes) for index in order]
         low_sums = np.cumsum(costs[order], axis=0)
@@ -109,7 +109,9 @@ def _parted(order: Sequence[int], pairs: Sequence[tuple[int, int]]) -> frozenset
     return frozenset(place for low, high in ends for place in range(low, high))
 
 
-def _directions(free: Axes) -> Iterator[Axes]:
-    """Every axis, then every product of several: kernels differ by the work in a call as much as by single sizes."""
-    for count in range(1, len(free) + 1):
+def _directions(free: Axes, cells: Sequence[Cell]) -> Iterator[Axes]:
+    """Every axis, then every product of several; around sizes that were not measured axes alone, for a product would
+    join them to others far away."""
+    has_holes = any(cell.verdict is None for cell in cells)
+    for count in range(1, 2 if has_holes else len(free) + 1):
         yield from combinations(free, count)

@@ -61,7 +61,7 @@ def test_between_the_measured_sizes_a_table_is_within_half_a_percent_of_the_best
     assert max(found) <= math.log(1.05)
 
 
-@pytest.mark.parametrize(("axes", "mean", "worst"), [("two", 1.012, 1.32), ("three", 1.035, 1.8)])
+@pytest.mark.parametrize(("axes", "mean", "worst"), [("two", 1.012, 1.32), ("three", 1.045, 1.8)])
 def test_in_corners_of_regions_a_table_leaves_out_what_their_surroundings_do_not_bear_out(
     axes: str, mean: float, worst: float
 ) -> None:
