@@ -160,7 +160,7 @@ class _ContestRun:
             self._time(Rotation(sets))
             others = others_share(start, ProcessorTime.now())
             self.contention = max(others, before, self._lost_speed())
-            if self.contention <= MAX_SHARE:
+            if self.contention <= MAX_SHARE or before:  # what did not come back in time will not do so now
                 return
 
     def _lost_speed(self, patience_s: float = 0.0) -> float:
