@@ -29,7 +29,8 @@ class Region:
 
     @property
     def is_empty(self) -> bool:
-        return any(low > high for low, high in self.box)
+        ranges = (*self.box, *(bounds for _, bounds in self.products))
+        return any(low > high for low, high in ranges)
 
     def holds(self, sizes: Sizes) -> bool:
         inside = all(low <= size <= high for size, (low, high) in zip(sizes, self.box, strict=True))

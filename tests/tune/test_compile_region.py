@@ -49,6 +49,11 @@ def test_what_is_said_of_products_is_not_said_by_the_box(splits: list[tuple[Axes
         assert (low, high) != (least, most)
 
 
+def test_a_region_without_a_product_left_is_empty() -> None:
+    low, _ = Region(BOX, (0, 1, 2)).divided((0, 1, 2), 381)
+    assert low.divided((0, 1, 2), 381)[1].is_empty
+
+
 def test_a_product_narrows_the_box_on_both_sides() -> None:
     region = Region(((1, 1024), (64, 4096)), (0, 1))
     low, high = region.divided((0, 1), 8192)
