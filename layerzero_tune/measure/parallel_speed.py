@@ -1,4 +1,4 @@
-"""How well the cores work together: a virtual machine's may be moved apart for seconds or minutes, and back.
+"""How well the cores work together: a virtual machine may have them moved apart for minutes, and back.
 
 On a virtual machine with 2 cores of an EPYC, PyTorch's parallel loops then took 1.3 times as long, those that share
 their data up to 5 times, and serial ones the same; no counter of the system told. Kernels differ in how many such loops
@@ -16,7 +16,7 @@ from time import monotonic, perf_counter_ns
 # 0.76 of it while the cores were apart.
 MAX_LOSS = 0.12
 # Where the speed stays low for so long, it is the machine's own.
-WINDOW_S = 300.0
+WINDOW_S = 1200.0
 # How long a contest waits for the speed to come back: on the machine above it did so in seconds, or after minutes.
 PATIENCE_S = 10.0
 # Elements per thread: torch's own grain (at::internal::GRAIN_SIZE), below which loops are serial.
