@@ -22,7 +22,7 @@ from layerzero_runtime.libraries import missing_requirement
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.selection.transforms import apply_transforms
 from layerzero_tune.measure import cpu
-from layerzero_tune.measure.clock import Rotation, take_sample, time_calls, warm_up
+from layerzero_tune.measure.clock import Rotation, WallClock, take_sample, time_calls, warm_up
 from layerzero_tune.measure.contest import Candidate, ContestOutcome, MeasurementPolicy
 from layerzero_tune.measure.cpu import measure_contest
 from layerzero_tune.measure.inputs import MAX_BYTES, MAX_SETS, RandomTensors, rotating_inputs
@@ -273,11 +273,12 @@ def test_the_clock_counts_calls_and_restores_the_garbage_collector() -> None:
     rotation = Rotation([(0,), (1,)])
     assert time_calls(function, rotation.take(3)) > 0
     assert seen == [(0, False), (1, False), (0, False)]
-    take_sample(function, rotation, call_ns=1000.0, duration_ms=0.007)
+    timed = WallClock().timed(function, rotation)
+    take_sample(timed, call_ns=1000.0, duration_ms=0.007)
     assert len(seen) == 3 + 10  # seven calls fill 7 us; five blocks of two
-    take_sample(function, rotation, call_ns=1e9, duration_ms=0.1)
+    take_sample(timed, call_ns=1e9, duration_ms=0.1)
     assert len(seen) == 14
-    assert warm_up(function, rotation, 0.0) > 0
+    assert warm_up(timed, 0.0) > 0
     assert len(seen) == 15
     assert gc.isenabled()
 
