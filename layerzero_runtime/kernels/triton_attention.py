@@ -82,7 +82,8 @@ def _load(context: SelectionContext, configuration: Configuration) -> KernelFunc
     ) -> Tensor:
         batch, heads, length_q, _ = query.shape
         _, kv_heads, length_k, _ = key.shape
-        output = torch.empty((batch, heads, length_q, width), dtype=dtype, device=query.device)
+        # Dense, whatever the query's strides are.
+        output = torch.empty_like(query) if query.is_contiguous() else query.new_empty(query.shape)
         rows = group * length_q
         for tile_rows, block_keys, wanted, launch in choices:  # noqa: B007 - the last one is for all other numbers
             if rows <= tile_rows:
@@ -98,7 +99,7 @@ def _load(context: SelectionContext, configuration: Configuration) -> KernelFunc
         splits = max(1, -(-length_k // keys_per_split)) if blocks else 1
         partial = output
         if splits > 1:
-            partial = torch.empty(splits * all_rows * (width + 1), dtype=torch.float32, device=query.device)
+            partial = query.new_empty(splits * all_rows * (width + 1), dtype=torch.float32)
         query, query_strides = _strides(query)
         key, key_strides = _strides(key)
         value, value_strides = _strides(value)

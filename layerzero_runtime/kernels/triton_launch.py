@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import TYPE_CHECKING, Any
 
 from layerzero_runtime.context import SelectionContext
@@ -144,7 +146,17 @@ class TritonForm:
 class _PreparedLaunch:
     """Launches of one form by its handles, which belong to a device."""
 
-    __slots__ = ("_absent", "_aligned", "_constants", "_current_device", "_form", "_kept", "_stream", "_unaligned")
+    __slots__ = (
+        "_absent",
+        "_address",
+        "_aligned",
+        "_constants",
+        "_current_device",
+        "_form",
+        "_kept",
+        "_stream",
+        "_unaligned",
+    )
 
     def __init__(self, form: TritonForm) -> None:
         import torch
@@ -155,6 +167,7 @@ class _PreparedLaunch:
         self._aligned: dict[int, _Handle] = {}
         self._unaligned: dict[int, _Handle] = {}
         self._kept: list[Any] = []
+        self._address: Callable[[Tensor], int] = torch.Tensor.data_ptr
         self._current_device: Callable[[], int] = torch._C._cuda_getDevice
         self._stream: Callable[[int], int] = torch._C._cuda_getCurrentRawStream
 
@@ -181,10 +194,8 @@ class _PreparedLaunch:
         numbers: tuple[int | float, ...],
     ) -> None:
         index = tensors[0].get_device()
-        pointers: list[Any] = [tensor.data_ptr() for tensor in tensors]
-        bits = 0
-        for value in (*pointers, *divisible):
-            bits |= value
+        pointers: list[Any] = list(map(self._address, tensors))
+        bits = reduce(or_, (*pointers, *divisible))
         handle = (self._unaligned if bits % _DIVISOR else self._aligned).get(index)
         if handle is None or self._current_device() != index:
             self._launch_elsewhere(index, programs, tensors, divisible, numbers)

@@ -21,8 +21,10 @@ from tests.runtime.triton_calls import (
     DEVICE,
     PAIRS,
     SMALL,
+    SMALL_GPU,
     TRITON_KERNELS,
     any_size,
+    attention_context,
     bfloat16_as_on_a_device,
     call_of,
     configurations,
@@ -30,6 +32,7 @@ from tests.runtime.triton_calls import (
     fault,
     in_small_tiles,
     moved,
+    row_context,
     spread,
 )
 
@@ -46,24 +49,6 @@ ATTENTION_SIZES = ((1, 4, 4, 1, 33, 64), (2, 6, 2, 3, 161, 40), (1, 16, 1, 2, 90
 def _as_on_a_device() -> Iterator[None]:
     with bfloat16_as_on_a_device():
         yield
-
-
-def row_context(operation: str, dtype: str, rows: int, width: int, **fields: Any) -> SelectionContext:
-    return SelectionContext(
-        operation=operation, dtype=dtype, rows=rows, hidden_size=width, device=device(), **fields
-    )
-
-
-def attention_context(operation: str, dtype: str, sizes: tuple[int, ...], **fields: Any) -> SelectionContext:
-    names = ("batch_size", "num_heads", "num_kv_heads", "seq_len_q", "seq_len_k", "head_dim")
-    return SelectionContext(
-        operation=operation,
-        dtype=dtype,
-        causal_alignment="bottom_right",
-        device=device(),
-        **dict(zip(names, sizes, strict=True)),
-        **fields,
-    )
 
 
 def sized_contexts(operation: str, dtype: str) -> list[SelectionContext]:
@@ -201,18 +186,19 @@ def test_large_scores_keep_their_precision(magnitude: float) -> None:
 
 def test_splits_never_take_more_memory_than_declared(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    empty = torch.empty
+    new_empty = torch.Tensor.new_empty
 
-    def noted(*size: Any, **options: Any) -> torch.Tensor:
-        made = empty(*size, **options)
-        if made.dtype == torch.float32 and made.dim() == 1:
+    def noted(like: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
+        made = new_empty(like, *size, **options)
+        if made.dtype == torch.float32:
             taken.append(made.nbytes)
         return made
 
-    monkeypatch.setattr(torch, "empty", noted)
-    context = attention_context("attention.cross", "float16", (1, 2, 2, 1, 800, 64))
+    monkeypatch.setattr(torch.Tensor, "new_empty", noted)
+    context = replace(attention_context("attention.cross", "float16", (1, 2, 2, 1, 800, 64)), device=SMALL_GPU)
     row_bytes = 2 * 65 * 4
-    for room, splits in ((10**6, 8), (5 * row_bytes, 5), (row_bytes, 1), (0, 1)):
+    # 3 multiprocessors x 6 programs for 2 heads.
+    for room, splits in ((10**6, 9), (5 * row_bytes, 5), (row_bytes, 1), (0, 1)):
         monkeypatch.setattr(triton_attention, "_WORKSPACE_BYTES", room)
         taken.clear()
         assert fault(SPLIT_KV, {**SMALL["triton.split_kv"], "programs_per_multiprocessor": 6}, context) == ""

@@ -58,6 +58,24 @@ def device() -> DeviceSpec:
     return SMALL_GPU if IS_INTERPRETED else detect_device("cuda")
 
 
+def row_context(operation: str, dtype: str, rows: int, width: int, **fields: Any) -> SelectionContext:
+    return SelectionContext(
+        operation=operation, dtype=dtype, rows=rows, hidden_size=width, device=device(), **fields
+    )
+
+
+def attention_context(operation: str, dtype: str, sizes: tuple[int, ...], **fields: Any) -> SelectionContext:
+    names = ("batch_size", "num_heads", "num_kv_heads", "seq_len_q", "seq_len_k", "head_dim")
+    return SelectionContext(
+        operation=operation,
+        dtype=dtype,
+        causal_alignment="bottom_right",
+        device=device(),
+        **dict(zip(names, sizes, strict=True)),
+        **fields,
+    )
+
+
 def in_small_tiles(kernel: Kernel) -> Kernel:
     """The kernel as one of another id whose own choice are small tiles."""
     load, configuration = kernel.load, SMALL[kernel.kernel_id]
