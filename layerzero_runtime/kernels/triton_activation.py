@@ -6,13 +6,9 @@ from typing import TYPE_CHECKING
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernel import Configuration, ConfigurationSpace, Kernel, KernelFunction, KernelSpec
-from layerzero_runtime.kernels.triton_launch import TritonForm, multiprocessors
-from layerzero_runtime.kernels.triton_rows import (
-    LEAST_PER_THREAD,
-    matrix_and_result,
-    resident_warps,
-    strided_rows,
-)
+from layerzero_runtime.kernels.triton_device import ITEM_BYTES, multiprocessors, stay_resident
+from layerzero_runtime.kernels.triton_launch import TritonForm
+from layerzero_runtime.kernels.triton_rows import LEAST_PER_THREAD, matrix_and_result, strided_rows
 from layerzero_runtime.selection.limits import Limit
 
 if TYPE_CHECKING:
@@ -70,12 +66,15 @@ def _load(context: SelectionContext, configuration: Configuration, activation: s
 
 def _fits(configuration: Configuration, context: SelectionContext) -> bool:
     block, warps = configuration["block_size"], configuration["num_warps"]
-    programs = configuration["programs_per_multiprocessor"]
-    # Registers; and programs that take more than one block each have to be there all at once.
-    if not LEAST_PER_THREAD <= block // (32 * warps) <= _MOST_PER_THREAD or programs * warps > resident_warps(context):
+    programs, stages = configuration["programs_per_multiprocessor"], configuration["num_stages"]
+    # Registers.
+    if not LEAST_PER_THREAD <= block // (32 * warps) <= _MOST_PER_THREAD:
+        return False
+    # Blocks of gate and of up are in flight.
+    if not stay_resident(context, programs, warps, (stages - 1) * 2 * block * ITEM_BYTES[context.dtype]):
         return False
     # Loads are in flight ahead of a loop alone.
-    return configuration["num_stages"] == 1 or programs > 0
+    return stages == 1 or programs > 0
 
 
 _SPACE = ConfigurationSpace(
@@ -105,7 +104,7 @@ def _declare(kernel_id: str, operation: str) -> KernelSpec:
     )
 
 
-_SOURCES = ("triton_rows.py", "triton_launch.py", "triton_sources/activation.py")
+_SOURCES = ("triton_rows.py", "triton_device.py", "triton_launch.py", "triton_sources/activation.py")
 KERNELS = (
     Kernel(_declare("triton.swiglu", "mlp.swiglu"), _load_swiglu, _SPACE, _SOURCES),
     Kernel(_declare("triton.geglu", "mlp.geglu"), _load_geglu, _SPACE, _SOURCES),

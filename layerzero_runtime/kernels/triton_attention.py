@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernel import Configuration, ConfigurationSpace, Kernel, KernelFunction, KernelSpec
-from layerzero_runtime.kernels.triton_launch import TritonForm, multiprocessors
+from layerzero_runtime.kernels.triton_device import ITEM_BYTES, multiprocessors, shared_bytes
+from layerzero_runtime.kernels.triton_launch import TritonForm
 from layerzero_runtime.selection.limits import Limit
 
 if TYPE_CHECKING:
@@ -20,20 +20,6 @@ _MAX_QUERIES = 64
 _WORKSPACE_BYTES = 64 * 2**20
 # Splits that `combine_splits` reads at a time.
 _COMBINED_SPLITS = 16
-# Shared memory of a block in KiB (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
-_SHARED_KIB: Mapping[tuple[int, int], int] = {
-    (8, 0): 163,
-    (8, 6): 99,
-    (8, 7): 163,
-    (8, 9): 99,
-    (9, 0): 227,
-    (10, 0): 227,
-    (10, 3): 227,
-    (12, 0): 99,
-    (12, 1): 99,
-}
-_LEAST_SHARED_KIB = 99
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def _load(context: SelectionContext, configuration: Configuration) -> KernelFunction:
@@ -166,7 +152,7 @@ def _fits(configuration: Configuration, context: SelectionContext) -> bool:
     warps, stages = configuration["num_warps"], configuration["num_stages"]
     assert context.head_dim and context.gqa_group
     padded_width = _padded(context.head_dim)
-    item_bytes = _ITEM_BYTES[context.dtype]
+    item_bytes = ITEM_BYTES[context.dtype]
     # Registers: beside the result and two tiles of scores a thread needs about 100 of its 255 for addresses and operands.
     if rows * (padded_width + 2 * keys) // (32 * warps) > 96:
         return False
@@ -176,7 +162,7 @@ def _fits(configuration: Configuration, context: SelectionContext) -> bool:
     # Shared memory: tiles of keys and values in flight, one more where wgmma reads them there, and the queries.
     in_flight = stages if rows >= 64 else max(1, stages - 1)
     shared = ((in_flight * 2 * keys + rows) * padded_width + rows * keys) * item_bytes
-    if shared > 1024 * (_LEAST_SHARED_KIB if context.sm is None else _SHARED_KIB.get(context.sm, _LEAST_SHARED_KIB)):
+    if shared > shared_bytes(context):
         return False
     # A warp computes 16 rows, or 8 keys of them; one beyond the tile has nothing to do.
     if warps > rows // 16 * (keys // 8):
@@ -219,4 +205,4 @@ _SPLIT_KV = KernelSpec(
     extra_limits=(Limit("seq_len_q", "at_most", _MAX_QUERIES),),
 )
 
-KERNELS = (Kernel(_SPLIT_KV, _load, _SPACE, ("triton_launch.py", "triton_sources/attention.py")),)
+KERNELS = (Kernel(_SPLIT_KV, _load, _SPACE, ("triton_device.py", "triton_launch.py", "triton_sources/attention.py")),)

@@ -88,9 +88,12 @@ class TritonForm:
             *self._example_arguments(aligned),
             grid=(1,),
             **self.constants,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
+            **self._options(),
         )
+
+    def _options(self) -> dict[str, Any]:
+        # As Triton's default is up to 3.9, and will not be later.
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
     def start_nothing(self, handle: _Handle, stream: int) -> None:
         """A launch of 0 programs, which checks that the handle takes what a launch gives it.
@@ -124,8 +127,7 @@ class TritonForm:
                 *divisible,
                 *numbers,
                 **self.constants,
-                num_warps=self.num_warps,
-                num_stages=self.num_stages,
+                **self._options(),
             )
 
     def _example_arguments(self, aligned: bool) -> list[Any]:
@@ -223,17 +225,6 @@ class _PreparedLaunch:
             if index not in self._aligned:
                 self.add_handles(index, *(self._form.compile(aligned=aligned) for aligned in (True, False)))
             self(programs, tensors, divisible, numbers)
-
-
-def multiprocessors(context: SelectionContext) -> int:
-    """Those of the context's device, asked of the driver where it does not say."""
-    if context.device is not None and context.device.multiprocessors is not None:
-        return context.device.multiprocessors
-    import torch
-
-    index = None if context.device is None else context.device.index
-    count: int = torch.cuda.get_device_properties(index).multi_processor_count
-    return count
 
 
 def _warn_of_plain_launches(error: Exception) -> None:

@@ -133,7 +133,7 @@ def _declare(kernel_id: str, operation: str) -> KernelSpec:
     )
 
 
-_SOURCES = ("triton_rows.py", "triton_launch.py", "triton_sources/norm.py")
+_SOURCES = ("triton_rows.py", "triton_device.py", "triton_launch.py", "triton_sources/norm.py")
 KERNELS = (
     Kernel(_declare("triton.rms_norm", "norm.rms"), _load_rms, ROW_SPACE, _SOURCES),
     Kernel(_declare("triton.add_rms_norm", "norm.add_rms"), _load_add_rms, ROW_SPACE, _SOURCES),

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernel import Configuration, ConfigurationSpace
-from layerzero_runtime.kernels.triton_launch import Launch, TritonForm, multiprocessors
+from layerzero_runtime.kernels.triton_device import ITEM_BYTES, multiprocessors, stay_resident
+from layerzero_runtime.kernels.triton_launch import Launch, TritonForm
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# Warps that a multiprocessor holds (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
-RESIDENT_WARPS = 64
-FEWER_RESIDENT_WARPS: Mapping[tuple[int, int], int] = {(8, 6): 48, (8, 7): 48, (8, 9): 48, (12, 0): 48, (12, 1): 48}
 # float32 values of a tile that a thread holds: a third of its 255 registers, beside the weight's and the addresses.
 MOST_PER_THREAD = 64
 # Fewer leave threads without work, or without the 16 bytes that one instruction reads.
@@ -99,18 +97,15 @@ def strided_rows(x: Tensor, width: int) -> tuple[Tensor, int]:
     return rows, rows.stride(0)
 
 
-def resident_warps(context: SelectionContext) -> int:
-    return RESIDENT_WARPS if context.sm is None else FEWER_RESIDENT_WARPS.get(context.sm, RESIDENT_WARPS)
-
-
 def _fits(configuration: Configuration, context: SelectionContext) -> bool:
     block, rows = configuration["block_width"], configuration["rows_per_program"]
     warps, programs = configuration["num_warps"], configuration["programs_per_multiprocessor"]
     # Registers.
     if not LEAST_PER_THREAD <= block * rows // (32 * warps) <= MOST_PER_THREAD:
         return False
-    # Programs that take more than one tile each have to be there all at once: one that waits comes last, alone.
-    if programs * warps > resident_warps(context):
+    # Tiles of two tensors are in flight: of x and the residual, or of x and the weight.
+    item_bytes = max(ITEM_BYTES[context.dtype], ITEM_BYTES[context.weight_dtype])
+    if not stay_resident(context, programs, warps, (configuration["num_stages"] - 1) * 2 * block * rows * item_bytes):
         return False
     width, all_rows = context.hidden_size, context.rows
     if width is None or all_rows is None:

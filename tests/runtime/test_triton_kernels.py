@@ -124,14 +124,14 @@ def test_results_of_rows_are_dense_whatever_the_strides_are(kernel: Kernel, oper
     assert_close_to_reference(call, kernel)
 
 
-@pytest.mark.parametrize("kernel_id", ["triton.swiglu", "triton.geglu"])
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_gates_far_from_zero_are_shut_or_open(kernel_id: str, approximate: str) -> None:
-    operation = f"mlp.{kernel_id.split('.')[1]}"
+@pytest.mark.parametrize(
+    ("operation", "features"),
+    [("mlp.swiglu", {}), ("mlp.geglu", {"approximate": "none"}), ("mlp.geglu", {"approximate": "tanh"})],
+)
+def test_gates_far_from_zero_are_shut_or_open(operation: str, features: dict[str, str]) -> None:
     gate = torch.tensor([-1e4, -100.0, -10.0, 0.0, 10.0, 100.0, 1e4], device=DEVICE)
-    features = {"approximate": approximate} if operation == "mlp.geglu" else {}
     call = call_of(operation, gate, torch.ones_like(gate), **features)
-    (output,) = call.run(TRITON_KERNELS[kernel_id])
+    (output,) = call.run(TRITON_KERNELS[operation.replace("mlp", "triton")])
     torch.testing.assert_close(output.double(), call.reference()[0], rtol=1e-4, atol=1e-7)
 
 
@@ -190,7 +190,7 @@ def test_splits_never_take_more_memory_than_declared(monkeypatch: pytest.MonkeyP
 
     def noted(like: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
         made = new_empty(like, *size, **options)
-        if made.dtype == torch.float32:
+        if made.dtype == torch.float32 and made.nbytes:
             taken.append(made.nbytes)
         return made
 

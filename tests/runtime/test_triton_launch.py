@@ -52,10 +52,10 @@ class Jitted(JITFunction[Any]):
         self.plain: list[tuple[Any, ...]] = []
         self._extra = extra_parameters
 
-    def warmup(self, *arguments: Any, grid: tuple[int, ...], num_warps: int, num_stages: int, **constants: Any) -> Any:
+    def warmup(self, *arguments: Any, grid: tuple[int, ...], BLOCK: int, **options: Any) -> Any:  # noqa: N803
         name = "aligned" if arguments[3] == 16 else "any"
         self.examples[name] = arguments
-        return Compiled(name, (*arguments, *constants, *range(self._extra)), self.started)
+        return Compiled(name, (*arguments, BLOCK, *range(self._extra)), self.started)
 
     def __getitem__(self, grid: Any) -> Any:
         return lambda *arguments, **options: self.plain.append((grid, arguments, options))
@@ -175,7 +175,7 @@ def test_handles_that_take_other_arguments_leave_launches_to_triton_and_say_so_o
     assert lz.stats()["triton_plain_launches"] == before + 2
     tensors = torch.zeros(64), torch.zeros(64, dtype=torch.float16), torch.zeros(64)
     launches[0](5, tensors, (64, 16), (3, 0.5))
-    options = {"BLOCK": 128, "num_warps": 4, "num_stages": 1}
+    options = {"BLOCK": 128, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
     assert kernels[0].plain == [((5,), (*tensors, 64, 16, 3, 0.5), options)]
     assert kernels[0].started == []
 
