@@ -66,7 +66,8 @@ def _load(context: SelectionContext, configuration: Configuration, activation: s
 
 def _fits(configuration: Configuration, context: SelectionContext) -> bool:
     block, warps = configuration["block_size"], configuration["num_warps"]
-    programs, stages = configuration["programs_per_multiprocessor"], configuration["num_stages"]
+    programs: int = configuration["programs_per_multiprocessor"]
+    stages: int = configuration["num_stages"]
     # Registers.
     if not LEAST_PER_THREAD <= block // (32 * warps) <= _MOST_PER_THREAD:
         return False

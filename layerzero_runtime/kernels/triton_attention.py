@@ -66,7 +66,7 @@ def _load(context: SelectionContext, configuration: Configuration) -> KernelFunc
     def attend(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, scale: float | None
     ) -> Tensor:
-        batch, heads, length_q, _ = query.shape
+        batch, _, length_q, _ = query.shape
         _, kv_heads, length_k, _ = key.shape
         # Dense, whatever the query's strides are.
         output = torch.empty_like(query) if query.is_contiguous() else query.new_empty(query.shape)
@@ -148,12 +148,13 @@ def _defaults(context: SelectionContext) -> tuple[Configuration, ...]:
 
 
 def _fits(configuration: Configuration, context: SelectionContext) -> bool:
-    rows, keys = configuration["rows_per_program"], configuration["block_keys"]
+    rows: int = configuration["rows_per_program"]
+    keys: int = configuration["block_keys"]
     warps, stages = configuration["num_warps"], configuration["num_stages"]
     assert context.head_dim and context.gqa_group
     padded_width = _padded(context.head_dim)
     item_bytes = ITEM_BYTES[context.dtype]
-    # Registers: beside the result and two tiles of scores a thread needs about 100 of its 255 for addresses and operands.
+    # Registers: beside the result and two tiles of scores a thread needs about 100 of its 255.
     if rows * (padded_width + 2 * keys) // (32 * warps) > 96:
         return False
     # Without tensor cores the operands of a product are in registers too.

@@ -1,8 +1,8 @@
 """Launches of Triton kernels at little cost on the host.
 
 Triton's own launch, `kernel[grid](...)`, binds and classifies all arguments anew in every call, and compiles wherever
-their divisibility is new. Here the two forms that a kernel needs, for addresses and strides that are multiples of 16 and
-for any, are compiled when it is loaded, and a call starts the one that fits by its handle.
+their divisibility is new. Here the two forms that a kernel needs, for addresses and strides that are multiples of 16
+and for any, are compiled when it is loaded, and a call starts the one that fits by its handle.
 """
 
 from __future__ import annotations
@@ -105,7 +105,21 @@ class TritonForm:
         pointers = [None if dtype is None else 0 for dtype in self.pointers]
         numbers = [kind(1) for kind in self.numbers]
         constants = self.constants.values()
-        run(0, 1, 1, stream, function, metadata, None, None, None, *pointers, *[1] * self.divisible, *numbers, *constants)
+        run(
+            0,
+            1,
+            1,
+            stream,
+            function,
+            metadata,
+            None,
+            None,
+            None,
+            *pointers,
+            *[1] * self.divisible,
+            *numbers,
+            *constants,
+        )
 
     def launch(
         self,
@@ -207,7 +221,19 @@ class _PreparedLaunch:
         run, function, metadata = handle
         stream = self._stream(index)
         run(
-            programs, 1, 1, stream, function, metadata, None, None, None, *pointers, *divisible, *numbers, *self._constants
+            programs,
+            1,
+            1,
+            stream,
+            function,
+            metadata,
+            None,
+            None,
+            None,
+            *pointers,
+            *divisible,
+            *numbers,
+            *self._constants,
         )
 
     def _launch_elsewhere(

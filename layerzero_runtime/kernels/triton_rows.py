@@ -98,7 +98,8 @@ def strided_rows(x: Tensor, width: int) -> tuple[Tensor, int]:
 
 
 def _fits(configuration: Configuration, context: SelectionContext) -> bool:
-    block, rows = configuration["block_width"], configuration["rows_per_program"]
+    block: int = configuration["block_width"]
+    rows: int = configuration["rows_per_program"]
     warps, programs = configuration["num_warps"], configuration["programs_per_multiprocessor"]
     # Registers.
     if not LEAST_PER_THREAD <= block * rows // (32 * warps) <= MOST_PER_THREAD:

@@ -27,8 +27,8 @@ def version_that_matters(kernel: Kernel) -> str:
 
 
 def kernel_source_hash(kernel: Kernel) -> str:
-    """A hash over the code of the kernel's adapter and of its `sources`, 32 hexadecimal digits; "" where no source is at
-    hand.
+    """A hash over the code of the kernel's adapter and its further `sources`, 32 hexadecimal digits; "" where no source
+    is at hand.
 
     What the adapter's file declares (specs and the list of its kernels), imports, comments between statements and its
     docstring are left out: none of these changes how long a call takes. A limit that has changed is not stale: it is

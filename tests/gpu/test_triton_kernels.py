@@ -143,11 +143,11 @@ def test_a_call_runs_on_the_current_stream(kernel: Kernel, operation: str) -> No
     function = kernel.load(context, {})
     arguments = draw(context)
     expected = as_tuple(function(*arguments))
-    torch.cuda.synchronize()
     delayed = tuple(torch.zeros_like(part) if isinstance(part, torch.Tensor) else part for part in arguments)
-    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # tens of ms; a kernel on another stream would read the zeros
+        torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call] # tens of ms; a kernel on another stream would read the zeros
         for room, value in zip(delayed, arguments, strict=True):
             if isinstance(room, torch.Tensor):
                 room.copy_(value)

@@ -36,19 +36,29 @@ from tests.runtime.triton_calls import (
     spread,
 )
 
+# Of the interpreter, which computes with numpy, and of torch.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:(divide by zero|overflow) encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Lower right causal bias will produce NaNs"),
+    pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight"),
+]
 DTYPES = ("float32", "float16", "bfloat16")
 ROW_PAIRS = [pair for pair in PAIRS if not pair[1].startswith("attention")]
 SPLIT_KV = TRITON_KERNELS["triton.split_kv"]
 # (rows, width): a row, widths below and above every block of the defaults and between multiples of 16.
 ROW_SIZES = ((1, 7), (3, 1000), (17, 130), (2, 4099), (1, 16391))
 # (batch, heads, key/value heads, queries, keys, head_dim)
-ATTENTION_SIZES = ((1, 4, 4, 1, 33, 64), (2, 6, 2, 3, 161, 40), (1, 16, 1, 2, 90, 128), (1, 2, 1, 33, 47, 256))
+ATTENTION_SIZES = ((1, 4, 4, 1, 33, 64), (2, 6, 2, 3, 161, 40), (1, 16, 1, 2, 90, 128), (1, 1, 1, 33, 47, 256))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _as_on_a_device() -> Iterator[None]:
+    """And with one thread: waiting for a second one on a busy machine would take longer than all else."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with bfloat16_as_on_a_device():
         yield
+    torch.set_num_threads(threads)
 
 
 def sized_contexts(operation: str, dtype: str) -> list[SelectionContext]:
@@ -61,9 +71,17 @@ def sized_contexts(operation: str, dtype: str) -> list[SelectionContext]:
 @pytest.mark.parametrize(("kernel", "operation"), named(PAIRS))
 def test_the_tuner_finds_every_configuration_right_at_every_size(kernel: Kernel, operation: str, dtype: str) -> None:
     contexts = sized_contexts(operation, dtype)
-    for index, configuration in enumerate(spread(kernel, contexts[0], 5)):
+    for index, configuration in enumerate(spread(kernel, contexts[0], 4)):
         for context in contexts if not configuration else (contexts[index % len(contexts)],):
             assert fault(kernel, configuration, context) == "", (configuration, context.to_dict())
+
+
+def is_small(call: Call) -> bool:
+    """Whether the interpreter, which takes a ms for each operation of a program, is done with it soon."""
+    rows, width = call.context.rows, call.context.hidden_size
+    if rows is None or width is None:
+        return (call.context.score_elements or 0) <= 4000
+    return rows * width <= 8000
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -72,12 +90,12 @@ def test_accepted_calls_agree_with_the_reference_whatever_their_strides(
     kernel: Kernel, operation: str, dtype: str
 ) -> None:
     @settings(
-        max_examples=8,
+        max_examples=6,
         deadline=None,
         derandomize=True,
         suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
     )
-    @given(calls(operation, dtype).map(moved).filter(lambda call: call.accepts(kernel)))
+    @given(calls(operation, dtype).filter(is_small).map(moved).filter(lambda call: call.accepts(kernel)))
     def agrees(call: Call) -> None:
         assert_close_to_reference(call, kernel)
         assert_close_to_reference(call, in_small_tiles(kernel))
@@ -87,7 +105,9 @@ def test_accepted_calls_agree_with_the_reference_whatever_their_strides(
 
 def test_small_tiles_are_configurations_of_the_spaces() -> None:
     for kernel, operation in PAIRS:
-        assert SMALL[kernel.kernel_id] in list(configurations(kernel, any_size(sized_contexts(operation, "float16")[0])))
+        assert SMALL[kernel.kernel_id] in list(
+            configurations(kernel, any_size(sized_contexts(operation, "float16")[0]))
+        )
 
 
 # Norms and activations.
@@ -140,10 +160,9 @@ def test_gates_far_from_zero_are_shut_or_open(operation: str, features: dict[str
 
 @pytest.mark.parametrize("operation", SPLIT_KV.spec.operations)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group", [1, 3, 8])
-@pytest.mark.parametrize("length_q", [1, 5, 64])
+@pytest.mark.parametrize(("group", "length_q"), [(1, 1), (1, 17), (3, 5), (8, 1), (2, 64)])
 def test_every_group_and_number_of_queries_agrees(operation: str, dtype: str, group: int, length_q: int) -> None:
-    context = attention_context(operation, dtype, (2, 2 * group, 2, length_q, 75, 32))
+    context = attention_context(operation, dtype, (1, 2 * group, 2, length_q, 75, 32))
     for configuration in ({}, SMALL["triton.split_kv"]):
         assert fault(SPLIT_KV, configuration, context) == ""
 
@@ -221,7 +240,7 @@ def test_splits_never_take_more_memory_than_declared(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_attention_beyond_its_limits_is_refused(changes: dict[str, Any], reason: str) -> None:
-    fields = {"seq_len_q": 64, "head_dim": 64, "dtype": "float16"} | changes
+    fields: dict[str, Any] = {"seq_len_q": 64, "head_dim": 64, "dtype": "float16"} | changes
     context = SelectionContext(
         operation="attention.cross",
         batch_size=1,

@@ -22,7 +22,7 @@ HERE = -1  # what a tensor of the CPU says that its device is
 
 
 class Compiled:
-    """What Triton's compiler gives for one form of a kernel, with a launcher that checks its arguments as Triton's does."""
+    """What Triton's compiler gives for one form of a kernel; its launcher counts its arguments, as Triton's does."""
 
     def __init__(self, name: str, arguments: tuple[Any, ...], started: list[tuple[Any, ...]]) -> None:
         self.function = f"function of {name}"
@@ -43,7 +43,7 @@ class Compiled:
             self._started.append(((x, y, z), stream, function, metadata, rest[:3], rest[3:]))
 
 
-class Jitted(JITFunction[Any]):
+class Jitted(JITFunction[Any]):  # type: ignore[misc]
     """A kernel of two tensors, a stride, a count and a number that is compiled by a stand-in."""
 
     def __init__(self, extra_parameters: int = 0) -> None:

@@ -59,20 +59,14 @@ def device() -> DeviceSpec:
 
 
 def row_context(operation: str, dtype: str, rows: int, width: int, **fields: Any) -> SelectionContext:
-    return SelectionContext(
-        operation=operation, dtype=dtype, rows=rows, hidden_size=width, device=device(), **fields
-    )
+    return SelectionContext(operation=operation, dtype=dtype, rows=rows, hidden_size=width, device=device(), **fields)
 
 
 def attention_context(operation: str, dtype: str, sizes: tuple[int, ...], **fields: Any) -> SelectionContext:
     names = ("batch_size", "num_heads", "num_kv_heads", "seq_len_q", "seq_len_k", "head_dim")
+    named: dict[str, Any] = dict(zip(names, sizes, strict=True))
     return SelectionContext(
-        operation=operation,
-        dtype=dtype,
-        causal_alignment="bottom_right",
-        device=device(),
-        **dict(zip(names, sizes, strict=True)),
-        **fields,
+        operation=operation, dtype=dtype, causal_alignment="bottom_right", device=device(), **named, **fields
     )
 
 
@@ -132,7 +126,7 @@ def spread(kernel: Kernel, context: SelectionContext, count: int) -> list[Config
 
 @contextmanager
 def bfloat16_as_on_a_device() -> Iterator[None]:
-    """Triton's interpreter keeps bfloat16 as 16-bit integers: it cuts where devices round, and multiplies the integers."""
+    """Triton's interpreter keeps bfloat16 as integers of 16 bits: it cuts where devices round, and multiplies those."""
     if not IS_INTERPRETED:
         yield
         return

@@ -25,7 +25,7 @@ def rms_norm(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """output = v / sqrt(mean(v^2) + eps) x (weight + OFFSET), for v = x or, with a residual, for v = total = x + residual.
+    """output = v / sqrt(mean(v^2) + eps) x (weight + OFFSET), where v is x, or with a residual total = x + residual.
 
     x and residual: (rows, width) with these strides between rows; output, total: (rows, width), weight: (width), dense.
     """
