@@ -14,7 +14,6 @@ from layerzero_runtime.plan import ExecutionPlan
 from layerzero_runtime.snapshot import Snapshot
 from layerzero_runtime.tables.table_evidence import evidence_of
 
-
 # How the first reason begins against a kernel that runs on no such device.
 _OTHER_DEVICES = "PLATFORM_NOT_ONE_OF"
 
