@@ -104,9 +104,10 @@ def _fits(configuration: Configuration, context: SelectionContext) -> bool:
     # Registers.
     if not LEAST_PER_THREAD <= block * rows // (32 * warps) <= MOST_PER_THREAD:
         return False
-    # Tiles of two tensors are in flight: of x and the residual, or of x and the weight.
+    # Tiles of two tensors are in flight, of x and the residual or the weight, or of three with a bias.
     item_bytes = max(ITEM_BYTES[context.dtype], ITEM_BYTES[context.weight_dtype])
-    if not stay_resident(context, programs, warps, (configuration["num_stages"] - 1) * 2 * block * rows * item_bytes):
+    tile_bytes = (2 + context.has_bias) * block * rows * item_bytes
+    if not stay_resident(context, programs, warps, (configuration["num_stages"] - 1) * tile_bytes):
         return False
     width, all_rows = context.hidden_size, context.rows
     if width is None or all_rows is None:

@@ -130,13 +130,19 @@ def test_empty_rows_give_empty_results(kernel: Kernel, operation: str, shape: tu
 
 @pytest.mark.parametrize(("kernel", "operation"), named(ROW_PAIRS))
 def test_results_of_rows_are_dense_whatever_the_strides_are(kernel: Kernel, operation: str) -> None:
-    halves = torch.randn(4, 3, 64, device=DEVICE).transpose(0, 1)[..., ::2].expand(2, 3, 4, 32)
+    sparse = torch.randn(4, 3, 64, device=DEVICE).transpose(0, 1)[..., ::2].expand(2, 3, 4, 32)
+    half = torch.randn(2, 3, 4, 80, device=DEVICE)[..., 5:37]
     weight = torch.randn(64, device=DEVICE)[::2]
+    for one, other in ((sparse, half), (half, sparse)):
+        check_density(kernel, operation, one, other, weight)
+
+
+def check_density(kernel: Kernel, operation: str, one: torch.Tensor, other: torch.Tensor, weight: torch.Tensor) -> None:
     arguments = {
-        "norm.rms": (halves, weight, 1e-6, 0.0),
-        "norm.add_rms": (halves, halves, weight, 1e-6),
-        "norm.layer": (halves, weight, None, 1e-5),
-    }.get(operation, (halves, halves))
+        "norm.rms": (one, weight, 1e-6, 0.0),
+        "norm.add_rms": (one, other, weight, 1e-6),
+        "norm.layer": (one, weight, None, 1e-5),
+    }.get(operation, (one, other))
     call = call_of(operation, *arguments)
     assert not call.context.is_contiguous
     outputs = call.run(kernel)
