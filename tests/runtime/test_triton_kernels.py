@@ -13,12 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.kernels import triton_attention
+from layerzero_runtime.kernels.triton_rows import ROW_TILINGS, tiled_launches
+from layerzero_runtime.kernels.triton_sources import norm as sources
 from layerzero_runtime.operations import OPERATIONS
 from layerzero_runtime.selection.limits import rejections
 from tests.runtime.kernel_calls import Call, assert_close_to_reference, calls, relative_error
 from tests.runtime.test_kernels import named
 from tests.runtime.triton_calls import (
     DEVICE,
+    IS_INTERPRETED,
     PAIRS,
     SMALL,
     SMALL_GPU,
@@ -150,6 +153,22 @@ def check_density(kernel: Kernel, operation: str, one: torch.Tensor, other: torc
     assert_close_to_reference(call, kernel)
 
 
+@pytest.mark.skipif(not IS_INTERPRETED, reason="looks into launches in Triton's own way")
+def test_the_smallest_block_that_holds_a_row_serves_it() -> None:
+    choose = tiled_launches(
+        sources.rms_norm,
+        row_context("norm.rms", "float32", 1, 1),
+        ROW_TILINGS,
+        pointers=(torch.float32, torch.float32, None, None, None),
+        divisible=3,
+        numbers=(int, float),
+        constants={"OFFSET": 0.0},
+    )
+    for width, block, programs in ((1, 256, 2), (256, 256, 2), (257, 1024, 9), (5000, 16384, 9), (99999, 16384, 9)):
+        found, launch = choose(9, width)
+        assert (launch.__self__.constants["BLOCK"], found) == (block, programs)  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("operation", "features"),
     [("mlp.swiglu", {}), ("mlp.geglu", {"approximate": "none"}), ("mlp.geglu", {"approximate": "tanh"})],
@@ -174,12 +193,14 @@ def test_every_group_and_number_of_queries_agrees(operation: str, dtype: str, gr
 
 
 def test_rows_that_see_no_key_are_zero_in_all_splits() -> None:
-    query, key, value = (torch.randn(1, 4, length, 64, device=DEVICE) for length in (60, 40, 40))
-    call = call_of("attention.causal", query, key, value, None, 0.0, None, causal_alignment="bottom_right")
-    for kernel in (SPLIT_KV, in_small_tiles(SPLIT_KV)):
-        (output,) = call.run(kernel)
-        assert torch.equal(output[:, :, :20], torch.zeros(1, 4, 20, 64, device=DEVICE))
-        assert_close_to_reference(call, kernel)
+    # Of one head the keys are split, of many they are not.
+    for heads in (1, 8):
+        query, key, value = (torch.randn(1, heads, length, 64, device=DEVICE) for length in (60, 40, 40))
+        call = call_of("attention.causal", query, key, value, None, 0.0, None, causal_alignment="bottom_right")
+        for kernel in (SPLIT_KV, in_small_tiles(SPLIT_KV)):
+            (output,) = call.run(kernel)
+            assert torch.equal(output[:, :, :20], torch.zeros(1, heads, 20, 64, device=DEVICE))
+            assert_close_to_reference(call, kernel)
 
 
 @pytest.mark.parametrize("kernel", [SPLIT_KV, in_small_tiles(SPLIT_KV)], ids=["default", "small"])
