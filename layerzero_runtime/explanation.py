@@ -9,7 +9,6 @@ from typing import Any
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import detect_device
 from layerzero_runtime.dispatch import current_snapshot
-from layerzero_runtime.operations import operation_named
 from layerzero_runtime.plan import ExecutionPlan
 from layerzero_runtime.snapshot import Snapshot
 from layerzero_runtime.tables.table_evidence import evidence_of
@@ -23,7 +22,8 @@ class Explanation:
     """Why a plan is what it is.
 
     Attributes:
-        bucket: inclusive ranges of the sizes that the entry serves, empty on a miss.
+        bucket: inclusive ranges of the sizes that the entry serves, by axis or product of axes ("rows * hidden_size");
+            empty on a miss.
         evidence: what speaks for the entry: measured points, speedup over the default, runner-up with its margin,
             rounds and time of measurement; None without a hit or without the evidence file.
         provenance: results hash, versions and dates of the table, empty without one.
@@ -78,7 +78,10 @@ class Explanation:
             return []
         lines = []
         if found["speedup"] is not None:
-            lines.append(f"  {found['speedup']:.2f}x the default's speed over {len(found['points'])} measured points")
+            least = "" if found.get("least_speedup") is None else f" (95%: at least {found['least_speedup']:.2f}x)"
+            lines.append(
+                f"  {found['speedup']:.2f}x the default's speed{least} over {len(found['points'])} measured points"
+            )
         if found["runner_up"] is not None:
             lines.append(f"  runner-up: {found['runner_up']}, {100 * found['margin']:.1f}% slower")
         lines.append(f"  measured {found['measured_at']}, {found['rounds']} paired rounds")
@@ -123,7 +126,7 @@ def explain_in(snapshot: Snapshot, context: SelectionContext) -> Explanation:
     return Explanation(
         context=context,
         plan=plan,
-        bucket=_in_order_of_axes(context.operation, found.get("bucket", {})),
+        bucket={name: (low, high) for name, (low, high) in found.get("bucket", {}).items()},
         evidence=evidence,
         provenance={} if table is None else table.provenance,
         policy=tuple(applying),
@@ -131,8 +134,3 @@ def explain_in(snapshot: Snapshot, context: SelectionContext) -> Explanation:
         fuses=() if kernel is None else kernel.spec.fuses_ops,
         refused=refused,
     )
-
-
-def _in_order_of_axes(operation: str, bucket: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    names = (axis.name for axis in operation_named(operation).axes)
-    return {name: (bucket[name][0], bucket[name][1]) for name in names if name in bucket}

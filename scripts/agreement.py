@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,15 +17,15 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.counters import CounterGroup
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.kernels import builtin_kernels
-from layerzero_runtime.operation import StaticKey
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.snapshot import Snapshot
 from layerzero_runtime.tables.table_files import TABLES_VARIABLE
 from layerzero_tune.command_line.output import shape_text
 from layerzero_tune.compile.emit import emit
-from layerzero_tune.compile.judge import Choice, Verdict
-from layerzero_tune.compile.pipeline import compile_rows
+from layerzero_tune.compile.judge import Choice
+from layerzero_tune.compile.pipeline import Key, compile_rows
+from layerzero_tune.compile.regret import RegretModel
 from layerzero_tune.evaluate.agreement import TIE_WITHIN, Agreement, Alike, Tuning, agreement
 from layerzero_tune.identity import canonical_json
 from layerzero_tune.results.measurement import Measurement
@@ -44,23 +43,16 @@ def tuning(rows: Sequence[Measurement], contexts: Sequence[SelectionContext]) ->
         snapshot = Snapshot(Registry(builtin_kernels()), CounterGroup())
         plans = {context: snapshot.select(context.with_device(device)) for context in contexts}
     picks = {context: (plan.kernel_id, canonical_json(dict(plan.configuration))) for context, plan in plans.items()}
-    return Tuning(picks, alike_at_the_nearest_cell(compiled.verdicts))
+    return Tuning(picks, alike_by(compiled.models))
 
 
-def alike_at_the_nearest_cell(verdicts: Mapping[tuple[str, StaticKey], Sequence[Verdict]]) -> Alike:
-    """By the measured ratios at the cell that lies nearest in log space."""
+def alike_by(models: Mapping[Key, RegretModel]) -> Alike:
+    """By the regret models of the static keys."""
 
-    def alike(context: SelectionContext, choice: Choice) -> set[Choice]:
+    def alike(context: SelectionContext, choice: Choice) -> Collection[Choice]:
         operation = operation_named(context.operation)
-        place = [math.log(size) for size in operation.sizes(context)]
-        cell = min(
-            verdicts[operation.name, operation.static_key(context)],
-            key=lambda verdict: (math.dist(place, [math.log(size) for size in verdict.sizes]), verdict.sizes),
-        )
-        if choice not in cell.standings:
-            return {choice}
-        limit = cell.standings[choice].log_ratio + math.log1p(TIE_WITHIN)
-        return {choice, *(other for other, standing in cell.standings.items() if standing.log_ratio <= limit)}
+        model = models[operation.name, operation.static_key(context)]
+        return model.alike(choice, operation.sizes(context), TIE_WITHIN)
 
     return alike
 

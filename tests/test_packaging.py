@@ -27,7 +27,7 @@ import json, sys
 import layerzero_runtime as lz
 device = lz.DeviceSpec.from_dict(json.loads(sys.argv[1]))
 plan = lz.select(lz.SelectionContext(operation="norm.rms", dtype="%s", rows=64, hidden_size=512, device=device))
-outside = sorted({name.split(".")[0] for name in sys.modules} - set(sys.stdlib_module_names))
+outside = sorted({name.split(".")[0] for name in sys.modules} - {*sys.stdlib_module_names, "sitecustomize"})
 from layerzero_runtime.tables.table_candidates import table_candidates
 standings = [[found.origin, found.standing, found.reason] for found in table_candidates(device)]
 answer = [plan.source, plan.table, plan.kernel_id, plan.available, plan.unavailable_reason]

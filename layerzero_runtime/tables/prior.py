@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,20 +84,21 @@ class NearestBuckets:
             return Prior()
         entry = self._table.entries[operation.name][static_key]
         # The lower end of each octave stands for all sizes in it.
-        sizes = [1 << (size.bit_length() - 1) for size in operation.sizes(context)]
-        axes = [axis.name for axis in operation.axes]
+        lows = [1 << (size.bit_length() - 1) for size in operation.sizes(context)]
+        sizes = {axis.name: low for axis, low in zip(operation.axes, lows, strict=True)}
         best: tuple[float, int] | None = None
         for leaf in range(len(entry.leaves)):
             bucket = evidence_of(self._table, operation.name, static_key, leaf).get("bucket")
             if not bucket or not entry.leaves[leaf]:
                 continue
-            gaps = [
-                max(0.0, math.log2(bucket[name][0] / size), math.log2(size / bucket[name][1]))
-                for name, size in zip(axes, sizes, strict=True)
-                if name in bucket
-            ]
-            if max(gaps) <= math.log2(REACH) and (best is None or (sum(gaps), leaf) < best):
-                best = (sum(gaps), leaf)
+            gaps = {
+                name: _gap(name, bounds, sizes)
+                for name, bounds in bucket.items()
+                if sizes.keys() >= set(name.split(" * "))
+            }
+            is_near = all(gap <= math.log2(REACH) for name, gap in gaps.items() if name in sizes)
+            if is_near and (best is None or (sum(gaps.values()), leaf) < best):
+                best = (sum(gaps.values()), leaf)
         return Prior() if best is None else self._of(operation, static_key, entry, best[1])
 
     def _nearest_key(self, operation: Operation, context: SelectionContext) -> StaticKey | None:
@@ -115,3 +116,9 @@ class NearestBuckets:
             if gap <= math.log2(REACH) and (best is None or (gap, repr(key)) < best[:2]):
                 best = (gap, repr(key), key)
         return None if best is None else best[2]
+
+
+def _gap(name: str, bounds: Sequence[int], sizes: Mapping[str, int]) -> float:
+    """Octaves by which a size, or the product of several ("rows * hidden_size"), lies outside a bucket's range."""
+    size = math.prod(sizes[axis] for axis in name.split(" * "))
+    return max(0.0, math.log2(bounds[0] / size), math.log2(size / bounds[1]))

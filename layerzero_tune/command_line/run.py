@@ -24,11 +24,11 @@ from layerzero_tune.command_line.options import (
     split_list,
 )
 from layerzero_tune.command_line.output import notes, print_json, print_table, progress_bar, shape_text
-from layerzero_tune.measure.contention import MAX_ATTEMPTS
+from layerzero_tune.compile.distrust import disturbed_points
 from layerzero_tune.measure.contest import MeasurementPolicy
 from layerzero_tune.report.wins import kernel_wins
 from layerzero_tune.results.store import ResultsStore
-from layerzero_tune.search.device import LiveDevice, MeasuringDevice, RecordedDevice
+from layerzero_tune.search.device import MAX_TAKES, LiveDevice, MeasuringDevice, RecordedDevice
 from layerzero_tune.search.tuning import FinishedContest, plan_tuning, tune
 from layerzero_tune.worker.process import WorkerProcess
 from layerzero_tune.workload.lines import read_workload
@@ -77,15 +77,21 @@ def _run(device: MeasuringDevice, contexts: Sequence[SelectionContext], store: R
         soft_wrap=True,
     )
     start = perf_counter()
-    preparing = 0.0
+    preparing, measured = 0.0, 0
     with progress_bar() as bar:
         task = bar.add_task("measuring", total=len(plan.contests))
 
         def finished(contest: FinishedContest) -> None:
-            nonlocal preparing
+            nonlocal preparing, measured
             preparing += contest.preparation_s
+            measured += 1
             context = contest.contest.context
-            bar.update(task, advance=1, description=f"{context.operation} {context.dtype} {shape_text(context)}")
+            bar.update(
+                task,
+                completed=measured,
+                total=measured + contest.left,
+                description=f"{context.operation} {context.dtype} {shape_text(context)}",
+            )
 
         tune(device, plan, store, finished)
     elapsed = perf_counter() - start
@@ -95,7 +101,7 @@ def _run(device: MeasuringDevice, contexts: Sequence[SelectionContext], store: R
         print_json(
             {
                 "device": device.spec.to_dict(),
-                "contests_measured": len(plan.contests),
+                "contests_measured": measured,
                 "contests_held": plan.held,
                 "measuring_s": elapsed - preparing,
                 "preparing_s": preparing,
@@ -106,7 +112,7 @@ def _run(device: MeasuringDevice, contexts: Sequence[SelectionContext], store: R
         )
         return
     notes.print(
-        f"measured {len(plan.contests)} contests in {elapsed - preparing:.0f} s, beside {preparing:.0f} s of loading "
+        f"measured {measured} contests in {elapsed - preparing:.0f} s, beside {preparing:.0f} s of loading "
         f"and compiling kernels; next: layerzero-tune compile {store.directory} --out TABLES",
         soft_wrap=True,
     )
@@ -125,11 +131,11 @@ def _run(device: MeasuringDevice, contexts: Sequence[SelectionContext], store: R
             for found in kernel_wins(results.rows)
         ],
     )
-    disturbed = len({row.contest_id for row in results.rows if row.is_contended})
+    disturbed = len(disturbed_points(results.rows))
     if disturbed:
         notes.print(
-            f"{disturbed} contests were disturbed by other processes, {MAX_ATTEMPTS} times over; "
-            "measure on a quiet machine",
+            f"{disturbed} points were disturbed by other processes or by a drift of the machine, {MAX_TAKES} times "
+            "over; measure on a quiet machine",
             style="yellow",
             soft_wrap=True,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.judge import Choice, Verdict
@@ -25,11 +25,19 @@ class Cell:
     def acceptable(self) -> frozenset[Choice]:
         return frozenset({MISS}) if self.verdict is None else self.verdict.acceptable
 
+    def without_doubt(self, default: Choice) -> Cell:
+        """The cell with the default alone acceptable where a choice beside it is not proved to gain on it."""
+        if self.verdict is None or default not in self.acceptable:
+            return self
+        return Cell(self.sizes, replace(self.verdict, acceptable=frozenset({default})))
+
     def cost(self, choice: Choice) -> float:
+        """Log time that a choice costs beside the best acceptable one: what cannot be had attracts no split."""
         if self.verdict is None or choice == MISS:
             return 0.0 if self.verdict is None and choice == MISS else _UNKNOWN_COST
-        regret = min(self.verdict.regret(choice), _UNKNOWN_COST)
-        return regret if choice in self.verdict.acceptable else regret + _UNACCEPTABLE_COST
+        least = min(self.verdict.regret(other) for other in self.acceptable)
+        loss = min(max(self.verdict.regret(choice) - least, 0.0), _UNKNOWN_COST)
+        return loss if choice in self.acceptable else loss + _UNACCEPTABLE_COST
 
     def lead(self, ahead: Choice, behind: Choice) -> float | None:
         """Log time by which one choice leads the other here, None where one of them has no time."""
@@ -37,7 +45,3 @@ class Cell:
         if ahead not in standings or behind not in standings:
             return None
         return standings[behind].log_ratio - standings[ahead].log_ratio
-
-    def column(self, axis: int) -> Sizes:
-        """The sizes on all other axes: cells of one column differ along this axis alone."""
-        return self.sizes[:axis] + self.sizes[axis + 1 :]

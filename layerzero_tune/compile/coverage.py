@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from layerzero_runtime.operation import Sizes
-from layerzero_tune.compile.form import Box
+from layerzero_tune.compile.region import Box
 from layerzero_tune.compile.regret import VOUCHED, place_of, vouches
 from layerzero_tune.measure.statistics import LOG_RESOLUTION
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec
 from layerzero_tune.measure.statistics import (
     LOG_RESOLUTION,
@@ -63,6 +64,13 @@ def disturbed_contests(rows: Iterable[Measurement]) -> frozenset[str]:
         if row.status == "ok":
             contests.setdefault(row.contest_id, []).append(row)
     return frozenset(contest_id for contest_id, found in contests.items() if is_disturbed(found))
+
+
+def disturbed_points(rows: Sequence[Measurement]) -> frozenset[SelectionContext]:
+    """The points with a time at which every contest is distrusted."""
+    disturbed = disturbed_contests(rows)
+    timed = [row for row in rows if row.status == "ok"]
+    return frozenset(row.context for row in timed) - {row.context for row in timed if row.contest_id not in disturbed}
 
 
 def _drifts(rows: Sequence[Measurement]) -> bool:

@@ -17,8 +17,9 @@ from layerzero_runtime.operation import StaticKey
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.selection.limits import Limit
 from layerzero_runtime.tables.table import MISS, SCHEMA_VERSION
-from layerzero_tune.compile.form import Box, Entry, Leaf, Split, TableForm, Tree
+from layerzero_tune.compile.form import Entry, Leaf, Split, TableForm, Tree
 from layerzero_tune.compile.judge import Choice
+from layerzero_tune.compile.region import Axes, Range, Region, product_of
 from layerzero_tune.results.atomic import write_atomically
 
 MODULE_FILE = "__init__.py"
@@ -123,7 +124,7 @@ def _range_check(entry: Entry) -> list[str]:
         f"{low} <= {entry.axes[axis]} <= {high}" for axis in entry.free for low, high in (entry.bounds[axis],)
     ]
     if entry.max_product is not None:
-        conditions.append(" * ".join(entry.axes[axis] for axis in entry.free) + f" <= {entry.max_product}")
+        conditions.append(f"{_product(entry.free, entry.axes)} <= {entry.max_product}")
     return [f"if not ({' and '.join(conditions)}):", f"    return {MISS}"]
 
 
@@ -131,7 +132,7 @@ def _decision(tree: Tree, axes: Sequence[str], numbers: Mapping[int, int]) -> li
     if isinstance(tree, Leaf):
         return [f"return {numbers[id(tree)] if tree.chain else MISS}"]
     return [
-        f"if {axes[tree.axis]} <= {tree.edge}:",
+        f"if {_product(tree.axes, axes)} <= {tree.edge}:",
         *(f"    {line}" for line in _decision(tree.low, axes, numbers)),
         *_decision(tree.high, axes, numbers),
     ]
@@ -147,14 +148,20 @@ def _guard(limit: Limit) -> tuple[str, str, Any]:
 
 
 def _comment(entry: Entry, leaf: Leaf) -> str:
-    ranges = ", ".join(f"{name} {low} to {high}" for name, (low, high) in _named(entry, leaf.box).items())
+    ranges = ", ".join(f"{name} {low} to {high}" for name, (low, high) in _named(entry, leaf.region).items())
     if not leaf.chain:
         return f"{ranges}: not measured"
     return f"{ranges}: {leaf.chain[0].choice[0]}"
 
 
-def _named(entry: Entry, box: Box) -> dict[str, tuple[int, int]]:
-    return {entry.axes[axis]: box[axis] for axis in entry.free}
+def _named(entry: Entry, region: Region) -> dict[str, Range]:
+    """The ranges of a region by what they hold for: the name of an axis, or several with " * " between."""
+    ranges = {entry.axes[axis]: region.box[axis] for axis in entry.free}
+    return ranges | {_product(axes, entry.axes): bounds for axes, bounds in region.products}
+
+
+def _product(axes: Axes, names: Sequence[str]) -> str:
+    return " * ".join(names[axis] for axis in axes)
 
 
 def _operations(entries: Sequence[Entry], names: Sequence[str]) -> list[tuple[str, list[tuple[str, str, str]]]]:
@@ -169,7 +176,7 @@ def _evidence(form: TableForm) -> str:
     grouped: dict[str, list[str]] = {}
     for entry in form.entries:
         leaves = [
-            json.dumps({"bucket": _named(entry, leaf.box), "evidence": leaf.evidence and asdict(leaf.evidence)})
+            json.dumps({"bucket": _named(entry, leaf.region), "evidence": leaf.evidence and asdict(leaf.evidence)})
             for leaf in entry.leaves()
         ]
         grouped.setdefault(entry.operation, []).append(f"{json.dumps(repr(entry.static_key))}: {_lines('[]', leaves)}")
@@ -184,5 +191,5 @@ def _lines(brackets: str, values: Sequence[str]) -> str:
 def leaf_at(tree: Tree, sizes: Sequence[int]) -> Leaf:
     """The leaf of the form that serves these sizes."""
     while isinstance(tree, Split):
-        tree = tree.low if sizes[tree.axis] <= tree.edge else tree.high
+        tree = tree.low if product_of(sizes, tree.axes) <= tree.edge else tree.high
     return tree

@@ -10,8 +10,7 @@ from typing import Any
 from layerzero_runtime.operation import Sizes, StaticKey
 from layerzero_runtime.selection.limits import Limit
 from layerzero_tune.compile.judge import Choice
-
-Box = tuple[tuple[int, int], ...]  # inclusive range of each axis
+from layerzero_tune.compile.region import Axes, Box, Region
 
 
 @dataclass(frozen=True)
@@ -29,12 +28,14 @@ class Evidence:
     Attributes:
         points: measured sizes inside the leaf.
         speedup: geometric mean of the default's time over the choice's, None where the default has no time.
+        least_speedup: the lower end of its 95% interval, None also for the default itself.
         runner_up: the next best choice over the leaf's points and how much slower it is, None without one.
         rounds: paired rounds behind the choice, over all points.
     """
 
     points: tuple[Sizes, ...]
     speedup: float | None
+    least_speedup: float | None
     runner_up: str | None
     margin: float | None
     rounds: int
@@ -45,16 +46,16 @@ class Evidence:
 class Leaf:
     """A bucket: its chain of plans, best first; an empty chain is a miss."""
 
-    box: Box
+    region: Region
     chain: tuple[Step, ...]
     evidence: Evidence | None
 
 
 @dataclass(frozen=True)
 class Split:
-    """`low` serves sizes up to and including `edge` on the axis, `high` those above."""
+    """`low` serves sizes whose product over the axes, mostly one, is at most the edge, `high` those above."""
 
-    axis: int
+    axes: Axes
     edge: int
     low: Tree
     high: Tree
@@ -70,7 +71,7 @@ class Entry:
     Attributes:
         axes: names of all axes, in the order of the decision function's parameters.
         free: indices of the axes that are not tied under this key.
-        bounds: inclusive measured range per axis.
+        bounds: measured range per axis.
         max_product: largest product of the free sizes that was measured, None where the whole box is covered.
     """
 

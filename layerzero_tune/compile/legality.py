@@ -8,7 +8,7 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.operation import Operation
 from layerzero_runtime.selection.limits import Limit
-from layerzero_tune.compile.form import Box
+from layerzero_tune.compile.region import Box
 
 # Fields that every static key fixes.
 _KEY_FIELDS = ("mode", "dtype", "platform")

@@ -2,28 +2,35 @@
 
 Kernels' times jump with whether a length is even or fills whole tiles, so a choice that gains at one size may lose at
 the next. A gain counts where the measured cells around it, taken together, say that it holds between them as well.
+Where they say so of a gain that the contests at one size are too noisy to prove, it may count there too.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
-from layerzero_tune.compile.judge import Choice, Verdict
+from layerzero_tune.compile.judge import MINIMUM_GAIN, Choice, Verdict
 from layerzero_tune.compile.regret import RegretModel
 
 
 def settle(model: RegretModel) -> tuple[Verdict, ...]:
-    """The verdicts of the model, with what is acceptable narrowed to gains that it expects to hold around them.
+    """The verdicts of the model, with what is acceptable narrowed to gains that it expects to hold around them, and
+    widened by gains that they make likely where the contests alone do not prove them.
 
     Where none of a cell's acceptable choices holds, the fastest proved gain that does takes their place, or else the
-    default. Cells whose reference is not the default stay as they are: nothing is known to be safer there.
+    default. Cells whose reference is not the default stay as they are: nothing is known to be safer there. Whoever lets
+    a likely gain serve has to prove it over all cells that it serves (`leaf_evidence.is_proved`).
     """
     return tuple(_settled(verdict, model) for verdict in model.verdicts)
 
 
 def _settled(verdict: Verdict, model: RegretModel) -> Verdict:
-    if verdict.reference != verdict.default or verdict.acceptable == {verdict.default}:
+    if verdict.reference != verdict.default:
         return verdict
+    likely = frozenset(choice for choice in verdict.tied - {verdict.default} if _is_likely(choice, verdict, model))
+    if verdict.acceptable == {verdict.default}:
+        return replace(verdict, acceptable=verdict.acceptable | likely)
 
     def holds(choice: Choice) -> bool:
         estimate = model.estimate(choice, verdict.sizes)
@@ -36,4 +43,10 @@ def _settled(verdict: Verdict, model: RegretModel) -> Verdict:
             gaining, key=lambda choice: (verdict.standings[choice].log_ratio, choice), default=verdict.default
         )
         holding = frozenset({fastest})
-    return replace(verdict, acceptable=holding)
+    return replace(verdict, acceptable=holding | likely)
+
+
+def _is_likely(choice: Choice, verdict: Verdict, model: RegretModel) -> bool:
+    """Whether the contests here and those around them say that a choice gains, proved here or not."""
+    standing, estimate = verdict.standings[choice], model.estimate(choice, verdict.sizes)
+    return standing.log_ratio < 0.0 and estimate is not None and estimate.upper < -math.log1p(MINIMUM_GAIN)

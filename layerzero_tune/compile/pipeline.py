@@ -16,8 +16,10 @@ from layerzero_tune.compile.cell import Cell
 from layerzero_tune.compile.coverage import bounds_of, max_product_of, unmeasured_cells
 from layerzero_tune.compile.form import Entry, TableForm
 from layerzero_tune.compile.judge import Verdict, judge
+from layerzero_tune.compile.leaf import LeafBuilder
 from layerzero_tune.compile.neighbourhood import settle
 from layerzero_tune.compile.portfolio import narrow
+from layerzero_tune.compile.region import Region
 from layerzero_tune.compile.regret import RegretModel
 from layerzero_tune.compile.tree import TreeGrower
 from layerzero_tune.identity import canonical_json
@@ -148,5 +150,6 @@ def _entry(key: Key, model: RegretModel, kernels: Mapping[str, Kernel], device: 
     cells += [Cell(missing, None) for missing in unmeasured_cells(sizes, model.free, max_product)]
     default = model.verdicts[0].default
     measured = any(default in verdict.standings for verdict in model.verdicts)
-    grower = TreeGrower(operation, context, kernels, model.free, default, measured)
-    return Entry(name, static_key, axes, model.free, bounds, max_product, grower.grow(cells, bounds))
+    grower = TreeGrower(LeafBuilder(operation, context, kernels, default, measured))
+    tree = grower.grow(cells, Region(bounds, model.free))
+    return Entry(name, static_key, axes, model.free, bounds, max_product, tree)

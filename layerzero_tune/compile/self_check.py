@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from layerzero_runtime.device import DeviceSpec
@@ -14,7 +14,11 @@ from layerzero_runtime.tables.table import MISS, Table
 from layerzero_runtime.tables.table_files import load_table_file
 from layerzero_tune.compile.emit import MODULE_FILE, leaf_at
 from layerzero_tune.compile.form import Entry, TableForm
+from layerzero_tune.compile.region import Axes, Range, Region
 from layerzero_tune.identity import canonical_json
+
+# How many sizes of a bucket are looked at for those that come nearest to an edge over a product.
+_TRIED = 128
 
 
 def check_emitted(form: TableForm, folder: Path) -> int:
@@ -66,18 +70,19 @@ def _expected_chain(entry: Entry, sizes: Sizes) -> tuple[tuple[object, ...], ...
 
 
 def _probes(entry: Entry) -> set[Sizes]:
-    """Measured points, the middle and the corners of each bucket with their neighbours one step outside, and the sizes
-    around the largest product."""
+    """Measured points, the middle and the corners of each bucket with their neighbours one step outside, the sizes
+    around the largest product, and those of each bucket that come nearest to an edge over a product."""
     probes: set[Sizes] = set()
     for leaf in entry.leaves():
         if leaf.evidence is not None:
             probes.update(leaf.evidence.points)
-        box = [leaf.box[axis] for axis in entry.free]
+        box = [leaf.region.box[axis] for axis in entry.free]
         middle = tuple((low + high) // 2 for low, high in box)
         found = {middle, *itertools.product(*({low - 1, low, high, high + 1} for low, high in box))}
         if entry.max_product is not None:
             found.update(_around_product(found, entry.max_product))
-        probes.update(_on_all_axes(sizes, entry) for sizes in found)
+        probes.update(_on_axes(sizes, entry.free, len(entry.axes)) for sizes in found)
+        probes.update(_on_axes(sizes, entry.free, len(entry.axes)) for sizes in _nearest_to_products(leaf.region))
     return probes
 
 
@@ -90,9 +95,33 @@ def _around_product(corners: Iterable[Sizes], max_product: int) -> Iterator[Size
                 yield (*corner[:axis], size, *corner[axis + 1 :])
 
 
-def _on_all_axes(sizes: Sizes, entry: Entry) -> Sizes:
+def _nearest_to_products(region: Region) -> Iterator[Sizes]:
+    """Of each range of a product the sizes on the free axes with the smallest and the largest product in it, among
+    `_TRIED` combinations of all sizes but one."""
+    for axes, (low, high) in region.products:
+        last = max(axes, key=lambda axis: region.box[axis][1] - region.box[axis][0])
+        others = [axis for axis in region.free if axis != last]
+        found: dict[int, Sizes] = {}
+        for tried in itertools.product(*(_some_of(region.box[axis], len(others)) for axis in others)):
+            sizes = dict(zip(others, tried, strict=True))
+            rest = math.prod(sizes[axis] for axis in axes if axis != last)
+            for size in (-(-low // rest), high // rest):
+                free = tuple({**sizes, last: size}[axis] for axis in region.free)
+                if region.holds(_on_axes(free, region.free, len(region.box))):
+                    found[rest * size] = free
+        yield from (found[bound] for bound in {min(found), max(found)}) if found else ()
+
+
+def _some_of(bounds: Range, count: int) -> Sequence[int]:
+    """Sizes of a range, those next to its ends first, so that all combinations over this many axes are `_TRIED`."""
+    sizes = range(bounds[0], bounds[1] + 1)
+    half = round(_TRIED ** (1.0 / count)) // 2
+    return sizes if len(sizes) <= 2 * half else [*sizes[:half], *sizes[-half:]]
+
+
+def _on_axes(sizes: Sizes, free: Axes, count: int) -> Sizes:
     """The sizes with those of tied axes, which repeat the axis before them."""
     full: list[int] = []
-    for axis in range(len(entry.axes)):
-        full.append(sizes[entry.free.index(axis)] if axis in entry.free else full[-1])
+    for axis in range(count):
+        full.append(sizes[free.index(axis)] if axis in free else full[-1])
     return tuple(full)

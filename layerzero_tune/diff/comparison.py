@@ -9,9 +9,10 @@ from typing import Literal
 
 from layerzero_tune.compile.judge import TIE_MARGIN, Choice
 from layerzero_tune.diff.prediction import Estimate, Predictor
+from layerzero_tune.diff.ranges import Ranges, sizes_inside
 from layerzero_tune.diff.regions import Region, changed_regions, sizes_by_axis
 from layerzero_tune.diff.shapes import Shape
-from layerzero_tune.diff.side import EntryKey, Ranges, Side
+from layerzero_tune.diff.side import EntryKey, Side
 
 Effect = Literal["faster", "slower", "equal", "unknown", "no shape", "guards"]
 
@@ -168,9 +169,11 @@ def _region_change(predictor: Predictor, region: Region, shapes: Sequence[ShapeC
     if known:
         log_gain = math.fsum(weight * gain for weight, gain in known) / math.fsum(weight for weight, _ in known)
     elif not inside:
-        middle = entry.sizes({name: math.isqrt(low * high) for name, (low, high) in region.ranges.items()})
-        estimate = predictor.log_ratio(region.key, middle, region.old[0].choice, region.new[0].choice)
-        log_gain = None if estimate is None else estimate.log_ratio
+        middle = sizes_inside(region.ranges)
+        estimate = middle and predictor.log_ratio(
+            region.key, entry.sizes(middle), region.old[0].choice, region.new[0].choice
+        )
+        log_gain = estimate.log_ratio if estimate else None
     return RegionChange(region, len(inside), math.fsum(change.shape.weight for change in inside), log_gain)
 
 

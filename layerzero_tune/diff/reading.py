@@ -19,6 +19,7 @@ from layerzero_tune.compile.emit import MODULE_FILE, emit
 from layerzero_tune.compile.form import Step
 from layerzero_tune.compile.judge import Verdict, judge
 from layerzero_tune.compile.pipeline import compile_rows
+from layerzero_tune.diff.ranges import axes_of, sizes_inside
 from layerzero_tune.diff.side import Bucket, EntryKey, Side, SideEntry
 from layerzero_tune.identity import canonical_json
 from layerzero_tune.results.content import results_hash
@@ -126,21 +127,22 @@ def _entry(table: Table, name: str, static_key: StaticKey, entry: TableEntry, ma
     for leaf, chain in enumerate(entry.leaves):
         found = evidence_of(table, name, static_key, leaf)
         ranges = found.get("bucket")
-        if not ranges or not ranges.keys() <= set(axes):
+        if not ranges or any(axis not in axes for name in ranges for axis in axes_of(name)):
             raise TableError(
                 f"{place}: {EVIDENCE_FILE} beside it does not say which sizes bucket {leaf} serves; compile the "
                 "results again"
             )
-        ordered = {axis: (ranges[axis][0], ranges[axis][1]) for axis in axes if axis in ranges}
+        ordered = {name: (low, high) for name, (low, high) in ranges.items()}
         steps = tuple(Step((step.kernel_id, canonical_json(dict(step.configuration))), step.guards) for step in chain)
         buckets.append(Bucket(ordered, steps, found.get("evidence")))
     side_entry = SideEntry(operation, static_key, entry.decide, tuple(buckets), max_product)
     for leaf, bucket in enumerate(buckets):
-        answer = entry.decide(*side_entry.sizes({name: low for name, (low, _) in bucket.ranges.items()}))
+        sizes = sizes_inside(bucket.ranges)
+        answer = leaf if sizes is None else entry.decide(*side_entry.sizes(sizes))
         if answer not in (leaf, MISS):
             raise TableError(
-                f"{place}: {EVIDENCE_FILE} is of another table: the module answers {answer} where bucket {leaf} "
-                "begins; compile the results again"
+                f"{place}: {EVIDENCE_FILE} is of another table: the module answers {answer} in the middle of bucket "
+                f"{leaf}; compile the results again"
             )
     return side_entry
 
@@ -152,7 +154,7 @@ def _largest_products(module: Path) -> dict[str, int]:
 
 
 def _product_bounds(function: ast.FunctionDef) -> Iterator[int]:
-    for node in ast.walk(function):
+    for node in ast.walk(function.body[0]):  # what comes before the decisions
         if isinstance(node, ast.Compare) and isinstance(node.left, ast.BinOp) and isinstance(node.ops[0], ast.LtE):
             bound = node.comparators[0]
             if isinstance(bound, ast.Constant) and isinstance(bound.value, int):

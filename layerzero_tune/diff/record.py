@@ -9,8 +9,9 @@ from dataclasses import asdict
 from typing import Any
 
 from layerzero_tune.diff.comparison import Comparison, CoverageChange, RegionChange
+from layerzero_tune.diff.ranges import Ranges
 from layerzero_tune.diff.regions import Chain, Region
-from layerzero_tune.diff.side import EntryKey, Ranges, Side
+from layerzero_tune.diff.side import EntryKey, Side
 from layerzero_tune.diff.summary import summarise
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.form import Step
-from layerzero_tune.diff.side import EntryKey, Ranges, SideEntry
+from layerzero_tune.diff.ranges import Ranges, box_of, common, complete, concise, holds
+from layerzero_tune.diff.side import EntryKey, SideEntry
 
 Chain = tuple[Step, ...]
 
@@ -29,11 +30,11 @@ class Region:
 
     @property
     def extent(self) -> float:
-        """The volume of the region, sizes taken by their logarithms."""
-        return math.prod(math.log((high + 1) / low) for low, high in self.ranges.values())
+        """The volume of the box around the region, sizes taken by their logarithms."""
+        return math.prod(math.log((high + 1) / low) for low, high in box_of(self.ranges).values())
 
     def holds(self, sizes: dict[str, int]) -> bool:
-        return all(low <= sizes[name] <= high for name, (low, high) in self.ranges.items())
+        return holds(self.ranges, sizes)
 
 
 def changed_regions(key: EntryKey, old: SideEntry, new: SideEntry) -> tuple[Region, ...]:
@@ -41,52 +42,49 @@ def changed_regions(key: EntryKey, old: SideEntry, new: SideEntry) -> tuple[Regi
 
     Both tables are constant on the intersection of a bucket of each; neighbours with the same change become one.
     """
-    boxes: dict[tuple[Chain, Chain], list[Ranges]] = {}
+    found: dict[tuple[Chain, Chain], list[Ranges]] = {}
     for before in old.buckets:
         for after in new.buckets:
-            box = {
-                name: (max(low, after.ranges[name][0]), min(high, after.ranges[name][1]))
-                for name, (low, high) in before.ranges.items()
-            }
-            if before.chain != after.chain and _is_served(box, old) and _is_served(box, new):
-                boxes.setdefault((before.chain, after.chain), []).append(box)
+            both = None if before.chain == after.chain else common(before.ranges, after.ranges)
+            if both is not None and _is_served(both, old) and _is_served(both, new):
+                found.setdefault((before.chain, after.chain), []).append(both)
     regions = [
-        Region(key, box, before, after) for (before, after), found in boxes.items() for box in _joined(tuple(found))
+        Region(key, ranges, before, after) for (before, after), parts in found.items() for ranges in _joined(parts)
     ]
-    return tuple(sorted(regions, key=lambda region: tuple(region.ranges.values())))
+    return tuple(sorted(regions, key=lambda region: (*box_of(region.ranges).values(), repr(region.ranges))))
 
 
-def _is_served(box: Ranges, entry: SideEntry) -> bool:
-    """Whether sizes lie in the box, the smallest of them not beyond the entry's largest product."""
-    if any(low > high for low, high in box.values()):
-        return False
-    return entry.max_product is None or math.prod(low for low, _ in box.values()) <= entry.max_product
+def _is_served(ranges: Ranges, entry: SideEntry) -> bool:
+    """Whether the smallest sizes are not beyond the entry's largest product."""
+    return entry.max_product is None or math.prod(low for low, _ in box_of(ranges).values()) <= entry.max_product
 
 
-def _joined(boxes: Sequence[Ranges]) -> Sequence[Ranges]:
-    """The same sizes in fewer boxes: those that meet on one axis and agree on the others become one."""
-    while True:
-        joined: Sequence[Ranges] = boxes
-        for name in boxes[0]:
+def _joined(parts: Sequence[Ranges]) -> Sequence[Ranges]:
+    """The same sizes in fewer parts: those that meet on one axis, or in one product, and agree on all else become
+    one."""
+    names = sorted({name for part in parts for name in part})
+    joined: Sequence[Ranges] = tuple(complete(part, names) for part in parts)
+    count = len(parts) + 1
+    while len(joined) < count:
+        count = len(joined)
+        for name in names:
             joined = tuple(_joined_along(name, joined))
-        if len(joined) == len(boxes):
-            return boxes
-        boxes = joined
+    return tuple(concise(part) for part in joined)
 
 
-def _joined_along(name: str, boxes: Sequence[Ranges]) -> Iterator[Ranges]:
-    rows: dict[tuple[tuple[int, int], ...], list[Ranges]] = {}
-    for box in boxes:
-        rows.setdefault(tuple(bounds for other, bounds in box.items() if other != name), []).append(box)
+def _joined_along(name: str, parts: Sequence[Ranges]) -> Iterator[Ranges]:
+    rows: dict[frozenset[tuple[str, tuple[int, int]]], list[Ranges]] = {}
+    for part in parts:
+        rows.setdefault(frozenset(item for item in part.items() if item[0] != name), []).append(part)
     for row in rows.values():
-        row.sort(key=lambda box: box[name])
+        row.sort(key=lambda part: part[name])
         held = row[0]
-        for box in row[1:]:
-            if held[name][1] + 1 == box[name][0]:
-                held = {**held, name: (held[name][0], box[name][1])}
+        for part in row[1:]:
+            if held[name][1] + 1 == part[name][0]:
+                held = {**held, name: (held[name][0], part[name][1])}
             else:
                 yield held
-                held = box
+                held = part
         yield held
 
 

@@ -12,9 +12,9 @@ from layerzero_runtime.operation import Operation, Sizes, StaticKey
 from layerzero_runtime.tables.table import MISS
 from layerzero_tune.compile.form import Step
 from layerzero_tune.compile.judge import Choice, Verdict
+from layerzero_tune.diff.ranges import Ranges, box_of
 
 EntryKey = tuple[str, StaticKey]
-Ranges = Mapping[str, tuple[int, int]]  # inclusive, by free axis in the order of the operation's axes
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class SideEntry:
 
     @property
     def ranges(self) -> Ranges:
-        """The measured range: what all buckets cover together."""
-        found = [bucket.ranges for bucket in self.buckets]
+        """The measured range of each free axis: what all buckets cover together."""
+        found = [box_of(bucket.ranges) for bucket in self.buckets]
         return {name: (min(r[name][0] for r in found), max(r[name][1] for r in found)) for name in found[0]}
 
     def sizes(self, free: Mapping[str, int]) -> Sizes:

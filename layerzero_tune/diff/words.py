@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from layerzero_runtime.device import DeviceSpec
 from layerzero_tune.compile.form import Step
 from layerzero_tune.compile.judge import Choice
+from layerzero_tune.diff.ranges import Ranges
 from layerzero_tune.diff.regions import Chain, Region
-from layerzero_tune.diff.side import Ranges, SideEntry
+from layerzero_tune.diff.side import SideEntry
 
 
 def describe_device(device: DeviceSpec) -> str:
@@ -30,7 +31,9 @@ def describe_place(region: Region, old: SideEntry, new: SideEntry) -> str:
     told = {
         name: (low, high)
         for name, (low, high) in region.ranges.items()
-        if low > max(before[name][0], after[name][0]) or high < min(before[name][1], after[name][1])
+        if name not in before
+        or low > max(before[name][0], after[name][0])
+        or high < min(before[name][1], after[name][1])
     }
     return describe_ranges(told) or "all sizes"
 

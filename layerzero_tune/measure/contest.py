@@ -24,6 +24,7 @@ class MeasurementPolicy:
         screen_margin: candidates within max(this, 3 sigma) of the best screening time reach the final rounds.
         max_call_ms: a candidate whose single call takes longer is recorded with its screening time alone.
         cache_bytes: inputs rotate through buffers of at least this size together, to outgrow the last-level cache.
+        allocator: what the worker process does with memory that is freed; "retained": it keeps it.
     """
 
     warmup_ms: float = 5.0
@@ -33,6 +34,7 @@ class MeasurementPolicy:
     screen_margin: float = 0.03
     max_call_ms: float = 2000.0
     cache_bytes: int = 64 * 1024 * 1024
+    allocator: str = "retained"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

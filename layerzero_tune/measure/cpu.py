@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
-from time import perf_counter
+from functools import cache, partial
+from time import monotonic, perf_counter, sleep
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from layerzero_tune.measure.contention import MAX_ATTEMPTS, MAX_SHARE, Processor
 from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, JobOutcome
 from layerzero_tune.measure.correctness import Check, Trial, judge, tolerances
 from layerzero_tune.measure.inputs import RandomTensors, check_measurable, rotating_inputs
+from layerzero_tune.measure.parallel_speed import MAX_LOSS, PATIENCE_S, ParallelSpeed, parallel_loop
 from layerzero_tune.measure.screening import finalists
 from layerzero_tune.results.measurement import Status
 
@@ -37,6 +38,8 @@ _NOTHING_SETTLED: Mapping[int, JobOutcome] = MappingProxyType({})
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 # With the time of the warm-up these are three, of which one may be disturbed.
 _MIN_SCREENINGS = 2
+# How often a contest that waits looks whether the machine is fast again.
+_LOOK_S = 0.25
 # A candidate so many times slower than the best is settled by two looks; more would cost as much as all the others.
 _HOPELESS = 4.0
 
@@ -144,18 +147,33 @@ class _ContestRun:
         return function, check.run(function)
 
     def _time_undisturbed(self, source: RandomTensors) -> None:
-        """Time the candidates, again where other processes took much of the machine meanwhile."""
+        """Time the candidates, again where other processes took much of the machine meanwhile, or its cores were not as
+        fast together as they had been."""
         self.progress(None, "inputs")
         sets = _attempt(lambda: rotating_inputs(self.operation, self.context, self.policy, source))
         if isinstance(sets, JobOutcome):
             self.outcomes.update(dict.fromkeys(self.functions, sets))
             return
         for _ in range(MAX_ATTEMPTS):
+            before = self._lost_speed(PATIENCE_S)
             start = ProcessorTime.now()
             self._time(Rotation(sets))
-            self.contention = others_share(start, ProcessorTime.now())
-            if self.contention <= MAX_SHARE:
+            others = others_share(start, ProcessorTime.now())
+            self.contention = max(others, before, self._lost_speed())
+            if self.contention <= MAX_SHARE or before:  # what did not come back in time will not do so now
                 return
+
+    def _lost_speed(self, patience_s: float = 0.0) -> float:
+        """The share of the machine's speed that is missing, 0 if it is no more than usual; after waiting for it, unless
+        other processes are what takes it."""
+        end = monotonic() + patience_s
+        while (lost := _machine_speed().lost()) > MAX_LOSS and monotonic() < end:
+            self.progress(None, "waiting for the machine")
+            start = ProcessorTime.now()
+            sleep(_LOOK_S)
+            if others_share(start, ProcessorTime.now()) > MAX_SHARE:
+                break
+        return lost if lost > MAX_LOSS else 0.0
 
     def _time(self, rotation: Rotation) -> None:
         call_ns = {
@@ -234,6 +252,11 @@ class _ContestRun:
         order = sorted(indices)
         self.chance.shuffle(order)
         return order
+
+
+@cache
+def _machine_speed() -> ParallelSpeed:
+    return ParallelSpeed(parallel_loop())
 
 
 def _refusal(candidate: Candidate, kernels: Mapping[str, Kernel], context: SelectionContext) -> JobOutcome | None:

@@ -40,7 +40,8 @@ class Measurement:
         source_hash: hash of the kernel's source.
         policy: `MeasurementPolicy.to_dict()`.
         measured_at: UTC time at which the contest ended, ISO 8601 with seconds.
-        contention: share of the machine's processor time that other processes took while the contest was timed.
+        contention: share of the machine's processor time that other processes took while the contest was timed, or of
+            its speed that was missing before or after.
     """
 
     contest_id: str

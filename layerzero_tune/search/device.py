@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from layerzero_runtime.context import SelectionContext
@@ -19,6 +20,9 @@ from layerzero_tune.worker.process import WorkerProcess
 
 # The longest step of one candidate: a call takes seconds at most, compiling a kernel may take minutes.
 STEP_TIMEOUT_S = 600.0
+# How often a contest is measured that something disturbs each time: on a machine that is never quiet a run takes so
+# many times as long.
+MAX_TAKES = 3
 # More repeats of one contest than any tuning makes.
 MAX_REPEATS = 64
 
@@ -35,6 +39,9 @@ class MeasuringDevice(Protocol):
 
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
         """The rows of a finished contest, and its outcome."""
+
+    def again(self, contest: Contest) -> Contest | None:
+        """The contest once more, for one that was disturbed; None if that is of no use."""
 
 
 class LiveDevice:
@@ -60,6 +67,10 @@ class LiveDevice:
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
         outcome = self._worker.run(contest, STEP_TIMEOUT_S)
         return rows_of(contest, outcome, self._kernels, self.spec), outcome
+
+    def again(self, contest: Contest) -> Contest | None:
+        following = contest.repeat + 1
+        return replace(contest, repeat=following) if following < MAX_TAKES else None
 
 
 def rows_of(
@@ -123,6 +134,9 @@ class RecordedDevice:
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
         rows = tuple(self._contests[contest.contest_id])
         return rows, ContestOutcome((), rows[0].measured_at)
+
+    def again(self, contest: Contest) -> Contest | None:
+        return None
 
 
 def _recorded(rows: Sequence[Measurement]) -> Contest:

@@ -1,7 +1,7 @@
 """The worker process: `python -m layerzero_tune.worker.main SOCKET BOARD LIFELINE MODULE...` (descriptors, kernels).
 
-It sets nothing global: threads, allocator and environment are what torch and the tuner's environment give. Its standard
-output and error are the tuner's scratch file, so that nothing a kernel prints reaches a terminal or a report.
+Threads and environment are what torch and the tuner's environment give; freed memory stays with the process. Its
+standard output and error are the tuner's scratch file, so that nothing a kernel prints reaches a terminal or a report.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from layerzero_runtime.errors import LayerZeroError
 from layerzero_runtime.kernel import Kernel
 from layerzero_tune.measure.contest import ContestOutcome
 from layerzero_tune.measure.cpu import measure_contest
+from layerzero_tune.worker.allocator import retain_memory
 from layerzero_tune.worker.kernels import load_kernels, with_loads_remembered
 from layerzero_tune.worker.progress_board import ProgressBoard
 from layerzero_tune.worker.protocol import Ready, Refusal, Reply, Request
@@ -56,6 +57,7 @@ def main(arguments: list[str]) -> None:
         os.set_inheritable(descriptor, False)  # processes that a kernel starts must not keep them open
     socket, board, lifeline = descriptors
     die_with_tuner(lifeline)
+    retain_memory()
     with Connection(socket) as tuner:
         try:
             import torch  # noqa: F401 - now, so that no candidate's time limit pays for it

@@ -8,7 +8,8 @@ from itertools import product
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.selection.limits import Limit
-from layerzero_tune.compile.form import Box, Entry, Evidence, Leaf, Split, Step, TableForm, Tree
+from layerzero_tune.compile.form import Entry, Evidence, Leaf, Split, Step, TableForm, Tree
+from layerzero_tune.compile.region import Box, Region
 
 OPERATION = "attention.causal"
 KERNELS = ("torch.sdpa.flash_cpu_folded", "torch.sdpa.flash_cpu", "torch.matmul.causal", "torch.sdpa")
@@ -52,14 +53,14 @@ def _grown(box: Box, leaves: int, axis: int, numbers: Iterator[int]) -> Tree:
     following = (axis + 1) % len(box)
     halves = leaves // 2, leaves - leaves // 2
     grown = [_grown(part, half, following, numbers) for part, half in zip(parts, halves, strict=True)]
-    return Split(axis, edge, grown[0], grown[1])
+    return Split((axis,), edge, grown[0], grown[1])
 
 
 def _leaf(box: Sequence[tuple[int, int]], number: int) -> Leaf:
     first = Step((KERNELS[number % 3], "{}"), (GUARD,) if number % 3 < 2 else ())
     chain = (first, Step((KERNELS[3], "{}"))) if first.guards else (first,)
-    evidence = Evidence((tuple(low for low, _ in box),), 1.1, KERNELS[3], 0.1, 20, "2026-03-01T10:30:00+00:00")
-    return Leaf(tuple(box), chain, evidence)
+    evidence = Evidence((tuple(low for low, _ in box),), 1.1, 1.05, KERNELS[3], 0.1, 20, "2026-03-01T10:30:00+00:00")
+    return Leaf(Region(tuple(box), tuple(range(len(box)))), chain, evidence)
 
 
 def _numbers(seed: int) -> Iterator[int]:

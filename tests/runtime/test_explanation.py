@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +25,9 @@ HIT = SelectionContext(operation="norm.rms", dtype="float32", rows=8, hidden_siz
 def test_a_hit_names_bucket_margin_runner_up_time_and_versions(snapshot: Snapshot, synthetic_tables: Tables) -> None:
     found = lz.explain(HIT)
     assert (found.plan.kernel_id, found.plan.source) == ("torch.inductor.rms_norm", "table")
-    assert list(found.bucket) == ["rows", "hidden_size"]
+    assert list(found.bucket) == ["rows", "hidden_size", "rows * hidden_size"]
     for name, (low, high) in found.bucket.items():
-        assert low <= getattr(HIT, name) <= high
+        assert low <= math.prod(getattr(HIT, axis) for axis in name.split(" * ")) <= high
     assert found.evidence is not None
     # The synthetic times: the winner 10 us, the default 20, others 40.
     assert found.evidence["speedup"] == pytest.approx(2.0, rel=0.02)
@@ -37,7 +38,10 @@ def test_a_hit_names_bucket_margin_runner_up_time_and_versions(snapshot: Snapsho
     text = str(found).splitlines()
     assert text[0] == "norm.rms: torch.inductor.rms_norm"
     assert text[1].startswith("  bucket: rows ")
-    assert text[2].endswith(f"x the default's speed over {len(found.evidence['points'])} measured points")
+    least = found.evidence["least_speedup"]
+    assert 1.9 < least < found.evidence["speedup"]
+    points = len(found.evidence["points"])
+    assert text[2].endswith(f"x the default's speed (95%: at least {least:.2f}x) over {points} measured points")
     assert text[3].startswith("  runner-up: torch.rms_norm, ")
     assert text[4].startswith("  measured 2026-03-01T10:00:00+00:00, ")
     assert text[5].startswith(f"  table: {CPU.slug}, results {found.provenance['results']}, torch ")

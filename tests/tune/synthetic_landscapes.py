@@ -1,4 +1,5 @@
-"""Times with a known optimum over the points of a real preset: crossings on one to three axes, limits, multiples, ties.
+"""Times with a known optimum over the points of a real preset: crossings on one to three axes and on products of them,
+limits, multiples, ties.
 
 A rival's share of the default's time falls by `SLOPE` per octave beyond a crossing, as the share of a kernel with a
 higher cost per call and a lower one per element does.
@@ -112,7 +113,12 @@ def landscapes(shift: float = 1.0) -> list[Landscape]:
 
         return shares
 
+    def work(crossing: float, rival: str, *axes: str) -> Shares:
+        """`rival` wins beyond a crossing of a product."""
+        return lambda context: {rival: beyond(crossing * shift, math.prod(getattr(context, axis) for axis in axes))}
+
     rows, equal, unequal = (preset_points(like) for like in (norm(1), full(12, 64, 1), cross(12, 1, 64)))
+    heads, queries, keys = "batch_kv_heads", "seq_len_q", "seq_len_k"
     even = [context for context in rows if context.hidden_size is not None and context.hidden_size % 128 == 0]
     return [
         Landscape("one axis", norm, rows, one_axis),
@@ -120,11 +126,16 @@ def landscapes(shift: float = 1.0) -> list[Landscape]:
         Landscape("limits", norm, [*rows, *(norm(count, 1856) for count in (1, 3, 12, 37, 150, 401, 1024))], limited),
         # Without probes at other widths: a bucket around one of them leaves out `even`, whatever is measured beside it.
         Landscape("multiples", norm, even, multiples),
-        Landscape("lengths of two axes", full, equal, along("seq_len_q", 90)),
-        Landscape("heads of two axes", full, equal, along("batch_kv_heads", 15)),
-        Landscape("heads of three axes", cross, unequal, along("batch_kv_heads", 15)),
-        Landscape("queries of three axes", cross, unequal, along("seq_len_q", 6)),
-        Landscape("keys of three axes", cross, unequal, along("seq_len_k", 200)),
+        Landscape("lengths of two axes", full, equal, along(queries, 90)),
+        Landscape("heads of two axes", full, equal, along(heads, 15)),
+        Landscape("heads of three axes", cross, unequal, along(heads, 15)),
+        Landscape("queries of three axes", cross, unequal, along(queries, 6)),
+        Landscape("keys of three axes", cross, unequal, along(keys, 200)),
+        Landscape("elements of rows", norm, rows, work(60000, "synthetic.lean", "rows", "hidden_size")),
+        Landscape("heads x lengths", full, equal, work(3000, "synthetic.fused", heads, queries)),
+        Landscape("heads x keys", cross, unequal, work(8000, "synthetic.fused", heads, keys)),
+        Landscape("queries x keys", cross, unequal, work(4000, "synthetic.fused", queries, keys)),
+        Landscape("heads x queries x keys", cross, unequal, work(100000, "synthetic.fused", heads, queries, keys)),
     ]
 
 

@@ -60,7 +60,7 @@ def guards(entry: Entry) -> set[Limit]:
 def test_a_range_limit_splits_the_bucket_that_it_runs_through() -> None:
     rows = with_winner(grid(norm, (1, 16), (512, 1024, 4096)), "synthetic.narrow")
     entry = only_entry(rows)
-    assert [leaf.box[1] for leaf in entry.leaves()] == [(512, 2000), (2001, 4096)]
+    assert [leaf.region.box[1] for leaf in entry.leaves()] == [(512, 2000), (2001, 4096)]
     assert guards(entry) == set()
     table = table_of(compiled(rows))
     assert [served(table, norm(8, size)) for size in (512, 1999, 2000, 2001, 4096)] == [
@@ -117,7 +117,7 @@ def test_lengths_that_are_tied_are_split_together() -> None:
         return replace(full(batch_kv_heads, length), operation="attention.causal")
 
     rows = with_winner(grid(square, (8, 16), (64, 512, 1024)), "synthetic.causal")
-    boxes = [leaf.box for leaf in only_entry(rows).leaves()]
+    boxes = [leaf.region.box for leaf in only_entry(rows).leaves()]
     assert boxes == [((8, 16), (64, 600), (64, 600)), ((8, 16), (601, 1024), (601, 1024))]
     table = table_of(compiled(rows))
     assert [served(table, square(8, length)) for length in (600, 601)] == ["synthetic.causal", "torch.sdpa"]

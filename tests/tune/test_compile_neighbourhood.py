@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerzero_tune.compile.judge import Choice, Verdict, judge
+from layerzero_tune.compile.judge import Choice, Standing, Verdict, judge
 from layerzero_tune.compile.neighbourhood import settle
 from layerzero_tune.compile.regret import RegretModel
 from tests.tune.synthetic_results import compiled, contest_rows, measured, norm, served, table_of
@@ -72,6 +74,28 @@ def test_without_a_time_of_the_default_nothing_changes() -> None:
     times = {64: {"synthetic.lean": 900.0, "synthetic.wide": 1000.0}, 70: {"synthetic.lean": 2000.0}}
     before = verdicts(times)
     assert settled(before) == tuple(before)
+
+
+def in_doubt(verdict: Verdict, log_ratio: float) -> Verdict:
+    """The verdict with a gain (or loss) of `lean` that its contests do not prove."""
+    standing = Standing(log_ratio, log_ratio - 0.02, log_ratio + 0.02, 10)
+    return replace(
+        verdict,
+        standings={**verdict.standings, LEAN: standing},
+        tied=frozenset({DEFAULT, LEAN}),
+        acceptable=frozenset({DEFAULT}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "beside", "expected"),
+    [(-0.015, 0.9, {DEFAULT, LEAN}), (0.005, 0.9, {DEFAULT}), (-0.015, 1.0, {DEFAULT})],
+)
+def test_a_gain_in_doubt_may_count_where_its_surroundings_bear_it_out(
+    log_ratio: float, beside: float, expected: set[Choice]
+) -> None:
+    low, middle, high = verdicts({64: lean(beside), 70: lean(1.0), 77: lean(beside)})
+    assert settled((low, in_doubt(middle, log_ratio), high))[1].acceptable == expected
 
 
 def test_the_table_serves_the_default_where_a_gain_is_a_matter_of_luck() -> None:

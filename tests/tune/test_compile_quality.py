@@ -10,32 +10,33 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ContextError
+from layerzero_runtime.operation import Sizes
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.selection.limits import rejections
 from layerzero_runtime.tables.table import MISS, Table
-from layerzero_tune.compile.form import Split, Tree
 from layerzero_tune.compile.judge import judge
+from layerzero_tune.compile.region import Region
 from tests.tune.recordings import recorded_rows
 from tests.tune.synthetic_landscapes import Landscape, beyond, corners, landscapes, preset_points
 from tests.tune.synthetic_results import ALL_KERNELS, DEVICE, compiled, measured, norm, served, table_of
+from tests.tune.trees import edges
 
 NOISE = 0.03
-SHIFTS = (1.0, 1.7)
-# Here some crossings lie just below a measured line, on which the gain is real but too small to be proved everywhere.
-DOUBTFUL_SHIFTS = (1.2, 1.4)
+# At some of these a crossing lies just below a measured line, on which the gain is real but too small to be proved.
+SHIFTS = (1.0, 1.2, 1.4, 1.7)
 LANDSCAPES = {(found.name, shift): found for shift in SHIFTS for found in landscapes(shift)}
-DOUBTFUL = {(found.name, shift): found for shift in DOUBTFUL_SHIFTS for found in landscapes(shift)}
 CORNERS = {(found.name, shift): found for shift in SHIFTS for found in corners(shift)}
 
 
 @cache
 def table_over(name: str, shift: float, seed: int) -> Table:
-    landscape = (LANDSCAPES | DOUBTFUL | CORNERS)[name, shift]
+    landscape = (LANDSCAPES | CORNERS)[name, shift]
     return table_of(compiled(measured(landscape.points, landscape.times, NOISE, repeat=seed)))
 
 
@@ -60,27 +61,16 @@ def test_between_the_measured_sizes_a_table_is_within_half_a_percent_of_the_best
     assert max(found) <= math.log(1.05)
 
 
-def test_where_a_gain_on_a_measured_line_is_in_doubt_few_tables_are_worse() -> None:
-    """Cells with the default and cells with the rival stand side by side on that line, each with its surroundings."""
-    found = {(key, seed): regrets(table_over(*key, seed), DOUBTFUL[key]) for key in DOUBTFUL for seed in (0, 1)}
-    every = [regret for one in found.values() for regret in one]
-    assert math.fsum(every) / len(every) <= math.log(1.005)
-    assert sum(max(one) > math.log(1.05) for one in found.values()) <= len(found) // 6
-
-
-@pytest.mark.parametrize(("name", "shift"), CORNERS)
-def test_in_corners_of_regions_a_table_is_as_good_on_the_whole(name: str, shift: float) -> None:
-    """The bend at a corner is seen only where something was measured: there the worst is worse."""
-    found = regrets(table_over(name, shift, 0), CORNERS[name, shift])
-    assert math.fsum(found) / len(found) <= math.log(1.005)
-    assert max(found) <= math.log(1.25)
-
-
-def edges(tree: Tree) -> Iterator[tuple[int, int]]:
-    if isinstance(tree, Split):
-        yield tree.axis, tree.edge
-        yield from edges(tree.low)
-        yield from edges(tree.high)
+@pytest.mark.parametrize(("axes", "mean", "worst"), [("two", 1.012, 1.32), ("three", 1.045, 1.8)])
+def test_in_corners_of_regions_a_table_leaves_out_what_their_surroundings_do_not_bear_out(
+    axes: str, mean: float, worst: float
+) -> None:
+    """The bend at a corner is seen only where something was measured: there gains are left to the default."""
+    for name, shift in CORNERS:
+        if name == f"corner of {axes} axes":
+            found = regrets(table_over(name, shift, 0), CORNERS[name, shift])
+            assert math.fsum(found) / len(found) <= math.log(mean)
+            assert max(found) <= math.log(worst)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -90,10 +80,10 @@ def test_an_edge_lies_within_ten_percent_of_a_steep_crossing(crossing: int, seed
         return {"torch.rms_norm": 1e6, "synthetic.lean": 1e6 * beyond(crossing, context.rows, slope=0.3)}
 
     (entry,) = compiled(measured(preset_points(norm(1)), model, NOISE, repeat=seed)).entries
-    found = list(edges(entry.tree))
+    found = edges(entry.tree)
     assert found
-    for axis, edge in found:
-        if entry.axes[axis] == "rows":
+    for axes, edge in found:
+        if [entry.axes[axis] for axis in axes] == ["rows"]:
             assert abs(math.log((edge + 0.5) / crossing)) <= math.log(1.1)
 
 
@@ -157,6 +147,14 @@ def _random_call(landscape: Landscape, chance: random.Random) -> SelectionContex
         return context
 
 
+def _some_sizes(region: Region) -> Iterator[Sizes]:
+    lines = [sorted({round(low * (high / low) ** (step / 8)) for step in range(9)}) for low, high in region.box]
+    for free in product(*(lines[axis] for axis in region.free)):
+        sizes = tuple(free[region.free.index(axis)] if axis in region.free else free[-1] for axis in range(len(lines)))
+        if region.holds(sizes):
+            yield sizes
+
+
 def test_every_key_and_every_bucket_is_reached_by_a_call() -> None:
     """Over all operations of the quick preset: the key that the runtime builds for a call finds the entry."""
     form = compiled(recorded_rows())
@@ -170,7 +168,7 @@ def test_every_key_and_every_bucket_is_reached_by_a_call() -> None:
         operation = operation_named(entry.operation)
         reached = set()
         for leaf in entry.leaves():
-            for sizes in (tuple(low for low, _ in leaf.box), tuple((low + high) // 2 for low, high in leaf.box)):
+            for sizes in _some_sizes(leaf.region):
                 context = operation.with_sizes(contexts[entry.operation, entry.static_key], sizes)
                 if operation.static_key(context) == entry.static_key and operation.misfit(context) is None:
                     found, number = table.find(operation, context.with_device(DEVICE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -61,7 +62,7 @@ def decisions(tree: Tree) -> object:
     """What a tree answers, apart from its boxes and evidence."""
     if isinstance(tree, Leaf):
         return tree.chain
-    return (tree.axis, tree.edge, decisions(tree.low), decisions(tree.high))
+    return (tree.axes, tree.edge, decisions(tree.low), decisions(tree.high))
 
 
 def with_change(tree: Tree, target: Tree, change: Change) -> Tree:
@@ -139,7 +140,8 @@ def test_a_moved_edge_is_named(data: st.DataObject) -> None:
     index = data.draw(entry_indices())
     split = data.draw(st.sampled_from([node for node in trees(form().entries[index].tree) if isinstance(node, Split)]))
     assume(decisions(split.low) != decisions(split.high))  # between equal sides no edge can be wrong
-    low, high = form().entries[index].bounds[split.axis]
+    bounds = [form().entries[index].bounds[axis] for axis in split.axes]
+    low, high = (math.prod(found) for found in zip(*bounds, strict=True))
     edge = data.draw(st.integers(low, high - 1).filter(lambda edge: edge != split.edge))
     assert_named(with_node(index, split, lambda node: replace(split, edge=edge)))
 

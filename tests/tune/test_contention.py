@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import pytest
 
 from layerzero_tune.measure import cpu
 from layerzero_tune.measure.contention import MAX_ATTEMPTS, ProcessorTime, others_share
+from layerzero_tune.measure.parallel_speed import WINDOW_S, ParallelSpeed, parallel_loop
 from layerzero_tune.worker.kernels import load_kernels
 from tests.tune.contests import contest
 
@@ -47,8 +49,68 @@ def test_a_disturbed_contest_is_timed_again(
         return seen[-1]
 
     monkeypatch.setattr(cpu, "others_share", share)
+    monkeypatch.setattr(cpu, "_machine_speed", lambda: ParallelSpeed(lambda: 1.0))
     outcome = cpu.measure_contest(contest("torch.rms_norm", "torch.rms_norm.fused"), load_kernels())
     assert len(seen) == attempts
     assert outcome.contention == seen[-1]
     assert all(job.status == "ok" and job.screen_ns for job in outcome.outcomes)
     assert len(outcome.outcomes[0].samples_ns) == 4
+
+
+class Machine:
+    """A machine whose parallel loop takes these times, looked at once a second."""
+
+    def __init__(self, times: Sequence[float]) -> None:
+        self.times = list(times)
+        self.now = 0.0
+        self.speed = ParallelSpeed(self.take, lambda: self.now)
+
+    def take(self) -> float:
+        self.now += 1.0
+        return self.times.pop(0)
+
+
+def test_lost_speed_is_against_the_best_that_was_seen() -> None:
+    machine = Machine([10.0, 8.0, 10.0, 8.0, 16.0])
+    assert [machine.speed.lost() for _ in range(5)] == pytest.approx([0.0, 0.0, 0.2, 0.0, 0.5])
+
+
+def test_a_speed_that_stays_is_the_machines_own() -> None:
+    machine = Machine([8.0] + [10.0] * 2 * int(WINDOW_S))
+    lost = [machine.speed.lost() for _ in range(int(WINDOW_S) + 3)]
+    assert lost[1] == lost[int(WINDOW_S) - 1] == pytest.approx(0.2)
+    assert lost[-1] == 0.0
+
+
+def test_a_contest_waits_for_the_speed_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine([8.0, 10.0, 10.0, 8.0, 8.0])
+    machine.speed.lost()
+    monkeypatch.setattr(cpu, "others_share", lambda start, end: 0.0)
+    monkeypatch.setattr(cpu, "_machine_speed", lambda: machine.speed)
+    outcome = cpu.measure_contest(contest("torch.rms_norm"), load_kernels())
+    assert machine.times == []
+    assert outcome.contention == 0.0
+
+
+def test_a_contest_during_which_the_speed_was_lost_is_timed_again_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine([8.0, *([8.0, 10.0] * MAX_ATTEMPTS)])
+    machine.speed.lost()
+    monkeypatch.setattr(cpu, "others_share", lambda start, end: 0.0)
+    monkeypatch.setattr(cpu, "_machine_speed", lambda: machine.speed)
+    outcome = cpu.measure_contest(contest("torch.rms_norm"), load_kernels())
+    assert machine.times == []
+    assert outcome.contention == pytest.approx(0.2)
+
+
+def test_nobody_waits_for_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine([8.0, 10.0, 10.0])
+    machine.speed.lost()
+    monkeypatch.setattr(cpu, "others_share", lambda start, end: 0.5)
+    monkeypatch.setattr(cpu, "_machine_speed", lambda: machine.speed)
+    outcome = cpu.measure_contest(contest("torch.rms_norm"), load_kernels())
+    assert machine.times == []
+    assert outcome.contention == 0.5
+
+
+def test_the_loop_takes_a_time() -> None:
+    assert 100.0 < parallel_loop()() < 1e7

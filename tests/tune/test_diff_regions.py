@@ -13,8 +13,9 @@ from layerzero_runtime.operations import operation_named
 from layerzero_runtime.selection.limits import Limit
 from layerzero_runtime.tables.table import MISS
 from layerzero_tune.compile.form import Step
+from layerzero_tune.diff.ranges import Ranges, complete, holds, sizes_inside
 from layerzero_tune.diff.regions import Chain, Region, changed_regions
-from layerzero_tune.diff.side import Bucket, EntryKey, Ranges, SideEntry
+from layerzero_tune.diff.side import Bucket, EntryKey, SideEntry
 
 NORM = operation_named("norm.rms")
 KEY: EntryKey = ("norm.rms", ("eager", "float32", 0.0, ()))
@@ -27,16 +28,18 @@ CHAINS: tuple[Chain, ...] = (
     (Step(("b.b", "{}"), (EVEN,)),),
 )
 SIZES = range(1, 13)
+PRODUCT = "rows * hidden_size"
 
 
 @st.composite
 def boxes(draw: st.DrawFn, box: Ranges, depth: int) -> list[Ranges]:
-    """A box divided at random, as a tree of comparisons divides it."""
-    wide = [name for name, (low, high) in box.items() if low < high]
+    """A box divided at random, along axes and their product, as a tree of comparisons divides it."""
+    whole = complete(box, [PRODUCT])
+    wide = [name for name, (low, high) in whole.items() if low < high]
     if not depth or not wide or not draw(st.booleans()):
         return [box]
     name = draw(st.sampled_from(wide))
-    low, high = box[name]
+    low, high = whole[name]
     edge = draw(st.integers(low, high - 1))
     halves = ({**box, name: (low, edge)}, {**box, name: (edge + 1, high)})
     return [part for half in halves for part in draw(boxes(half, depth - 1))]
@@ -48,7 +51,7 @@ def served(buckets: Sequence[Bucket], max_product: int | None, sizes: Sequence[i
         return MISS
     named = dict(zip(("rows", "hidden_size"), sizes, strict=True))
     for index, bucket in enumerate(buckets):
-        if all(low <= named[name] <= high for name, (low, high) in bucket.ranges.items()):
+        if holds(bucket.ranges, named):
             return index if bucket.chain else MISS
     return MISS
 
@@ -67,8 +70,7 @@ def chain_at(entry: SideEntry, sizes: Sequence[int]) -> Chain | None:
     if entry.max_product is not None and math.prod(sizes) > entry.max_product:
         return None
     for bucket in entry.buckets:
-        bounds = bucket.ranges.values()
-        if all(low <= size <= high for size, (low, high) in zip(sizes, bounds, strict=True)):
+        if holds(bucket.ranges, dict(zip(("rows", "hidden_size"), sizes, strict=True))):
             return bucket.chain
     return None
 
@@ -87,18 +89,20 @@ def test_every_size_that_differs_lies_in_one_region_and_no_other_does(old: SideE
 @given(entries(), entries())
 def test_a_region_holds_sizes_that_both_serve(old: SideEntry, new: SideEntry) -> None:
     for region in changed_regions(KEY, old, new):
-        smallest = [low for low, _ in region.ranges.values()]
-        assert chain_at(old, smallest) == region.old
-        assert chain_at(new, smallest) == region.new
+        inside = sizes_inside(region.ranges)
+        if inside is not None and all(chain_at(entry, list(inside.values())) is not None for entry in (old, new)):
+            assert chain_at(old, list(inside.values())) == region.old
+            assert chain_at(new, list(inside.values())) == region.new
 
 
 @given(entries(), entries())
 def test_no_two_regions_with_one_change_could_be_one(old: SideEntry, new: SideEntry) -> None:
     for a, b in itertools.permutations(changed_regions(KEY, old, new), 2):
         if (a.old, a.new) == (b.old, b.new):
-            meeting = [name for name in a.ranges if a.ranges[name][1] + 1 == b.ranges[name][0]]
-            others = [name for name in a.ranges if a.ranges[name] == b.ranges[name]]
-            assert not (meeting and len(others) == len(a.ranges) - 1)
+            one, other = (complete(region.ranges, [PRODUCT]) for region in (a, b))
+            meeting = [name for name in one if one[name][1] + 1 == other[name][0]]
+            others = [name for name in one if one[name] == other[name]]
+            assert not (meeting and len(others) == len(one) - 1)
 
 
 @given(entries())

@@ -1,0 +1,117 @@
+"""Making leaves: a choice wherever its limits allow it, with guards and what stands behind them where they may not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.kernel import Kernel
+from layerzero_runtime.operation import Operation
+from layerzero_tune.compile.cell import MISS, Cell
+from layerzero_tune.compile.form import Leaf, Split, Step, Tree
+from layerzero_tune.compile.judge import Choice, Verdict
+from layerzero_tune.compile.leaf_evidence import evidence_of, is_proved
+from layerzero_tune.compile.legality import Legality, legality
+from layerzero_tune.compile.region import Axes, Box, Region
+from layerzero_tune.compile.split import Place
+
+
+@dataclass(frozen=True)
+class LeafBuilder:
+    """Leaves of one static key.
+
+    `context` has the key's static features and the table's device. `default_is_measured` says whether the default has a
+    time in any cell of the key.
+    """
+
+    operation: Operation
+    context: SelectionContext
+    kernels: Mapping[str, Kernel]
+    default: Choice
+    default_is_measured: bool
+
+    def build(self, cells: Sequence[Cell], region: Region, choice: Choice) -> Tree:
+        """A leaf that gives the choice in a region that holds these cells, or several where a range limit of it runs
+        through; a miss where neither the choice nor the default may serve."""
+        if choice == MISS:
+            return Leaf(region, (), None)
+        found = self._legality(choice, region.box)
+        if found.violated is not None or not self.is_proved(cells, choice):
+            # The choice was measured in no cell of this region, or gains too little on those that a limit has cut off:
+            # the default serves, else it is a miss.
+            serves = choice != self.default and self._default_stands_in(cells)
+            return self.build(cells, region, self.default) if serves else Leaf(region, (), None)
+        split = found.splits[0] if found.splits else self._stand_in_split(cells, region) if found.guards else None
+        if split is None:
+            return self._leaf(cells, region, choice, found)
+        axis, edge = split
+        low_region, high_region = region.divided((axis,), edge)
+        low, high = ([cell for cell in cells if (cell.sizes[axis] <= edge) == is_low] for is_low in (True, False))
+        if low_region.is_empty or high_region.is_empty:
+            return self.build(cells, low_region if high_region.is_empty else high_region, choice)
+        return Split((axis,), edge, self.build(low, low_region, choice), self.build(high, high_region, choice))
+
+    def is_proved(self, cells: Sequence[Cell], choice: Choice) -> bool:
+        """Whether these cells together prove the choice's gain on the default; true where nothing was measured."""
+        return choice == MISS or is_proved(choice, self.default, _verdicts(cells))
+
+    def limit_at(self, cells: Sequence[Cell], free: Axes, place: Place) -> int | None:
+        """The edge at a range limit, between two neighbouring grid lines, of the choice that suits one side best: the
+        line beyond cannot say what it is worth up to there."""
+        box = tuple((min(sizes), max(sizes)) for sizes in zip(*(cell.sizes for cell in cells), strict=True))
+        between = Region(box, free).within(place.axes, place.low - 1, place.high).box
+        for choice in place.sides:
+            if choice != MISS:
+                edges = [edge for axis, edge in self._legality(choice, between).splits if (axis,) == place.axes]
+                if edges:
+                    return edges[0]
+        return None
+
+    def _legality(self, choice: Choice, box: Box) -> Legality:
+        return legality(self.kernels[choice[0]], self.operation, self.context, box)
+
+    def _leaf(self, cells: Sequence[Cell], region: Region, choice: Choice, found: Legality) -> Leaf:
+        chain = [Step(choice, found.guards)]
+        for stand_in in self._stand_ins(cells, choice):
+            if not chain[-1].guards:
+                break
+            behind = self._legality(stand_in, region.box)
+            if behind.violated is None and not behind.splits:
+                chain.append(Step(stand_in, behind.guards))
+        return Leaf(region, tuple(chain), evidence_of(choice, self.default, _verdicts(cells)))
+
+    def _stand_ins(self, cells: Sequence[Cell], choice: Choice) -> Sequence[Choice]:
+        """What may serve behind a choice's guards, best first: proved to gain wherever these cells were measured, and
+        the default."""
+        verdicts = _verdicts(cells)
+        gaining = [
+            other
+            for other in sorted(verdicts[0].standings if verdicts else ())
+            if other != choice and all(verdict.gains(other) for verdict in verdicts)
+        ]
+        gaining.sort(key=lambda other: (round(math.fsum(verdict.regret(other) for verdict in verdicts), 9), other))
+        last = [self.default] if choice != self.default and self._default_stands_in(cells) else []
+        return [*gaining, *last]
+
+    def _stand_in_split(self, cells: Sequence[Cell], region: Region) -> tuple[int, int] | None:
+        """Where a range limit of a choice runs through the region that may stand behind guards on one side of it."""
+        verdicts = _verdicts(cells)
+        for other in sorted({choice for verdict in verdicts for choice in verdict.standings if verdict.gains(choice)}):
+            for axis, edge in self._legality(other, region.box).splits:
+                sides = (
+                    [verdict for verdict in verdicts if (verdict.sizes[axis] <= edge) == is_low]
+                    for is_low in (True, False)
+                )
+                if any(side and all(verdict.gains(other) for verdict in side) for side in sides):
+                    return axis, edge
+        return None
+
+    def _default_stands_in(self, cells: Sequence[Cell]) -> bool:
+        """Whether the default may serve where a choice is illegal: it has a time wherever these cells were measured."""
+        return self.default_is_measured and all(self.default in verdict.standings for verdict in _verdicts(cells))
+
+
+def _verdicts(cells: Sequence[Cell]) -> Sequence[Verdict]:
+    return [cell.verdict for cell in cells if cell.verdict is not None]

@@ -1,0 +1,32 @@
+"""The C library's allocator as it is in a server that has run for a while: memory that it once had stays with it.
+
+Left to itself, glibc gives large blocks back to the system, or the top of its heap once that is long enough, depending
+on what the process allocated before. A kernel then pays for fresh pages at every call in one process and never in
+another: one norm took 0.4, 0.7 and 2.4 ms in six processes of one machine. Servers see it settle, because the limits
+follow the largest block that was ever freed (mallopt(3), M_MMAP_THRESHOLD), or run another allocator that keeps memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+# Of malloc.h. Values are ints: no block is mapped apart, nothing is given back (-1 is the largest size), and the heap
+# grows by so much at a time.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_TOP_PAD_BYTES = 64 * 1024 * 1024
+
+
+def retain_memory() -> bool:
+    """Have this process keep all memory that it frees; call it before anything large is allocated.
+
+    Returns whether the C library takes such settings (glibc does); elsewhere nothing changes.
+    """
+    if sys.platform != "linux":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    settings = ((_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, _TOP_PAD_BYTES), (_M_MMAP_MAX, 0))
+    taken = [mallopt(name, value) == 1 for name, value in settings]
+    return all(taken)

@@ -1,0 +1,107 @@
+"""A disturbed contest is measured again at the end of the run, and no more often than is of use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.device import DeviceSpec
+from layerzero_tune.compile.distrust import disturbed_points
+from layerzero_tune.measure.contention import MAX_SHARE
+from layerzero_tune.measure.contest import Contest, ContestOutcome
+from layerzero_tune.results.measurement import Measurement
+from layerzero_tune.results.store import ResultsStore
+from layerzero_tune.search.device import MAX_TAKES, LiveDevice, RecordedDevice
+from layerzero_tune.search.tuning import FinishedContest, plan_tuning, tune
+from tests.tune.synthetic_results import DEVICE, contest_rows, norm
+
+Taken = list[tuple[int | None, int]]
+POINTS = tuple(norm(rows) for rows in (1, 2, 3))
+TIMES = {"torch.rms_norm": 1000.0, "synthetic.lean": 900.0}
+
+
+class SharedDevice:
+    """A device beside whose first contests at a point, by its rows, other processes run."""
+
+    spec: DeviceSpec = DEVICE
+
+    def __init__(self, disturbed: Mapping[int, int]) -> None:
+        self.disturbed = disturbed
+        self.taken: Taken = []
+
+    def contests(self, context: SelectionContext) -> tuple[Contest, ...]:
+        return RecordedDevice(contest_rows(context, TIMES)).contests(context)
+
+    def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
+        context = contest.context
+        self.taken.append((context.rows, contest.repeat))
+        share = 2 * MAX_SHARE if contest.repeat < self.disturbed.get(context.rows or 0, 0) else 0.0
+        rows = contest_rows(context, TIMES, repeat=contest.repeat)
+        return tuple(replace(row, contention=share) for row in rows), ContestOutcome((), rows[0].measured_at)
+
+    again = LiveDevice.again
+
+
+def run(device: SharedDevice, folder: Path, points: tuple[SelectionContext, ...] = POINTS) -> list[FinishedContest]:
+    seen: list[FinishedContest] = []
+    store = ResultsStore(folder)
+    tune(device, plan_tuning(device, points, store), store, seen.append)
+    return seen
+
+
+def test_disturbed_contests_come_again_after_all_others(tmp_path: Path) -> None:
+    device = SharedDevice({1: 1, 2: 2})
+    seen = run(device, tmp_path)
+    assert device.taken == [(1, 0), (2, 0), (3, 0), (1, 1), (2, 1), (2, 2)]
+    assert [finished.left for finished in seen] == [3, 3, 2, 1, 1, 0]
+    assert disturbed_points(ResultsStore(tmp_path).read().rows) == frozenset()
+    run(device, tmp_path)
+    assert len(device.taken) == 6
+
+
+def test_where_the_neighbour_stays_the_run_ends_all_the_same(tmp_path: Path) -> None:
+    device = SharedDevice({2: 99})
+    run(device, tmp_path)
+    assert device.taken == [(1, 0), (2, 0), (3, 0), *((2, repeat) for repeat in range(1, MAX_TAKES))]
+    assert disturbed_points(ResultsStore(tmp_path).read().rows) == {norm(2)}
+    run(device, tmp_path)
+    assert len(device.taken) == 2 + MAX_TAKES
+
+
+@pytest.mark.parametrize("takes", [1, 2])
+def test_a_run_that_was_cut_continues_with_what_it_owed(tmp_path: Path, takes: int) -> None:
+    device = SharedDevice({1: 2})
+    store = ResultsStore(tmp_path)
+    for contest in device.contests(norm(1)):
+        for repeat in range(takes):
+            rows, _ = device.measure(replace(contest, repeat=repeat))
+            store.append(rows)
+    plan = plan_tuning(device, POINTS, store)
+    assert (plan.held, len(plan.contests)) == (1, 3)
+    device.taken.clear()
+    tune(device, plan, store)
+    assert device.taken == [(2, 0), (3, 0), *((1, repeat) for repeat in range(takes, 3))]
+
+
+def test_a_contest_without_any_time_is_not_taken_again(tmp_path: Path) -> None:
+    device = SharedDevice({})
+    rows = contest_rows(norm(1), {"torch.rms_norm": "failed"})
+    store = ResultsStore(tmp_path)
+    store.append([replace(row, contention=1.0) for row in rows])
+    assert plan_tuning(device, POINTS[1:], store).held == 0
+    (contest,) = RecordedDevice(rows).contests(norm(1))
+    offering = SharedDevice({})
+    offering.contests = lambda context: (contest,)  # type: ignore[method-assign]
+    assert plan_tuning(offering, POINTS[:1], store).contests == ()
+
+
+def test_a_recorded_device_has_nothing_else_to_offer(tmp_path: Path) -> None:
+    rows = [replace(row, contention=1.0) for row in contest_rows(norm(1), TIMES)]
+    device, store = RecordedDevice(rows), ResultsStore(tmp_path)
+    tune(device, plan_tuning(device, device.contexts, store), store)
+    assert len(store.contest_ids()) == 1
+    assert plan_tuning(device, device.contexts, store).contests == ()
