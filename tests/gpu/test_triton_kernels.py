@@ -84,7 +84,8 @@ def test_configurations_of_the_space_load_and_are_right(kernel: Kernel, operatio
     """The space's restrictions keep out what the device's registers and shared memory would refuse."""
     chance = random.Random(0)
     for context in sized_contexts(operation, dtype):
-        for configuration in chance.sample(list(configurations(kernel, context)), 2):
+        found = list(configurations(kernel, context))
+        for configuration in chance.sample(found, min(2, len(found))):
             assert fault(kernel, configuration, context) == "", (configuration, context.to_dict())
 
 
