@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import sub
+from typing import NamedTuple
 
 from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.judge import Choice, Standing, Verdict
@@ -86,32 +88,41 @@ class RegretModel:
 
     def estimate(self, choice: Choice, sizes: Sizes) -> Estimate | None:
         """What is expected of the choice at these sizes; None where it has no time under this key."""
-        if choice == self.reference:
-            return Estimate(0.0, 0.0, 0.0)
+        return self.estimates((choice,), sizes).get(choice)
+
+    def estimates(self, choices: Iterable[Choice], sizes: Sizes) -> dict[Choice, Estimate]:
+        """What is expected of each of the choices at these sizes, but those without a time under this key."""
         place = place_of(sizes, self.free)
-        cells = [
-            (tuple(there - here for there, here in zip(other, place, strict=True)), standings[choice])
-            for other, standings in self._measured
-            if choice in standings
-        ]
-        if not cells:
-            return None
-        distances = [math.hypot(*offset) for offset, _ in cells]
-        nearest = min(distances)
-        reach = max(math.log2(REACH) * math.sqrt(len(place)), _WIDENING * nearest)
-        around = [
-            (1.0 - distance / reach, *cell) for distance, cell in zip(distances, cells, strict=True) if distance < reach
-        ]
-        total = math.fsum(weight for weight, _, _ in around)
-        weights = [weight / total for weight, _, _ in around]
-        offsets = [offset for _, offset, _ in around]
-        ratios = [standing.log_ratio for _, _, standing in around]
+        offsets = [tuple(map(sub, other, place)) for other, _ in self._measured]
+        distances = [math.hypot(*offset) for offset in offsets]
+        by_distance = sorted(range(len(distances)), key=distances.__getitem__)
+        found: dict[Choice, Estimate] = {}
+        for choice in choices:
+            if choice == self.reference:
+                found[choice] = Estimate(0.0, 0.0, 0.0)
+                continue
+            held = [at for at in by_distance if choice in self._measured[at][1]]
+            if held:
+                cells = [_Neighbour(distances[at], offsets[at], self._measured[at][1][choice]) for at in held]
+                found[choice] = self._estimate(choice, cells)
+        return found
+
+    def _estimate(self, choice: Choice, cells: Sequence[_Neighbour]) -> Estimate:
+        """From the cells with a time of the choice, the nearest first."""
+        nearest = cells[0].distance
+        reach = max(math.log2(REACH) * math.sqrt(len(self.free)), _WIDENING * nearest)
+        around = [cell for cell in cells if cell.distance < reach]
+        shares = [1.0 - cell.distance / reach for cell in around]
+        total = math.fsum(shares)
+        weights = [share / total for share in shares]
+        offsets = [cell.offset for cell in around]
+        ratios = [cell.standing.log_ratio for cell in around]
         height, slopes = local_plane(weights, offsets, ratios, _RIDGE / total)
         residuals = [ratio - height - dot(slopes, offset) for ratio, offset in zip(ratios, offsets, strict=True)]
         downside = dot(weights, [max(residual, 0.0) ** 2 for residual in residuals])
         spread = dot(weights, [residual**2 for residual in residuals])
-        noise = dot(weights, [_variance(standing) for _, _, standing in around])
-        change = (_UNFORESEEN * self._roughnesses[choice] * nearest) ** 2
+        noise = dot(weights, [_variance(cell.standing) for cell in around])
+        change = (_UNFORESEEN * self._roughness(choice) * nearest) ** 2
         return Estimate(
             _rounded(height),
             _rounded(height + DEVIATIONS * math.sqrt(downside)),
@@ -124,24 +135,22 @@ class RegretModel:
         The largest expected loss to any one other choice, both taken to be normal around their estimates (as expected
         improvement in Jones, Schonlau and Welch, 1998): what a measurement there may at best be worth.
         """
-        own = self.estimate(choice, sizes)
+        found = self.estimates((choice, *self.choices), sizes)
+        own = found.pop(choice, None)
         if own is None:
             return math.inf
-        others = (self.estimate(other, sizes) for other in self.choices if other != choice)
-        return max((_expected_loss(own, other) for other in others if other is not None), default=0.0)
+        return max((_expected_loss(own, other) for other in found.values()), default=0.0)
 
     def best(self, sizes: Sizes) -> Choice:
         """The choice that is expected to be fastest at these sizes."""
-        return min(self.choices, key=lambda choice: (self._expected(choice, sizes), choice))
+        found = self.estimates(self.choices, sizes)
+        return min(found, key=lambda choice: (found[choice].log_ratio, choice))
 
     def alike(self, choice: Choice, sizes: Sizes, margin: float) -> frozenset[Choice]:
         """The choices that are expected to take at most (1 + margin) times this one's time; it is among them."""
-        limit = self._expected(choice, sizes) + math.log1p(margin)
-        return frozenset({choice, *(other for other in self.choices if self._expected(other, sizes) <= limit)})
-
-    def _expected(self, choice: Choice, sizes: Sizes) -> float:
-        found = self.estimate(choice, sizes)
-        return math.inf if found is None else found.log_ratio
+        found = self.estimates((choice, *self.choices), sizes)
+        limit = (found[choice].log_ratio if choice in found else math.inf) + math.log1p(margin)
+        return frozenset({choice, *(other for other, estimate in found.items() if estimate.log_ratio <= limit)})
 
     @cached_property
     def _measured(self) -> tuple[tuple[Place, dict[Choice, Standing]], ...]:
@@ -151,22 +160,41 @@ class RegretModel:
             if verdict.reference == self.reference
         )
 
+    def _roughness(self, choice: Choice) -> float:
+        """Root mean square change of the choice's log ratio per octave, over pairs of cells within reach of each other,
+        and one octave of `ROUGHNESS` beside them."""
+        if choice not in self._roughnesses:
+            squares, octaves = ROUGHNESS**2, 1.0
+            for distance, standings, others in self._pairs:
+                if choice in standings and choice in others:
+                    squares += (standings[choice].log_ratio - others[choice].log_ratio) ** 2
+                    octaves += distance**2
+            self._roughnesses[choice] = math.sqrt(squares / octaves)
+        return self._roughnesses[choice]
+
     @cached_property
     def _roughnesses(self) -> dict[Choice, float]:
-        """Root mean square change of each choice's log ratio per octave, over pairs of cells within reach of each
-        other, and one octave of `ROUGHNESS` beside them."""
-        squares = dict.fromkeys(self.choices, ROUGHNESS**2)
-        octaves = dict.fromkeys(self.choices, 1.0)
+        """Those that were asked for."""
+        return {}
+
+    @cached_property
+    def _pairs(self) -> tuple[tuple[float, dict[Choice, Standing], dict[Choice, Standing]], ...]:
+        """The pairs of cells within reach of each other, and their distances."""
         reach = math.log2(REACH) * math.sqrt(len(self.free))
-        for index, (place, standings) in enumerate(self._measured):
-            for other_place, others in self._measured[:index]:
-                distance = math.dist(place, other_place)
-                if distance > reach:
-                    continue
-                for choice in standings.keys() & others.keys():
-                    squares[choice] += (standings[choice].log_ratio - others[choice].log_ratio) ** 2
-                    octaves[choice] += distance**2
-        return {choice: math.sqrt(squares[choice] / octaves[choice]) for choice in self.choices}
+        return tuple(
+            (distance, standings, others)
+            for index, (place, standings) in enumerate(self._measured)
+            for other_place, others in self._measured[:index]
+            if (distance := math.dist(place, other_place)) <= reach
+        )
+
+
+class _Neighbour(NamedTuple):
+    """A measured cell as seen from some sizes."""
+
+    distance: float
+    offset: Vector
+    standing: Standing
 
 
 def place_of(sizes: Sizes, free: Sequence[int]) -> Place:
