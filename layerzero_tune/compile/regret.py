@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from operator import sub
 from typing import NamedTuple
 
 from layerzero_runtime.operation import Sizes
@@ -84,37 +83,48 @@ class RegretModel:
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
         """Every choice with a time, in ascending order."""
-        return tuple(sorted({choice for _, standings in self._measured for choice in standings}))
+        return tuple(sorted({choice for standings in self._standings for choice in standings}))
 
     def estimate(self, choice: Choice, sizes: Sizes) -> Estimate | None:
         """What is expected of the choice at these sizes; None where it has no time under this key."""
         return self.estimates((choice,), sizes).get(choice)
 
-    def estimates(self, choices: Iterable[Choice], sizes: Sizes) -> dict[Choice, Estimate]:
+    def estimates(self, choices: Collection[Choice], sizes: Sizes) -> dict[Choice, Estimate]:
         """What is expected of each of the choices at these sizes, but those without a time under this key."""
+        found = {choice: Estimate(0.0, 0.0, 0.0) for choice in choices if choice == self.reference}
+        others = [choice for choice in choices if choice != self.reference]
+        if not others:
+            return found
         place = place_of(sizes, self.free)
-        offsets = [tuple(map(sub, other, place)) for other, _ in self._measured]
-        distances = [math.hypot(*offset) for offset in offsets]
-        by_distance = sorted(range(len(distances)), key=distances.__getitem__)
-        found: dict[Choice, Estimate] = {}
-        for choice in choices:
-            if choice == self.reference:
-                found[choice] = Estimate(0.0, 0.0, 0.0)
-                continue
-            held = [at for at in by_distance if choice in self._measured[at][1]]
+        offsets = [[there - here for there in line] for line, here in zip(self._lines, place, strict=True)]
+        distances = list(map(math.hypot, *offsets))
+        usual = math.log2(REACH) * math.sqrt(len(self.free))
+        near = [cell for cell, distance in enumerate(distances) if distance < usual]
+        for choice in others:
+            held = [cell for cell in near if choice in self._standings[cell]]
+            nearest = min((distances[cell] for cell in held), default=math.inf)
+            reach = usual
+            if _WIDENING * nearest > usual:
+                held = [cell for cell, standings in enumerate(self._standings) if choice in standings]
+                nearest = min((distances[cell] for cell in held), default=math.inf)
+                reach = max(usual, _WIDENING * nearest)
+                held = [cell for cell in held if distances[cell] < reach]
             if held:
-                cells = [_Neighbour(distances[at], offsets[at], self._measured[at][1][choice]) for at in held]
-                found[choice] = self._estimate(choice, cells)
+                around = [
+                    _Neighbour(
+                        1.0 - distances[cell] / reach,
+                        tuple(line[cell] for line in offsets),
+                        self._standings[cell][choice],
+                    )
+                    for cell in held
+                ]
+                found[choice] = self._estimate(choice, around, nearest)
         return found
 
-    def _estimate(self, choice: Choice, cells: Sequence[_Neighbour]) -> Estimate:
-        """From the cells with a time of the choice, the nearest first."""
-        nearest = cells[0].distance
-        reach = max(math.log2(REACH) * math.sqrt(len(self.free)), _WIDENING * nearest)
-        around = [cell for cell in cells if cell.distance < reach]
-        shares = [1.0 - cell.distance / reach for cell in around]
-        total = math.fsum(shares)
-        weights = [share / total for share in shares]
+    def _estimate(self, choice: Choice, around: Sequence[_Neighbour], nearest: float) -> Estimate:
+        """From the cells within reach, the nearest of which is that many octaves away."""
+        total = math.fsum(cell.share for cell in around)
+        weights = [cell.share / total for cell in around]
         offsets = [cell.offset for cell in around]
         ratios = [cell.standing.log_ratio for cell in around]
         height, slopes = local_plane(weights, offsets, ratios, _RIDGE / total)
@@ -153,12 +163,17 @@ class RegretModel:
         return frozenset({choice, *(other for other, estimate in found.items() if estimate.log_ratio <= limit)})
 
     @cached_property
-    def _measured(self) -> tuple[tuple[Place, dict[Choice, Standing]], ...]:
-        return tuple(
-            (place_of(verdict.sizes, self.free), dict(verdict.standings))
-            for verdict in self.verdicts
-            if verdict.reference == self.reference
-        )
+    def _measured(self) -> tuple[Verdict, ...]:
+        return tuple(verdict for verdict in self.verdicts if verdict.reference == self.reference)
+
+    @cached_property
+    def _standings(self) -> tuple[Mapping[Choice, Standing], ...]:
+        return tuple(verdict.standings for verdict in self._measured)
+
+    @cached_property
+    def _lines(self) -> tuple[Vector, ...]:
+        """Where the measured cells lie along each free axis."""
+        return tuple(zip(*(place_of(verdict.sizes, self.free) for verdict in self._measured), strict=True))
 
     def _roughness(self, choice: Choice) -> float:
         """Root mean square change of the choice's log ratio per octave, over pairs of cells within reach of each other,
@@ -178,21 +193,22 @@ class RegretModel:
         return {}
 
     @cached_property
-    def _pairs(self) -> tuple[tuple[float, dict[Choice, Standing], dict[Choice, Standing]], ...]:
+    def _pairs(self) -> tuple[tuple[float, Mapping[Choice, Standing], Mapping[Choice, Standing]], ...]:
         """The pairs of cells within reach of each other, and their distances."""
         reach = math.log2(REACH) * math.sqrt(len(self.free))
+        cells = list(zip(zip(*self._lines, strict=True), self._standings, strict=True))
         return tuple(
             (distance, standings, others)
-            for index, (place, standings) in enumerate(self._measured)
-            for other_place, others in self._measured[:index]
+            for index, (place, standings) in enumerate(cells)
+            for other_place, others in cells[:index]
             if (distance := math.dist(place, other_place)) <= reach
         )
 
 
 class _Neighbour(NamedTuple):
-    """A measured cell as seen from some sizes."""
+    """A measured cell as seen from some sizes: its share in what they are expected to take, before all are scaled."""
 
-    distance: float
+    share: float
     offset: Vector
     standing: Standing
 

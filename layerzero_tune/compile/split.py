@@ -8,6 +8,7 @@ buckets; on an EPYC the last two are 0.9824, 0.956, 290 and 0.9829, 0.960, 232.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -52,7 +53,12 @@ def best_place(cells: Sequence[Cell], free: Axes) -> Place | None:
     places = ground.places(everything)
     if len(places) < 2 or places[0].is_clean:
         return places[0] if places else None
-    return min(places, key=lambda place: ground.buckets_after(everything, place))
+    best, fewest = places[0], math.inf
+    for place in places:
+        buckets = ground.buckets_after(everything, place, fewest)
+        if buckets < fewest:
+            best, fewest = place, buckets
+    return best
 
 
 @dataclass(frozen=True)
@@ -124,16 +130,20 @@ class _Ground:
             found.append(((total, len(axes), int(uneven.min()), axes), place))
         return [place for _, place in sorted(found, key=lambda item: item[0])]
 
-    def buckets_after(self, rows: NDArray[np.intp], place: Place) -> float:
+    def buckets_after(self, rows: NDArray[np.intp], place: Place, limit: float) -> float:
+        """How many buckets follow, infinitely many if they are not fewer than the limit."""
         is_low = self.sizes[place.axes][rows] <= place.low
-        parts = self._buckets(rows[is_low]) + self._buckets(rows[~is_low])
-        return parts + _PRODUCT_BUCKETS * (len(place.axes) > 1)
+        found = _PRODUCT_BUCKETS * (len(place.axes) > 1)
+        found += self._buckets(rows[is_low], limit - found - 1.0)
+        return found + self._buckets(rows[~is_low], limit - found)
 
-    def _buckets(self, rows: NDArray[np.intp]) -> float:
+    def _buckets(self, rows: NDArray[np.intp], limit: float) -> float:
+        if limit <= 1.0:
+            return math.inf
         if self.acceptable[rows].all(axis=0).any():
             return 1.0
         places = self.places(rows)
-        return self.buckets_after(rows, places[0]) if places else 1.0
+        return self.buckets_after(rows, places[0], limit) if places else 1.0
 
     def _pairs_among(self, rows: NDArray[np.intp]) -> NDArray[np.intp]:
         """The pairs that are alike, as positions in `rows`; those with one cell elsewhere are parted already."""
