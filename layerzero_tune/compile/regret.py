@@ -12,12 +12,17 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.judge import Choice, Standing, Verdict
 from layerzero_tune.compile.local_plane import Vector, dot, local_plane
 from layerzero_tune.measure.statistics import LOG_RESOLUTION
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # A cell speaks for sizes up to this factor away, with a weight that falls linearly in log distance (over several axes
 # the Euclidean one). Of the reaches and kernels tried on the committed results (5,789 cells predicted without
@@ -179,11 +184,13 @@ class RegretModel:
         """Root mean square change of the choice's log ratio per octave, over pairs of cells within reach of each other,
         and one octave of `ROUGHNESS` beside them."""
         if choice not in self._roughnesses:
-            squares, octaves = ROUGHNESS**2, 1.0
-            for distance, standings, others in self._pairs:
-                if choice in standings and choice in others:
-                    squares += (standings[choice].log_ratio - others[choice].log_ratio) ** 2
-                    octaves += distance**2
+            first, second, distances = self._pairs
+            unknown = Standing(math.nan, math.nan, math.nan, 0)
+            ratios = np.array([standings.get(choice, unknown).log_ratio for standings in self._standings])
+            changes = ratios[first] - ratios[second]
+            both = ~np.isnan(changes)
+            squares = math.fsum([ROUGHNESS**2, *np.square(changes[both]).tolist()])
+            octaves = math.fsum([1.0, *np.square(distances[both]).tolist()])
             self._roughnesses[choice] = math.sqrt(squares / octaves)
         return self._roughnesses[choice]
 
@@ -193,16 +200,18 @@ class RegretModel:
         return {}
 
     @cached_property
-    def _pairs(self) -> tuple[tuple[float, Mapping[Choice, Standing], Mapping[Choice, Standing]], ...]:
-        """The pairs of cells within reach of each other, and their distances."""
+    def _pairs(self) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
+        """The pairs of measured cells within reach of each other, and their distances."""
         reach = math.log2(REACH) * math.sqrt(len(self.free))
-        cells = list(zip(zip(*self._lines, strict=True), self._standings, strict=True))
-        return tuple(
-            (distance, standings, others)
-            for index, (place, standings) in enumerate(cells)
-            for other_place, others in cells[:index]
-            if (distance := math.dist(place, other_place)) <= reach
-        )
+        places = list(zip(*self._lines, strict=True))
+        pairs = [
+            (first, second, distance)
+            for first, place in enumerate(places)
+            for second, other in enumerate(places[:first])
+            if (distance := math.dist(place, other)) <= reach
+        ]
+        first, second, distances = zip(*pairs, strict=True) if pairs else ((), (), ())
+        return np.array(first, dtype=np.intp), np.array(second, dtype=np.intp), np.array(distances)
 
 
 class _Neighbour(NamedTuple):
