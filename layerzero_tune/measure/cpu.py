@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache, partial
-from time import monotonic, perf_counter, sleep
+from time import perf_counter
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -26,7 +26,7 @@ from layerzero_tune.measure.contention import MAX_ATTEMPTS, MAX_SHARE, Processor
 from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, JobOutcome
 from layerzero_tune.measure.correctness import Check, Trial, judge, tolerances
 from layerzero_tune.measure.inputs import RandomTensors, check_measurable, rotating_inputs
-from layerzero_tune.measure.parallel_speed import MAX_LOSS, PATIENCE_S, ParallelSpeed, parallel_loop
+from layerzero_tune.measure.parallel_speed import FullSpeed, ParallelSpeed, parallel_loop
 from layerzero_tune.measure.screening import finalists
 from layerzero_tune.results.measurement import Status
 
@@ -38,8 +38,6 @@ _NOTHING_SETTLED: Mapping[int, JobOutcome] = MappingProxyType({})
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 # With the time of the warm-up these are three, of which one may be disturbed.
 _MIN_SCREENINGS = 2
-# How often a contest that waits looks whether the machine is fast again.
-_LOOK_S = 0.25
 # A candidate so many times slower than the best is settled by two looks; more would cost as much as all the others.
 _HOPELESS = 4.0
 
@@ -74,6 +72,8 @@ def measure_contest(
 
 class _ContestRun:
     """One run of a contest: candidates drop out of `functions` as they get an outcome without a time."""
+
+    full_speed: FullSpeed
 
     def __init__(
         self, contest: Contest, kernels: Mapping[str, Kernel], settled: Mapping[int, JobOutcome], progress: Progress
@@ -147,33 +147,21 @@ class _ContestRun:
         return function, check.run(function)
 
     def _time_undisturbed(self, source: RandomTensors) -> None:
-        """Time the candidates, again where other processes took much of the machine meanwhile, or its cores were not as
-        fast together as they had been."""
+        """Time the candidates, again where other processes took much of the machine meanwhile."""
         self.progress(None, "inputs")
         sets = _attempt(lambda: rotating_inputs(self.operation, self.context, self.policy, source))
         if isinstance(sets, JobOutcome):
             self.outcomes.update(dict.fromkeys(self.functions, sets))
             return
         for _ in range(MAX_ATTEMPTS):
-            before = self._lost_speed(PATIENCE_S)
+            self.full_speed = FullSpeed(_machine_speed(), lambda: self.progress(None, "waiting for the machine"))
             start = ProcessorTime.now()
+            self.full_speed.wait()
             self._time(Rotation(sets))
             others = others_share(start, ProcessorTime.now())
-            self.contention = max(others, before, self._lost_speed())
-            if self.contention <= MAX_SHARE or before:  # what did not come back in time will not do so now
+            self.contention = max(others, self.full_speed.lost)
+            if others <= MAX_SHARE:
                 return
-
-    def _lost_speed(self, patience_s: float = 0.0) -> float:
-        """The share of the machine's speed that is missing, 0 if it is no more than usual; after waiting for it, unless
-        other processes are what takes it."""
-        end = monotonic() + patience_s
-        while (lost := _machine_speed().lost()) > MAX_LOSS and monotonic() < end:
-            self.progress(None, "waiting for the machine")
-            start = ProcessorTime.now()
-            sleep(_LOOK_S)
-            if others_share(start, ProcessorTime.now()) > MAX_SHARE:
-                break
-        return lost if lost > MAX_LOSS else 0.0
 
     def _time(self, rotation: Rotation) -> None:
         call_ns = {
@@ -182,7 +170,8 @@ class _ContestRun:
             if (time := self._step(index, "warm-up", lambda f: warm_up(f, rotation, self.policy.warmup_ms))) is not None
         }
         slow = frozenset(index for index, time in call_ns.items() if time > self.policy.max_call_ms * 1e6)
-        screened = self._screen(rotation, call_ns, slow | self._hopeless(call_ns))
+        settled = slow | self._hopeless(call_ns)
+        screened = self.full_speed.take(lambda: self._screen(rotation, call_ns, settled))
         entered = finalists(screened, self.policy.screen_margin) - slow
         # The default and the anchors tie contests together, whatever the screening says of them.
         always = frozenset(i for i in self.functions if self.candidates[i].is_default or self.candidates[i].is_anchor)
@@ -227,14 +216,20 @@ class _ContestRun:
         """Medians of the rounds in ns per call, by candidate: one per round for each that came through all of them."""
         samples: dict[int, list[float]] = {index: [] for index in entered}
         for number in range(1, self.policy.rounds + 1):
-            for index in self._shuffled(samples):
-                measure = partial(
-                    take_sample, rotation=rotation, call_ns=call_ns[index], duration_ms=self.policy.round_ms
-                )
-                time = self._step(index, f"round {number}", measure)
-                if time is not None:
-                    samples[index].append(time)
+            for index, time in self.full_speed.take(partial(self._round, number, rotation, call_ns, entered)).items():
+                samples[index].append(time)
         return samples
+
+    def _round(
+        self, number: int, rotation: Rotation, call_ns: Mapping[int, float], entered: frozenset[int]
+    ) -> dict[int, float]:
+        times: dict[int, float] = {}
+        for index in self._shuffled(entered):
+            measure = partial(take_sample, rotation=rotation, call_ns=call_ns[index], duration_ms=self.policy.round_ms)
+            time = self._step(index, f"round {number}", measure)
+            if time is not None:
+                times[index] = time
+        return times
 
     def _step(self, index: int, name: str, action: Callable[[KernelFunction], float]) -> float | None:
         """The time that one step of a candidate gives; None where it fails now, which takes it out, or did before."""

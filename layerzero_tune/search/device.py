@@ -20,8 +20,8 @@ from layerzero_tune.worker.process import WorkerProcess
 
 # The longest step of one candidate: a call takes seconds at most, compiling a kernel may take minutes.
 STEP_TIMEOUT_S = 600.0
-# How often a contest is measured that something disturbs each time: on a machine that is never quiet a run takes so
-# many times as long.
+# How often a contest is measured that leaves a doubt each time: on a machine that is never quiet a run takes so many
+# times as long.
 MAX_TAKES = 3
 # More repeats of one contest than any tuning makes.
 MAX_REPEATS = 64
@@ -41,7 +41,7 @@ class MeasuringDevice(Protocol):
         """The rows of a finished contest, and its outcome."""
 
     def again(self, contest: Contest) -> Contest | None:
-        """The contest once more, for one that was disturbed; None if that is of no use."""
+        """The contest once more, for one that leaves a doubt; None if that is of no use."""
 
 
 class LiveDevice:

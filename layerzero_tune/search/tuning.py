@@ -1,35 +1,49 @@
-"""A run: measure the contests of a workload that the store does not hold yet, and those that were disturbed again."""
+"""A run: measure the contests of a workload that the store does not hold yet, and again those that leave a doubt."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from layerzero_runtime.context import SelectionContext
-from layerzero_tune.compile.distrust import is_disturbed
 from layerzero_tune.measure.contest import Contest
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import Results, ResultsStore
 from layerzero_tune.search.device import MeasuringDevice
+from layerzero_tune.search.doubt import leaves_doubt
+
+RowsByContest = Mapping[str, Sequence[Measurement]]
 
 
 @dataclass(frozen=True)
 class TuningPlan:
-    """What a run will do: contests to measure, how many the store holds already, points without any candidate, and the
-    damaged files that were set aside, whose contests count as missing."""
+    """What a run will do.
 
+    Attributes:
+        offered: the first contests of all points, in their order.
+        done: the rows that the store holds already, by contest.
+        contests: what is to be measured first: contests that the store lacks, then those that left a doubt, again.
+        without_candidates: points without any candidate.
+        quarantined: damaged files that were set aside; their contests count as missing.
+    """
+
+    offered: tuple[Contest, ...]
+    done: RowsByContest
     contests: tuple[Contest, ...]
-    held: int
     without_candidates: tuple[SelectionContext, ...]
     quarantined: tuple[Path, ...]
+
+    @property
+    def held(self) -> int:
+        """How many of the offered contests the store holds."""
+        return sum(contest.contest_id in self.done for contest in self.offered)
 
 
 @dataclass(frozen=True)
 class FinishedContest:
     """A contest that was just stored: its rows, the time that loading and compiling its kernels took in s, and how many
-    contests are left, those included that were disturbed and come again."""
+    of those that are known to be wanted are left."""
 
     contest: Contest
     rows: tuple[Measurement, ...]
@@ -38,8 +52,7 @@ class FinishedContest:
 
 
 def plan_tuning(device: MeasuringDevice, contexts: Sequence[SelectionContext], store: ResultsStore) -> TuningPlan:
-    """The contests of the points that are missing from the store, in the order of the points; after them those that the
-    store holds, disturbed, and the device offers again.
+    """What the points ask for beside what the store holds.
 
     Raises:
         ResultsError: the store cannot be read.
@@ -48,16 +61,13 @@ def plan_tuning(device: MeasuringDevice, contexts: Sequence[SelectionContext], s
     done: dict[str, list[Measurement]] = {}
     for row in held.rows:
         done.setdefault(row.contest_id, []).append(row)
-    offered = {context: device.contests(context) for context in dict.fromkeys(contexts)}
-    contests = {contest.contest_id: contest for found in offered.values() for contest in found}
-    found = [contest for contest_id, contest in contests.items() if contest_id in done]
+    by_point = {context: device.contests(context) for context in dict.fromkeys(contexts)}
+    offered = tuple({contest.contest_id: contest for found in by_point.values() for contest in found}.values())
     return TuningPlan(
-        contests=(
-            *(contest for contest_id, contest in contests.items() if contest_id not in done),
-            *(again for contest in found if (again := _unfinished(device, contest, done)) is not None),
-        ),
-        held=len(found),
-        without_candidates=tuple(context for context, found in offered.items() if not found),
+        offered=offered,
+        done=done,
+        contests=_wanted(device, offered, done),
+        without_candidates=tuple(context for context, found in by_point.items() if not found),
         quarantined=held.quarantined,
     )
 
@@ -68,33 +78,39 @@ def tune(
     store: ResultsStore,
     progress: Callable[[FinishedContest], None] = lambda finished: None,
 ) -> None:
-    """Measure the plan's contests, each stored as soon as it has finished; at the end the files are compacted.
+    """Measure the plan's contests, then again and again those that leave a doubt, each stored as soon as it has
+    finished; at the end the files are compacted.
 
-    A disturbed contest comes again once all others are done: what disturbed it may be gone by then.
+    Repeats come after all others: what disturbed a contest may be gone by then, and what was so by chance is not so
+    again.
 
     Raises:
         ResultsError: the store cannot be written.
     """
-    waiting = deque(plan.contests)
-    while waiting:
-        contest = waiting.popleft()
-        rows, outcome = device.measure(contest)
-        store.append(rows)
-        again = device.again(contest) if _is_disturbed(rows) else None
-        if again is not None:
-            waiting.append(again)
-        progress(FinishedContest(contest, rows, outcome.preparation_s, len(waiting)))
+    done: dict[str, Sequence[Measurement]] = dict(plan.done)
+    wanted = plan.contests
+    while wanted:
+        for left, contest in zip(reversed(range(len(wanted))), wanted, strict=True):
+            rows, outcome = device.measure(contest)
+            store.append(rows)
+            done[contest.contest_id] = rows
+            progress(FinishedContest(contest, rows, outcome.preparation_s, left))
+        wanted = _wanted(device, plan.offered, done)
     store.compact()
 
 
-def _unfinished(device: MeasuringDevice, contest: Contest, done: Mapping[str, Sequence[Measurement]]) -> Contest | None:
-    """The repeat of a stored contest that is still to be measured, because all before it were disturbed."""
-    following: Contest | None = contest
-    while following is not None and following.contest_id in done:
-        following = device.again(following) if _is_disturbed(done[following.contest_id]) else None
-    return following
+def _wanted(device: MeasuringDevice, offered: Sequence[Contest], done: RowsByContest) -> tuple[Contest, ...]:
+    """The contests that were not measured yet, then the next repeats of those that left a doubt."""
+    missing = tuple(contest for contest in offered if contest.contest_id not in done)
+    return missing + tuple(_repeats(device, (contest for contest in offered if contest.contest_id in done), done))
 
 
-def _is_disturbed(rows: Sequence[Measurement]) -> bool:
-    timed = [row for row in rows if row.status == "ok"]
-    return bool(timed) and is_disturbed(timed)
+def _repeats(device: MeasuringDevice, contests: Iterator[Contest], done: RowsByContest) -> Iterator[Contest]:
+    for contest in contests:
+        rows: list[Measurement] = []
+        following: Contest | None = contest
+        while following is not None and following.contest_id in done:
+            rows += done[following.contest_id]
+            following = device.again(following)
+        if following is not None and leaves_doubt(rows):
+            yield following

@@ -1,4 +1,4 @@
-"""A disturbed contest is measured again at the end of the run, and no more often than is of use."""
+"""A contest that leaves a doubt is measured again at the end of the run, and no more often than is of use."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from layerzero_tune.measure.contest import Contest, ContestOutcome
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.device import MAX_TAKES, LiveDevice, RecordedDevice
+from layerzero_tune.search.doubt import leaves_doubt
 from layerzero_tune.search.tuning import FinishedContest, plan_tuning, tune
-from tests.tune.synthetic_results import DEVICE, contest_rows, norm
+from tests.tune.synthetic_results import DEVICE, Times, contest_rows, norm
 
 Taken = list[tuple[int | None, int]]
 POINTS = tuple(norm(rows) for rows in (1, 2, 3))
@@ -29,18 +30,19 @@ class SharedDevice:
 
     spec: DeviceSpec = DEVICE
 
-    def __init__(self, disturbed: Mapping[int, int]) -> None:
+    def __init__(self, disturbed: Mapping[int, int], times: Times = TIMES) -> None:
         self.disturbed = disturbed
+        self.times = times
         self.taken: Taken = []
 
     def contests(self, context: SelectionContext) -> tuple[Contest, ...]:
-        return RecordedDevice(contest_rows(context, TIMES)).contests(context)
+        return RecordedDevice(contest_rows(context, self.times)).contests(context)
 
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
         context = contest.context
         self.taken.append((context.rows, contest.repeat))
         share = 2 * MAX_SHARE if contest.repeat < self.disturbed.get(context.rows or 0, 0) else 0.0
-        rows = contest_rows(context, TIMES, repeat=contest.repeat)
+        rows = contest_rows(context, self.times, repeat=contest.repeat)
         return tuple(replace(row, contention=share) for row in rows), ContestOutcome((), rows[0].measured_at)
 
     again = LiveDevice.again
@@ -57,7 +59,7 @@ def test_disturbed_contests_come_again_after_all_others(tmp_path: Path) -> None:
     device = SharedDevice({1: 1, 2: 2})
     seen = run(device, tmp_path)
     assert device.taken == [(1, 0), (2, 0), (3, 0), (1, 1), (2, 1), (2, 2)]
-    assert [finished.left for finished in seen] == [3, 3, 2, 1, 1, 0]
+    assert [finished.left for finished in seen] == [2, 1, 0, 1, 0, 0]
     assert disturbed_points(ResultsStore(tmp_path).read().rows) == frozenset()
     run(device, tmp_path)
     assert len(device.taken) == 6
@@ -105,3 +107,30 @@ def test_a_recorded_device_has_nothing_else_to_offer(tmp_path: Path) -> None:
     tune(device, plan_tuning(device, device.contexts, store), store)
     assert len(store.contest_ids()) == 1
     assert plan_tuning(device, device.contexts, store).contests == ()
+
+
+@pytest.mark.parametrize(("rival", "takes"), [(930.0, MAX_TAKES), (860.0, MAX_TAKES), (1000.0, 1), (830.0, 1)])
+def test_a_close_verdict_is_looked_at_again(tmp_path: Path, rival: float, takes: int) -> None:
+    device = SharedDevice({}, TIMES | {"synthetic.wide": rival})
+    run(device, tmp_path, POINTS[:1])
+    assert device.taken == [(1, repeat) for repeat in range(takes)]
+    run(device, tmp_path, POINTS[:1])
+    assert len(device.taken) == takes
+
+
+def test_a_gain_on_the_default_that_is_small_is_looked_at_again(tmp_path: Path) -> None:
+    device = SharedDevice({}, {"torch.rms_norm": 1000.0, "synthetic.lean": 970.0})
+    run(device, tmp_path, POINTS[:1])
+    assert len(device.taken) == MAX_TAKES
+
+
+def test_what_was_only_screened_is_no_rival() -> None:
+    rows = contest_rows(norm(1), TIMES | {"synthetic.wide": 930.0}, screened=["synthetic.wide"])
+    assert not leaves_doubt(rows)
+
+
+def test_a_second_contest_may_settle_the_doubt(tmp_path: Path) -> None:
+    first = contest_rows(norm(1), TIMES | {"synthetic.wide": 930.0})
+    second = contest_rows(norm(1), TIMES | {"synthetic.wide": 990.0}, repeat=1)
+    assert leaves_doubt(first)
+    assert not leaves_doubt([*first, *second])
