@@ -13,6 +13,9 @@ from layerzero_runtime.plan import ExecutionPlan
 from layerzero_runtime.snapshot import Snapshot
 from layerzero_runtime.tables.table_evidence import evidence_of
 
+# How the first reason begins against a kernel that runs on no such device.
+_OTHER_DEVICES = "PLATFORM_NOT_ONE_OF"
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -27,7 +30,8 @@ class Explanation:
         policy: the rules that apply to the call.
         prior: the measured bucket that the live selector went by, empty on a hit and where none is near.
         fuses: the operations that the kernel does in one, if it says so.
-        refused: for each kernel of the operation that cannot serve the call, why.
+        refused: for each kernel of the operation that cannot serve the call, why. Those for other kinds of devices are
+            left out of the text.
     """
 
     context: SelectionContext
@@ -64,7 +68,8 @@ class Explanation:
             versions = ", ".join(f"{name} {version}" for name, version in self.provenance["versions"].items())
             lines.append(f"  table: {plan.table}, results {self.provenance['results']}, {versions}")
         for kernel_id, reasons in self.refused.items():
-            lines.append(f"  refused {kernel_id}: {'; '.join(reasons)}")
+            if not reasons[0].startswith(_OTHER_DEVICES):
+                lines.append(f"  refused {kernel_id}: {'; '.join(reasons)}")
         return "\n".join(lines)
 
     def _evidence_lines(self) -> list[str]:

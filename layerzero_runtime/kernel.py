@@ -35,6 +35,7 @@ _BOUNDS = (
     "hidden_size_multiple",
 )
 
+Scalar = str | int | float | bool | None
 Configuration = Mapping[str, Any]
 KernelFunction = Callable[..., Any]
 Loader = Callable[[SelectionContext, Configuration], KernelFunction]
@@ -218,16 +219,32 @@ class KernelSpec:
 
 
 @dataclass(frozen=True)
+class ConfigurationSpace:
+    """The configurations that a kernel may be loaded with.
+
+    Attributes:
+        parameters: by name, the values to choose from.
+        is_valid: whether a choice may be tried at a context: the kernel's own restrictions.
+    """
+
+    parameters: Mapping[str, tuple[Scalar, ...]]
+    is_valid: Callable[[Configuration, SelectionContext], bool]
+
+
+@dataclass(frozen=True)
 class Kernel:
     """A declaration and its loader.
 
     `load(context, configuration)` imports the library and returns the function to call. It may rely on the device and
     the static features of the context alone, never on its sizes; the function takes the arguments that
-    `Operation.arguments` lists.
+    `Operation.arguments` lists. `space` has the configurations that are worth trying; `{}` is the kernel's own choice.
+    `sources` names further files of its code, relative to the folder of its adapter.
     """
 
     spec: KernelSpec
     load: Loader
+    space: ConfigurationSpace | None = None
+    sources: tuple[str, ...] = ()
 
     @property
     def kernel_id(self) -> str:

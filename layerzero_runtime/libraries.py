@@ -90,6 +90,15 @@ def _probe_torch() -> str | None:
     return "torch is not installed: pip install 'layerzero-dispatch[tune]'"
 
 
+def _probe_triton() -> str | None:
+    import sys
+    from importlib.util import find_spec
+
+    if "triton" in sys.modules or find_spec("triton") is not None:
+        return None
+    return "triton is not installed: pip install 'layerzero-dispatch[triton]'"
+
+
 def _probe_cxx_compiler() -> str | None:
     """What Inductor compiles its CPU kernels with: $CXX or its platform default, and the headers of Python."""
     import os
@@ -119,4 +128,8 @@ def _is_on_path(program: str) -> bool:
     return any(os.path.isfile(path) and os.access(path, os.X_OK) for path in paths)
 
 
-_PROBES: dict[str, Callable[[], str | None]] = {"torch": _probe_torch, "cxx_compiler": _probe_cxx_compiler}
+_PROBES: dict[str, Callable[[], str | None]] = {
+    "torch": _probe_torch,
+    "triton": _probe_triton,
+    "cxx_compiler": _probe_cxx_compiler,
+}

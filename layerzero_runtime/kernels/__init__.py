@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from layerzero_runtime.kernel import Kernel
-from layerzero_runtime.kernels import torch_activation, torch_inductor, torch_matmul, torch_norm, torch_sdpa
+from layerzero_runtime.kernels import (
+    torch_activation,
+    torch_inductor,
+    torch_matmul,
+    torch_norm,
+    torch_sdpa,
+    triton_activation,
+    triton_attention,
+    triton_norm,
+)
 
 
 def builtin_kernels() -> tuple[Kernel, ...]:
@@ -14,4 +23,7 @@ def builtin_kernels() -> tuple[Kernel, ...]:
         *torch_norm.KERNELS,
         *torch_activation.KERNELS,
         *torch_inductor.KERNELS,
+        *triton_norm.KERNELS,
+        *triton_activation.KERNELS,
+        *triton_attention.KERNELS,
     )

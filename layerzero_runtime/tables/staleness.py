@@ -27,13 +27,27 @@ def version_that_matters(kernel: Kernel) -> str:
 
 
 def kernel_source_hash(kernel: Kernel) -> str:
-    """A hash over the code of the kernel's adapter, 32 hexadecimal digits; "" where no source is at hand.
+    """A hash over the code of the kernel's adapter and its further `sources`, 32 hexadecimal digits; "" where no source
+    is at hand.
 
     What the adapter's file declares (specs and the list of its kernels), imports, comments between statements and its
     docstring are left out: none of these changes how long a call takes. A limit that has changed is not stale: it is
     checked again whenever a snapshot is built.
     """
-    return _code_hash(kernel.load.__code__.co_filename) if hasattr(kernel.load, "__code__") else ""
+    if not hasattr(kernel.load, "__code__"):
+        return ""
+    adapter = kernel.load.__code__.co_filename
+    return _joined_hash(adapter, kernel.sources) if kernel.sources else _code_hash(adapter)
+
+
+@cache
+def _joined_hash(adapter: str, sources: tuple[str, ...]) -> str:
+    import hashlib
+    import os
+
+    folder = os.path.dirname(adapter)
+    hashes = [_code_hash(path) for path in (adapter, *(os.path.join(folder, source) for source in sources))]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:32]
 
 
 @cache

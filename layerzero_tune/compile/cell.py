@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.judge import Choice, Verdict
@@ -35,9 +36,13 @@ class Cell:
         """Log time that a choice costs beside the best acceptable one: what cannot be had attracts no split."""
         if self.verdict is None or choice == MISS:
             return 0.0 if self.verdict is None and choice == MISS else _UNKNOWN_COST
-        least = min(self.verdict.regret(other) for other in self.acceptable)
-        loss = min(max(self.verdict.regret(choice) - least, 0.0), _UNKNOWN_COST)
+        loss = min(max(self.verdict.regret(choice) - self._least_regret, 0.0), _UNKNOWN_COST)
         return loss if choice in self.acceptable else loss + _UNACCEPTABLE_COST
+
+    @cached_property
+    def _least_regret(self) -> float:
+        assert self.verdict is not None
+        return min(self.verdict.regret(other) for other in self.acceptable)
 
     def lead(self, ahead: Choice, behind: Choice) -> float | None:
         """Log time by which one choice leads the other here, None where one of them has no time."""

@@ -142,7 +142,7 @@ def _judge_cell(operation: Operation, sizes: Sizes, rows: Sequence[Measurement],
     else:
         acceptable = gaining
     return Verdict(
-        context=min({id(row.context): row.context for row in rows}.values(), key=_context_order),
+        context=_first_context(rows),
         sizes=sizes,
         standings=standings,
         default=default,
@@ -166,8 +166,9 @@ def _contests(rows: Sequence[Measurement], texts: JsonTexts) -> tuple[_Contest, 
     )
 
 
-def _context_order(context: SelectionContext) -> str:
-    return canonical_json(context.to_dict())
+def _first_context(rows: Sequence[Measurement]) -> SelectionContext:
+    contexts = list({id(row.context): row.context for row in rows}.values())
+    return contexts[0] if len(contexts) == 1 else min(contexts, key=lambda context: canonical_json(context.to_dict()))
 
 
 def _time(row: Measurement) -> float:

@@ -6,7 +6,8 @@ Sums are exact (`math.fsum`) and the elimination is plain arithmetic, so equal i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from operator import mul
 
 Vector = tuple[float, ...]
 
@@ -20,19 +21,16 @@ def local_plane(
     the slopes small where the offsets hardly tell; it must be above 0, so that there is always a solution (Hoerl and
     Kennard, 1970; locally weighted: Cleveland and Devlin, 1988).
     """
-    axes = range(len(offsets[0]))
-
-    def mean_of(found: Iterable[float]) -> float:
-        return math.fsum(weight * value for weight, value in zip(weights, found, strict=True))
-
-    center = [mean_of(offset[axis] for offset in offsets) for axis in axes]
-    level = mean_of(values)
-    steps = [tuple(at - middle for at, middle in zip(offset, center, strict=True)) for offset in offsets]
+    columns = list(zip(*offsets, strict=True))
+    axes = range(len(columns))
+    center = [dot(weights, column) for column in columns]
+    level = dot(weights, values)
+    steps = [[at - middle for at in column] for column, middle in zip(columns, center, strict=True)]
     heights = [value - level for value in values]
     equations = [
         [
-            *(mean_of(step[row] * step[column] for step in steps) + ridge * (row == column) for column in axes),
-            mean_of(step[row] * height for step, height in zip(steps, heights, strict=True)),
+            *(dot(weights, list(map(mul, steps[row], steps[column]))) + ridge * (row == column) for column in axes),
+            dot(weights, list(map(mul, steps[row], heights))),
         ]
         for row in axes
     ]
@@ -41,7 +39,7 @@ def local_plane(
 
 
 def dot(first: Sequence[float], second: Sequence[float]) -> float:
-    return math.fsum(a * b for a, b in zip(first, second, strict=True))
+    return math.fsum(map(mul, first, second))
 
 
 def _solved(equations: list[list[float]]) -> Vector:

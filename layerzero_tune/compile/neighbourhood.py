@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from layerzero_tune.compile.judge import MINIMUM_GAIN, Choice, Verdict
-from layerzero_tune.compile.regret import RegretModel
+from layerzero_tune.compile.judge import MINIMUM_GAIN, Standing, Verdict
+from layerzero_tune.compile.regret import Estimate, RegretModel
 
 
 def settle(model: RegretModel) -> tuple[Verdict, ...]:
@@ -28,25 +28,32 @@ def settle(model: RegretModel) -> tuple[Verdict, ...]:
 def _settled(verdict: Verdict, model: RegretModel) -> Verdict:
     if verdict.reference != verdict.default:
         return verdict
-    likely = frozenset(choice for choice in verdict.tied - {verdict.default} if _is_likely(choice, verdict, model))
+    around = model.estimates(verdict.tied | verdict.acceptable, verdict.sizes)
+    likely = frozenset(
+        choice
+        for choice in verdict.tied - {verdict.default}
+        if _is_likely(verdict.standings[choice], around.get(choice))
+    )
     if verdict.acceptable == {verdict.default}:
         return replace(verdict, acceptable=verdict.acceptable | likely)
-
-    def holds(choice: Choice) -> bool:
-        estimate = model.estimate(choice, verdict.sizes)
-        return estimate is not None and estimate.upper < 0.0
-
-    holding = frozenset(choice for choice in verdict.acceptable if holds(choice))
+    holding = frozenset(choice for choice in verdict.acceptable if _holds(around.get(choice)))
     if not holding:
-        gaining = [choice for choice in verdict.standings if verdict.gains(choice) and holds(choice)]
+        gaining = {choice for choice in verdict.standings if verdict.gains(choice)}
+        around = model.estimates(gaining, verdict.sizes)
         fastest = min(
-            gaining, key=lambda choice: (verdict.standings[choice].log_ratio, choice), default=verdict.default
+            (choice for choice in gaining if _holds(around.get(choice))),
+            key=lambda choice: (verdict.standings[choice].log_ratio, choice),
+            default=verdict.default,
         )
         holding = frozenset({fastest})
     return replace(verdict, acceptable=holding | likely)
 
 
-def _is_likely(choice: Choice, verdict: Verdict, model: RegretModel) -> bool:
+def _holds(around: Estimate | None) -> bool:
+    """Whether a gain is expected to hold between the cells."""
+    return around is not None and around.upper < 0.0
+
+
+def _is_likely(here: Standing, around: Estimate | None) -> bool:
     """Whether the contests here and those around them say that a choice gains, proved here or not."""
-    standing, estimate = verdict.standings[choice], model.estimate(choice, verdict.sizes)
-    return standing.log_ratio < 0.0 and estimate is not None and estimate.upper < -math.log1p(MINIMUM_GAIN)
+    return here.log_ratio < 0.0 and around is not None and around.upper < -math.log1p(MINIMUM_GAIN)

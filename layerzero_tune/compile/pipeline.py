@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec
@@ -94,24 +95,29 @@ def _single_device(rows: Sequence[Measurement]) -> DeviceSpec:
     return DeviceSpec.from_dict(rows[0].device)
 
 
-def _newest(rows: Iterable[Measurement]) -> Measurement:
-    return max(rows, key=lambda row: (row.measured_at, row.job_id))
+def _age(row: Measurement) -> tuple[str, str]:
+    return (row.measured_at, row.job_id)
 
 
 def _newest_versions(rows: Iterable[Measurement]) -> dict[str, str]:
     """The version of each library in the newest measurement that used it."""
     versions: dict[str, str] = {}
-    for row in sorted(rows, key=lambda row: (row.measured_at, row.job_id)):
+    for row in sorted(rows, key=_age):
         versions |= row.versions
     return dict(sorted(versions.items()))
 
 
 def _identity(row: Measurement, kernel: Kernel) -> Mapping[str, str]:
-    version = row.versions.get(kernel.spec.library, "")
+    spec = kernel.spec
+    return _identity_of(spec.library, spec.version_digits, row.versions.get(spec.library, ""), row.source_hash)
+
+
+@lru_cache(maxsize=4096)
+def _identity_of(library: str, digits: int, version: str, source_hash: str) -> Mapping[str, str]:
     return {
-        "library": kernel.spec.library,
-        "version": ".".join(version.split("+")[0].split(".")[: kernel.spec.version_digits]),
-        "source": row.source_hash,
+        "library": library,
+        "version": ".".join(version.split("+")[0].split(".")[:digits]),
+        "source": source_hash,
     }
 
 
@@ -120,7 +126,8 @@ def _current_rows(rows: Sequence[Measurement], kernels: Mapping[str, Kernel]) ->
     newest: dict[str, Measurement] = {}
     for row in rows:
         held = newest.get(row.kernel_id)
-        newest[row.kernel_id] = row if held is None else _newest((held, row))
+        if held is None or _age(row) > _age(held):
+            newest[row.kernel_id] = row
     identities = {kernel_id: _identity(row, kernels[kernel_id]) for kernel_id, row in newest.items()}
     return tuple(row for row in rows if _identity(row, kernels[row.kernel_id]) == identities[row.kernel_id])
 

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.judge import Choice, Standing, Verdict
 from layerzero_tune.compile.local_plane import Vector, dot, local_plane
 from layerzero_tune.measure.statistics import LOG_RESOLUTION
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # A cell speaks for sizes up to this factor away, with a weight that falls linearly in log distance (over several axes
 # the Euclidean one). Of the reaches and kernels tried on the committed results (5,789 cells predicted without
@@ -82,36 +88,56 @@ class RegretModel:
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
         """Every choice with a time, in ascending order."""
-        return tuple(sorted({choice for _, standings in self._measured for choice in standings}))
+        return tuple(sorted({choice for standings in self._standings for choice in standings}))
 
     def estimate(self, choice: Choice, sizes: Sizes) -> Estimate | None:
         """What is expected of the choice at these sizes; None where it has no time under this key."""
-        if choice == self.reference:
-            return Estimate(0.0, 0.0, 0.0)
+        return self.estimates((choice,), sizes).get(choice)
+
+    def estimates(self, choices: Collection[Choice], sizes: Sizes) -> dict[Choice, Estimate]:
+        """What is expected of each of the choices at these sizes, but those without a time under this key."""
+        found = {choice: Estimate(0.0, 0.0, 0.0) for choice in choices if choice == self.reference}
+        others = [choice for choice in choices if choice != self.reference]
+        if not others:
+            return found
         place = place_of(sizes, self.free)
-        cells = [
-            (tuple(there - here for there, here in zip(other, place, strict=True)), standings[choice])
-            for other, standings in self._measured
-            if choice in standings
-        ]
-        if not cells:
-            return None
-        distances = [math.hypot(*offset) for offset, _ in cells]
-        nearest = min(distances)
-        reach = max(math.log2(REACH) * math.sqrt(len(place)), _WIDENING * nearest)
-        around = [
-            (1.0 - distance / reach, *cell) for distance, cell in zip(distances, cells, strict=True) if distance < reach
-        ]
-        total = math.fsum(weight for weight, _, _ in around)
-        weights = [weight / total for weight, _, _ in around]
-        offsets = [offset for _, offset, _ in around]
-        ratios = [standing.log_ratio for _, _, standing in around]
+        offsets = [[there - here for there in line] for line, here in zip(self._lines, place, strict=True)]
+        distances = list(map(math.hypot, *offsets))
+        usual = math.log2(REACH) * math.sqrt(len(self.free))
+        near = [cell for cell, distance in enumerate(distances) if distance < usual]
+        for choice in others:
+            held = [cell for cell in near if choice in self._standings[cell]]
+            nearest = min((distances[cell] for cell in held), default=math.inf)
+            reach = usual
+            if _WIDENING * nearest > usual:
+                held = [cell for cell, standings in enumerate(self._standings) if choice in standings]
+                nearest = min((distances[cell] for cell in held), default=math.inf)
+                reach = max(usual, _WIDENING * nearest)
+                held = [cell for cell in held if distances[cell] < reach]
+            if held:
+                around = [
+                    _Neighbour(
+                        1.0 - distances[cell] / reach,
+                        tuple(line[cell] for line in offsets),
+                        self._standings[cell][choice],
+                    )
+                    for cell in held
+                ]
+                found[choice] = self._estimate(choice, around, nearest)
+        return found
+
+    def _estimate(self, choice: Choice, around: Sequence[_Neighbour], nearest: float) -> Estimate:
+        """From the cells within reach, the nearest of which is that many octaves away."""
+        total = math.fsum(cell.share for cell in around)
+        weights = [cell.share / total for cell in around]
+        offsets = [cell.offset for cell in around]
+        ratios = [cell.standing.log_ratio for cell in around]
         height, slopes = local_plane(weights, offsets, ratios, _RIDGE / total)
         residuals = [ratio - height - dot(slopes, offset) for ratio, offset in zip(ratios, offsets, strict=True)]
         downside = dot(weights, [max(residual, 0.0) ** 2 for residual in residuals])
         spread = dot(weights, [residual**2 for residual in residuals])
-        noise = dot(weights, [_variance(standing) for _, _, standing in around])
-        change = (_UNFORESEEN * self._roughnesses[choice] * nearest) ** 2
+        noise = dot(weights, [_variance(cell.standing) for cell in around])
+        change = (_UNFORESEEN * self._roughness(choice) * nearest) ** 2
         return Estimate(
             _rounded(height),
             _rounded(height + DEVIATIONS * math.sqrt(downside)),
@@ -124,49 +150,76 @@ class RegretModel:
         The largest expected loss to any one other choice, both taken to be normal around their estimates (as expected
         improvement in Jones, Schonlau and Welch, 1998): what a measurement there may at best be worth.
         """
-        own = self.estimate(choice, sizes)
+        found = self.estimates((choice, *self.choices), sizes)
+        own = found.pop(choice, None)
         if own is None:
             return math.inf
-        others = (self.estimate(other, sizes) for other in self.choices if other != choice)
-        return max((_expected_loss(own, other) for other in others if other is not None), default=0.0)
+        return max((_expected_loss(own, other) for other in found.values()), default=0.0)
 
     def best(self, sizes: Sizes) -> Choice:
         """The choice that is expected to be fastest at these sizes."""
-        return min(self.choices, key=lambda choice: (self._expected(choice, sizes), choice))
+        found = self.estimates(self.choices, sizes)
+        return min(found, key=lambda choice: (found[choice].log_ratio, choice))
 
     def alike(self, choice: Choice, sizes: Sizes, margin: float) -> frozenset[Choice]:
         """The choices that are expected to take at most (1 + margin) times this one's time; it is among them."""
-        limit = self._expected(choice, sizes) + math.log1p(margin)
-        return frozenset({choice, *(other for other in self.choices if self._expected(other, sizes) <= limit)})
-
-    def _expected(self, choice: Choice, sizes: Sizes) -> float:
-        found = self.estimate(choice, sizes)
-        return math.inf if found is None else found.log_ratio
+        found = self.estimates((choice, *self.choices), sizes)
+        limit = (found[choice].log_ratio if choice in found else math.inf) + math.log1p(margin)
+        return frozenset({choice, *(other for other, estimate in found.items() if estimate.log_ratio <= limit)})
 
     @cached_property
-    def _measured(self) -> tuple[tuple[Place, dict[Choice, Standing]], ...]:
-        return tuple(
-            (place_of(verdict.sizes, self.free), dict(verdict.standings))
-            for verdict in self.verdicts
-            if verdict.reference == self.reference
-        )
+    def _measured(self) -> tuple[Verdict, ...]:
+        return tuple(verdict for verdict in self.verdicts if verdict.reference == self.reference)
+
+    @cached_property
+    def _standings(self) -> tuple[Mapping[Choice, Standing], ...]:
+        return tuple(verdict.standings for verdict in self._measured)
+
+    @cached_property
+    def _lines(self) -> tuple[Vector, ...]:
+        """Where the measured cells lie along each free axis."""
+        return tuple(zip(*(place_of(verdict.sizes, self.free) for verdict in self._measured), strict=True))
+
+    def _roughness(self, choice: Choice) -> float:
+        """Root mean square change of the choice's log ratio per octave, over pairs of cells within reach of each other,
+        and one octave of `ROUGHNESS` beside them."""
+        if choice not in self._roughnesses:
+            first, second, distances = self._pairs
+            unknown = Standing(math.nan, math.nan, math.nan, 0)
+            ratios = np.array([standings.get(choice, unknown).log_ratio for standings in self._standings])
+            changes = ratios[first] - ratios[second]
+            both = ~np.isnan(changes)
+            squares = math.fsum([ROUGHNESS**2, *np.square(changes[both]).tolist()])
+            octaves = math.fsum([1.0, *np.square(distances[both]).tolist()])
+            self._roughnesses[choice] = math.sqrt(squares / octaves)
+        return self._roughnesses[choice]
 
     @cached_property
     def _roughnesses(self) -> dict[Choice, float]:
-        """Root mean square change of each choice's log ratio per octave, over pairs of cells within reach of each
-        other, and one octave of `ROUGHNESS` beside them."""
-        squares = dict.fromkeys(self.choices, ROUGHNESS**2)
-        octaves = dict.fromkeys(self.choices, 1.0)
+        """Those that were asked for."""
+        return {}
+
+    @cached_property
+    def _pairs(self) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
+        """The pairs of measured cells within reach of each other, and their distances."""
         reach = math.log2(REACH) * math.sqrt(len(self.free))
-        for index, (place, standings) in enumerate(self._measured):
-            for other_place, others in self._measured[:index]:
-                distance = math.dist(place, other_place)
-                if distance > reach:
-                    continue
-                for choice in standings.keys() & others.keys():
-                    squares[choice] += (standings[choice].log_ratio - others[choice].log_ratio) ** 2
-                    octaves[choice] += distance**2
-        return {choice: math.sqrt(squares[choice] / octaves[choice]) for choice in self.choices}
+        places = list(zip(*self._lines, strict=True))
+        pairs = [
+            (first, second, distance)
+            for first, place in enumerate(places)
+            for second, other in enumerate(places[:first])
+            if (distance := math.dist(place, other)) <= reach
+        ]
+        first, second, distances = zip(*pairs, strict=True) if pairs else ((), (), ())
+        return np.array(first, dtype=np.intp), np.array(second, dtype=np.intp), np.array(distances)
+
+
+class _Neighbour(NamedTuple):
+    """A measured cell as seen from some sizes: its share in what they are expected to take, before all are scaled."""
+
+    share: float
+    offset: Vector
+    standing: Standing
 
 
 def place_of(sizes: Sizes, free: Sequence[int]) -> Place:

@@ -9,15 +9,19 @@ buckets; on an EPYC the last two are 0.9824, 0.956, 290 and 0.9829, 0.960, 232.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from layerzero_tune.compile.cell import Cell
 from layerzero_tune.compile.judge import Choice
 from layerzero_tune.compile.region import Axes, product_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # Sizes that lie closer together than this factor share a bucket. What sets them apart is not their magnitude but
 # whether they are even or fill whole tiles, which says nothing about the sizes in between.
@@ -44,74 +48,125 @@ class Place:
 def best_place(cells: Sequence[Cell], free: Axes) -> Place | None:
     """Of the cheapest places in each direction, the one after which the fewest buckets follow where each further split
     is the cheapest; None where all cells lie closer together than `MIN_STEP`."""
-    places = _places(cells, free)
+    ground = _Ground.of(cells, free)
+    everything = np.arange(len(cells))
+    places = ground.places(everything)
     if len(places) < 2 or places[0].is_clean:
         return places[0] if places else None
-    return min(places, key=lambda place: _buckets_after(cells, place, free))
+    best, fewest = places[0], math.inf
+    for place in places:
+        buckets = ground.buckets_after(everything, place, fewest)
+        if buckets < fewest:
+            best, fewest = place, buckets
+    return best
 
 
-def _buckets_after(cells: Sequence[Cell], place: Place, free: Axes) -> float:
-    sides = (
-        [cell for cell in cells if (product_of(cell.sizes, place.axes) <= place.low) == low] for low in (True, False)
-    )
-    return math.fsum(_buckets(side, free) for side in sides) + _PRODUCT_BUCKETS * (len(place.axes) > 1)
+@dataclass(frozen=True)
+class _Ground:
+    """Cells as arrays, of which the rows are looked at that lie on one side of the splits before.
 
+    Attributes:
+        choices: those that are acceptable in any cell, ascending.
+        costs, acceptable: (cells, choices).
+        sizes: the sizes of the cells (products over the axes) in each direction.
+        alike: (pairs, 2), cells that lie closer together than `MIN_STEP` on every axis.
+        holes: which cells were not measured.
+    """
 
-def _buckets(cells: Sequence[Cell], free: Axes) -> float:
-    if frozenset.intersection(*(cell.acceptable for cell in cells)):
-        return 1.0
-    places = _places(cells, free)
-    return _buckets_after(cells, places[0], free) if places else 1.0
+    choices: Sequence[Choice]
+    costs: NDArray[np.float64]
+    acceptable: NDArray[np.bool_]
+    sizes: Mapping[Axes, NDArray[Any]]
+    alike: NDArray[np.intp]
+    holes: NDArray[np.bool_]
 
+    @classmethod
+    def of(cls, cells: Sequence[Cell], free: Axes) -> Self:
+        choices = sorted({choice for cell in cells for choice in cell.acceptable})
+        directions = (axes for count in range(1, len(free) + 1) for axes in combinations(free, count))
+        return cls(
+            choices,
+            np.array([[cell.cost(choice) for choice in choices] for cell in cells]),
+            np.array([[choice in cell.acceptable for choice in choices] for cell in cells]),
+            {axes: np.array([product_of(cell.sizes, axes) for cell in cells]) for axes in directions},
+            _alike(cells),
+            np.array([cell.verdict is None for cell in cells]),
+        )
 
-def _places(cells: Sequence[Cell], free: Axes) -> Sequence[Place]:
-    """The best place in each direction, in order of what remains after it. Of places that cost the same it is the one
-    on the fewest axes and with the most even sides, so that the tree stays shallow."""
-    choices = sorted({choice for cell in cells for choice in cell.acceptable})
-    costs = np.array([[cell.cost(choice) for choice in choices] for cell in cells])
-    alike = _alike(cells)
-    found: list[tuple[tuple[float, int, int, Axes], Place]] = []
-    for axes in _directions(free, cells):
-        order = sorted(range(len(cells)), key=lambda index, axes=axes: product_of(cells[index].sizes, axes))  # type: ignore[misc]
-        sizes = [product_of(cells[index].sizes, axes) for index in order]
-        low_sums = np.cumsum(costs[order], axis=0)
-        high_sums = low_sums[-1] - low_sums
-        best: tuple[tuple[float, int, int, Axes], Place] | None = None
-        parted = _parted(order, alike)
-        for last, (low, high) in enumerate(pairwise(sizes)):
-            if high == low or (len(axes) == 1 and high < low * MIN_STEP) or last in parted:
+    def places(self, rows: NDArray[np.intp]) -> Sequence[Place]:
+        """The best place in each direction, in order of what remains after it. Of places that cost the same it is the
+        one on the fewest axes and with the most even sides, so that the tree stays shallow."""
+        entering = np.flatnonzero(self.acceptable[rows].any(axis=0))
+        costs = self.costs[np.ix_(rows, entering)]
+        pairs = self._pairs_among(rows)
+        has_holes = bool(self.holes[rows].any())
+        found: list[tuple[tuple[float, int, int, Axes], Place]] = []
+        for axes, all_sizes in self.sizes.items():
+            if has_holes and len(axes) > 1:  # a product would join what was not measured to cells far away
                 continue
-            left = round(float(low_sums[last].min() + high_sums[last].min()), 9)
-            total = left if len(axes) == 1 else left * _PRODUCT_SURCHARGE[0] + _PRODUCT_SURCHARGE[1]
-            rank = (round(total, 9), len(axes), abs(2 * (last + 1) - len(order)), axes)
-            if best is None or rank < best[0]:
-                sides = choices[int(low_sums[last].argmin())], choices[int(high_sums[last].argmin())]
-                best = rank, Place(axes, low, high, sides, is_clean=left == 0.0)
-        if best is not None:
-            found.append(best)
-    return [place for _, place in sorted(found, key=lambda item: item[0])]
+            order = np.argsort(all_sizes[rows], kind="stable")
+            sizes = all_sizes[rows][order]
+            low_sums = np.cumsum(costs[order], axis=0)
+            high_sums = low_sums[-1] - low_sums
+            # Not numpy's rounding, which depends on the last bits of a product.
+            left = np.array([round(cost, 9) for cost in (low_sums.min(axis=1) + high_sums.min(axis=1))[:-1].tolist()])
+            low, high = sizes[:-1], sizes[1:]
+            allowed = (high > low) & ~_parted(order, pairs)
+            if len(axes) == 1:
+                allowed &= high >= low * MIN_STEP
+            candidates = np.flatnonzero(allowed)
+            if not len(candidates):
+                continue
+            cheapest = candidates[left[candidates] == left[candidates].min()]
+            uneven = np.abs(2 * (cheapest + 1) - len(order))
+            last = int(cheapest[uneven.argmin()])
+            total = float(left[last])
+            if len(axes) > 1:
+                total = round(total * _PRODUCT_SURCHARGE[0] + _PRODUCT_SURCHARGE[1], 9)
+            low_side, high_side = (self.choices[entering[sums[last].argmin()]] for sums in (low_sums, high_sums))
+            place = Place(
+                axes, int(low[last]), int(high[last]), (low_side, high_side), is_clean=bool(left[last] == 0.0)
+            )
+            found.append(((total, len(axes), int(uneven.min()), axes), place))
+        return [place for _, place in sorted(found, key=lambda item: item[0])]
+
+    def buckets_after(self, rows: NDArray[np.intp], place: Place, limit: float) -> float:
+        """How many buckets follow, infinitely many if they are not fewer than the limit."""
+        is_low = self.sizes[place.axes][rows] <= place.low
+        found = _PRODUCT_BUCKETS * (len(place.axes) > 1)
+        found += self._buckets(rows[is_low], limit - found - 1.0)
+        return found + self._buckets(rows[~is_low], limit - found)
+
+    def _buckets(self, rows: NDArray[np.intp], limit: float) -> float:
+        if limit <= 1.0:
+            return math.inf
+        if self.acceptable[rows].all(axis=0).any():
+            return 1.0
+        places = self.places(rows)
+        return self.buckets_after(rows, places[0], limit) if places else 1.0
+
+    def _pairs_among(self, rows: NDArray[np.intp]) -> NDArray[np.intp]:
+        """The pairs that are alike, as positions in `rows`; those with one cell elsewhere are parted already."""
+        positions = np.full(len(self.holes), -1)
+        positions[rows] = np.arange(len(rows))
+        pairs = positions[self.alike]
+        return pairs[(pairs >= 0).all(axis=1)]
 
 
-def _alike(cells: Sequence[Cell]) -> Sequence[tuple[int, int]]:
-    """Pairs of cells that lie closer together than `MIN_STEP` on every axis."""
+def _alike(cells: Sequence[Cell]) -> NDArray[np.intp]:
     sizes = np.array([cell.sizes for cell in cells])
     one, other = sizes[:, None, :], sizes[None, :, :]
     # No logarithms, whose last bits differ between machines: sizes may lie just this factor apart.
     factors = (np.maximum(one, other) / np.minimum(one, other)).max(axis=2)
-    first, second = np.nonzero(np.triu(factors < MIN_STEP, k=1))
-    return list(zip(first.tolist(), second.tolist(), strict=True))
+    return np.argwhere(np.triu(factors < MIN_STEP, k=1))
 
 
-def _parted(order: Sequence[int], pairs: Sequence[tuple[int, int]]) -> frozenset[int]:
-    """The positions in an order of cells after which a split would part one of the pairs."""
-    places = {cell: place for place, cell in enumerate(order)}
-    ends = (sorted((places[first], places[second])) for first, second in pairs)
-    return frozenset(place for low, high in ends for place in range(low, high))
-
-
-def _directions(free: Axes, cells: Sequence[Cell]) -> Iterator[Axes]:
-    """Every axis, then every product of several; around sizes that were not measured axes alone, for a product would
-    join them to others far away."""
-    has_holes = any(cell.verdict is None for cell in cells)
-    for count in range(1, 2 if has_holes else len(free) + 1):
-        yield from combinations(free, count)
+def _parted(order: NDArray[np.intp], pairs: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """At which positions in an order of cells, but the last, a split behind them would part one of the pairs."""
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order))
+    ends = np.sort(places[pairs], axis=1)
+    opened = np.zeros(len(order), dtype=np.intp)
+    np.add.at(opened, ends[:, 0], 1)
+    np.add.at(opened, ends[:, 1], -1)
+    return (np.cumsum(opened) > 0)[:-1]

@@ -64,7 +64,14 @@ def test_a_miss_says_why_and_who_was_refused(snapshot: Snapshot) -> None:
     assert (found.plan.source, found.bucket, found.evidence) == ("live", {}, None)
     assert "live selector, because of a miss: outside the measured range: norm.rms with (1000000, 512)" in str(found)
     gradients = lz.explain(replace(HIT, requires_grad=True))
-    assert set(gradients.refused) == {"torch.inductor.rms_norm", "torch.rms_norm.vector_norm"}
+    on_cpus = {"torch.inductor.rms_norm", "torch.rms_norm.vector_norm"}
+    assert set(gradients.refused) == {*on_cpus, "triton.rms_norm"}
+    assert (
+        "PLATFORM_NOT_ONE_OF: platform is 'cpu', required one of 'cuda', None" in gradients.refused["triton.rms_norm"]
+    )
+    assert [kernel_id for kernel_id in gradients.refused if f"refused {kernel_id}: " in str(gradients)] == [
+        kernel_id for kernel_id in gradients.refused if kernel_id in on_cpus
+    ], "kernels for other kinds of devices are left out of the text"
     with pytest.raises(NoKernelAvailableError, match="DTYPE_NOT_ONE_OF"):
         lz.explain(replace(HIT, dtype="int8"))
 

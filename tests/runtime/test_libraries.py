@@ -68,6 +68,19 @@ def test_torch_not_installed_names_the_extra(tmp_path: Path) -> None:
     assert run_python(code) == "torch is not installed: pip install 'layerzero-dispatch[tune]' | None"
 
 
+def test_triton_not_installed_names_the_extra() -> None:
+    code = (
+        "import sys; from layerzero_runtime.libraries import missing_requirement;"
+        "print(missing_requirement(('triton',)), 'triton' in sys.modules);"
+        "missing_requirement.cache_clear(); sys.path = [p for p in sys.path if 'site-packages' not in p];"
+        "print(missing_requirement(('triton',)))"
+    )
+    assert run_python(code).splitlines() == [
+        "None False",
+        "triton is not installed: pip install 'layerzero-dispatch[triton]'",
+    ]
+
+
 def test_compiler_not_on_path_is_named_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
@@ -124,7 +137,7 @@ def test_answers_are_kept_until_cleared(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_unknown_probe_is_an_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(SpecError, match=r"'fortran'.*torch, cxx_compiler"):
+    with pytest.raises(SpecError, match=r"'fortran'.*torch, triton, cxx_compiler"):
         missing_requirement(("fortran",))
 
 

@@ -21,6 +21,7 @@ from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.libraries import library_version
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.snapshot import Snapshot
+from layerzero_runtime.tables import staleness
 from layerzero_runtime.tables.staleness import kernel_source_hash, stale_entries, stale_message, stale_reasons
 from layerzero_runtime.tables.table import Table, load_table
 from layerzero_runtime.tables.table_files import load_table_file
@@ -74,6 +75,27 @@ def test_code_and_constants_count_declarations_and_comments_do_not(tmp_path: Pat
         "function": ADAPTER.replace("gate * up * _BLOCK", "up * gate * _BLOCK"),
     }.items():
         assert adapter_hash(tmp_path, f"adapter_{name}", source) != measured, name
+
+
+def test_further_files_of_a_kernel_count_as_its_adapter_does(tmp_path: Path) -> None:
+    source = ADAPTER.replace("Kernel(_SPEC, load)", 'Kernel(_SPEC, load, sources=("sources/tiles.py",))')
+    tiles = tmp_path / "sources" / "tiles.py"
+    tiles.parent.mkdir()
+    tiles.write_text("import math\n\nSIZE = 16\n")
+    alone, measured = adapter_hash(tmp_path, "adapter_alone", ADAPTER), adapter_hash(tmp_path, "adapter_joined", source)
+    assert len(measured) == 32
+    assert measured != alone
+    for text, is_other in (("import re\n\nSIZE = 16\n", False), ("import math\n\nSIZE = 32\n", True)):
+        tiles.write_text(text)
+        staleness._code_hash.cache_clear()
+        staleness._joined_hash.cache_clear()
+        assert (adapter_hash(tmp_path, "adapter_joined", source) != measured) == is_other
+
+
+def test_the_files_that_builtin_kernels_name_are_there() -> None:
+    for kernel in builtin_kernels():
+        folder = Path(kernel.load.__code__.co_filename).parent
+        assert [name for name in kernel.sources if not (folder / name).is_file()] == []
 
 
 LIBRARY, DIGITS = "acme-kernels", 2

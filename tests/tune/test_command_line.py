@@ -83,7 +83,7 @@ def test_doctor(command: CommandsHere) -> None:
     spec = detect_device("cpu")
     assert report["device"] == spec.to_dict()
     assert report["slug"] == spec.slug
-    assert report["libraries"] == {"torch": library_version("torch")}
+    assert report["libraries"] == {name: library_version(name) for name in ("torch", "triton")}
     assert report["kernels"] == len(builtin_kernels())
     shown = command("doctor", "--device", "cpu")
     assert spec.slug in shown.output
