@@ -1,4 +1,5 @@
-"""The worker process: `python -m layerzero_tune.worker.main SOCKET BOARD LIFELINE MODULE...` (descriptors, kernels).
+"""The worker process: `python -m layerzero_tune.worker.main SOCKET BOARD LIFELINE DEVICE MODULE...` (descriptors, torch's
+name of the device, kernels).
 
 Threads and environment are what torch and the tuner's environment give; freed memory stays with the process. Its
 standard output and error are the tuner's scratch file, so that nothing a kernel prints reaches a terminal or a report.
@@ -42,9 +43,11 @@ def die_with_tuner(lifeline: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def answer(request: Request, kernels: Mapping[str, Kernel], board: ProgressBoard) -> ContestOutcome | Refusal:
+def answer(
+    request: Request, kernels: Mapping[str, Kernel], device: str, board: ProgressBoard
+) -> ContestOutcome | Refusal:
     try:
-        return measure_contest(request.contest, kernels, settled=request.settled, progress=board.report)
+        return measure_contest(request.contest, kernels, device=device, settled=request.settled, progress=board.report)
     except LayerZeroError as error:
         return Refusal(error)
     except Exception:  # noqa: BLE001 - raised again in the tuner, which can tell the user
@@ -62,21 +65,21 @@ def main(arguments: list[str]) -> None:
         try:
             import torch  # noqa: F401 - now, so that no candidate's time limit pays for it
 
-            kernels = with_loads_remembered(load_kernels(arguments[3:]))
+            kernels = with_loads_remembered(load_kernels(arguments[4:]))
         except LayerZeroError as error:
             tuner.send(Refusal(error))
             return
-        _serve(tuner, kernels, ProgressBoard(board))
+        _serve(tuner, kernels, arguments[3], ProgressBoard(board))
 
 
-def _serve(tuner: Connection[Reply, Request], kernels: Mapping[str, Kernel], board: ProgressBoard) -> None:
+def _serve(tuner: Connection[Reply, Request], kernels: Mapping[str, Kernel], device: str, board: ProgressBoard) -> None:
     tuner.send(Ready())
     while True:
         try:
             request = tuner.recv()
         except EOFError:
             return
-        tuner.send(answer(request, kernels, board))
+        tuner.send(answer(request, kernels, device, board))
 
 
 if __name__ == "__main__":
