@@ -21,12 +21,15 @@ class Bench:
 
     Attributes:
         name: torch's name of the device.
+        is_shared: whether other processes that use this machine's processors slow a contest down; the device time of a
+            graph does not ask what they do.
     """
 
     name: str
     spec: DeviceSpec
     clock: Clock
     speed: Speed
+    is_shared: bool = True
 
     @classmethod
     def of(cls, device: str, mode: str) -> Bench:
@@ -39,8 +42,10 @@ class Bench:
         spec = detect_device(device)
         if spec.platform == "cuda":
             index = spec.index or 0
-            clock = GraphClock(index) if mode == "graph" else EagerClock(index)
-            return cls(f"cuda:{index}", spec, clock, _gpu_watch(index))
+            name, watch = f"cuda:{index}", _gpu_watch(index)
+            if mode == "graph":
+                return cls(name, spec, GraphClock(index), watch, is_shared=False)
+            return cls(name, spec, EagerClock(index), watch)
         if mode != "eager":
             raise ContextError(f"mode is {mode!r}: CPUs have 'eager' only; measure graphs on a CUDA device")
         return cls("cpu", spec, WallClock(), _parallel_speed())

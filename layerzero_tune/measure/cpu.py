@@ -165,7 +165,7 @@ class _ContestRun:
             start = ProcessorTime.now()
             self.full_speed.wait()
             self._time(Rotation(sets))
-            others = others_share(start, ProcessorTime.now())
+            others = others_share(start, ProcessorTime.now()) if self.bench.is_shared else 0.0
             self.contention = max(others, self.full_speed.lost)
             if others <= MAX_SHARE:
                 return
