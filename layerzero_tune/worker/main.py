@@ -1,8 +1,8 @@
 """The worker process: `python -m layerzero_tune.worker.main SOCKET BOARD LIFELINE DEVICE MODULE...`.
 
 The first three are descriptors; the device goes by torch's name, and the modules are those of further kernels. Threads
-and environment are what torch and the tuner's environment give; freed memory stays with the process. Its standard output
-and error are the tuner's scratch file, so that nothing a kernel prints reaches a terminal or a report.
+and environment are what torch and the tuner's environment give; freed memory stays with the process. Its standard
+output and error are the tuner's scratch file, so that nothing a kernel prints reaches a terminal or a report.
 """
 
 from __future__ import annotations

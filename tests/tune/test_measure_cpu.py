@@ -130,7 +130,7 @@ def test_a_hopeless_candidate_is_not_screened_again(monkeypatch: pytest.MonkeyPa
     steps: list[tuple[int | None, str]] = []
     names = ("torture.right", "torture.slow", "torture.right_too")
     jobs = measure_contest(contest(*names), KERNELS, progress=lambda *step: steps.append(step)).outcomes
-    assert [name for index, name in steps if index == 1] == ["load and first call", "warm-up"]
+    assert [name for index, name in steps if index == 1] == ["load and first call", "prepare", "warm-up"]
     assert [name for index, name in steps if index == 2].count("screening") >= 2
     assert jobs[1].screen_ns is not None
     assert jobs[1].screen_ns > 3e6
