@@ -21,7 +21,7 @@ KERNELS = {kernel.kernel_id: kernel for kernel in builtin_kernels()}
 SMALL = SelectionContext(operation="norm.rms", dtype="bfloat16", rows=16, hidden_size=1024)
 LARGE = replace(SMALL, rows=16384, hidden_size=8192)
 BRIEF = MeasurementPolicy(warmup_ms=2.0, screen_ms=2.0, round_ms=2.0, rounds=4)
-NAMES = ("torch.rms_norm", "torch.rms_norm.fused")
+NAMES = ("torch.rms_norm", "triton.rms_norm")
 
 
 def medians(context: SelectionContext) -> list[float]:
