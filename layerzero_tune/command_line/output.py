@@ -76,6 +76,15 @@ def write_workload(lines: Sequence[WorkloadLine], path: Path, option: str) -> No
         raise ResultsError(f"cannot write {path}: {reason}; choose another file with {option}") from error
 
 
+def duration_text(seconds: float) -> str:
+    """A time as `--budget` takes it: 45s, 9m30s, 1h05m."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{whole % 60:02}s" if minutes else f"{whole}s"
+
+
 def shape_text(context: Any) -> str:
     """The sizes of a context in a few words."""
     if context.rows is not None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated
 
 import typer
 
-from layerzero_runtime.context import SelectionContext
 from layerzero_tune.command_line.options import (
     DeviceOption,
     JsonOption,
@@ -24,16 +23,17 @@ from layerzero_tune.command_line.options import (
     split_list,
     torch_name,
 )
-from layerzero_tune.command_line.output import notes, print_json, print_table, progress_bar, shape_text
-from layerzero_tune.compile.distrust import disturbed_points
+from layerzero_tune.command_line.output import print_json
+from layerzero_tune.command_line.run_progress import RunProgress
+from layerzero_tune.command_line.run_summary import announce, forecast_of, json_summary, print_dry_run, print_summary
 from layerzero_tune.measure.contest import MeasurementPolicy
-from layerzero_tune.report.wins import kernel_wins
 from layerzero_tune.results.store import ResultsStore
-from layerzero_tune.search.device import MAX_TAKES, LiveDevice, MeasuringDevice, RecordedDevice
-from layerzero_tune.search.tuning import FinishedContest, plan_tuning, tune
+from layerzero_tune.search.budget import Deadline, parse_duration
+from layerzero_tune.search.device import LiveDevice, MeasuringDevice, RecordedDevice
+from layerzero_tune.search.tuning import agenda_of, plan_tuning, tune
 from layerzero_tune.worker.process import WorkerProcess
 from layerzero_tune.workload.errors import WorkloadError
-from layerzero_tune.workload.lines import read_workload
+from layerzero_tune.workload.lines import WorkloadLine, read_workload
 from layerzero_tune.workload.presets import PRESETS, preset_workload
 
 
@@ -43,116 +43,70 @@ def run_command(
     ops: OpsOption = "",
     preset: Annotated[str, typer.Option("--preset", help=f"Grid of shapes: {', '.join(PRESETS)}.")] = "quick",
     workload: Annotated[Path | None, typer.Option("--workload", help="Shapes from a workload file instead.")] = None,
+    budget: Annotated[
+        str, typer.Option("--budget", help="Time for the whole run, such as 90s, 10m or 1h30m: best first, then skip.")
+    ] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its expected time alone.")] = False,
     kernels: KernelsOption = "",
     json: JsonOption = False,
 ) -> None:
-    """Measure every legal kernel on each shape that the results do not hold yet."""
+    """Measure every legal kernel on each shape that the results do not hold yet, the most valuable shapes first."""
+    budget_s = parse_duration(budget) if budget else None
+    deadline = None if budget_s is None else Deadline.after(budget_s)
     operations = operations_named(ops)
-    store = ResultsStore(out)
     recording = results_of(device)
+    if workload is not None:
+        lines: Sequence[WorkloadLine] = read_workload(workload)
+    elif recording is None:
+        lines = preset_workload(preset, operations)
+    run = _Run(ResultsStore(out), budget_s, deadline, dry_run, json)
     if recording is not None:
         recorded = RecordedDevice(ResultsStore(recording).read().rows)
-        contexts = recorded.contexts if workload is None else _workload_contexts(workload)
-        _run(recorded, [context for context in contexts if context.operation in operations], store, json)
+        if workload is None:
+            lines = tuple(WorkloadLine(context) for context in recorded.contexts)
+        run(recorded, _of_operations(lines, operations))
         return
     spec = live_device(device)
-    if workload is None:
-        if spec.platform != "cpu":
-            raise WorkloadError(f"presets are for CPUs, the device is {spec.name}: name its shapes with --workload")
-        lines = preset_workload(preset, operations)
-        contexts = tuple(line.context for line in lines)
-    else:
-        contexts = tuple(context for context in _workload_contexts(workload) if context.operation in operations)
+    if workload is None and spec.platform != "cpu":
+        raise WorkloadError(f"presets are for CPUs, the device is {spec.name}: name its shapes with --workload")
     modules = split_list(kernels)
     registry = registry_with(modules)
     with WorkerProcess(modules, torch_name(spec)) as worker:
-        _run(LiveDevice(spec, registry, MeasurementPolicy(), worker), contexts, store, json)
+        run(LiveDevice(spec, registry, MeasurementPolicy(), worker), _of_operations(lines, operations))
 
 
-def _workload_contexts(path: Path) -> tuple[SelectionContext, ...]:
-    return tuple(line.context for line in read_workload(path))
+def _of_operations(lines: Sequence[WorkloadLine], operations: Sequence[str]) -> tuple[WorkloadLine, ...]:
+    return tuple(line for line in lines if line.context.operation in operations)
 
 
-def _run(device: MeasuringDevice, contexts: Sequence[SelectionContext], store: ResultsStore, json: bool) -> None:
-    check_writable(store.directory)
-    plan = plan_tuning(device, contexts, store)
-    notes.print(
-        f"{device.spec.name}: {len(plan.contests)} contests to measure, {plan.held} held already in {store.directory}",
-        soft_wrap=True,
-    )
-    start = perf_counter()
-    preparing, measured = 0.0, 0
-    with progress_bar() as bar:
-        task = bar.add_task("measuring", total=len(plan.contests))
+@dataclass(frozen=True)
+class _Run:
+    """What of a run does not depend on the device."""
 
-        def finished(contest: FinishedContest) -> None:
-            nonlocal preparing, measured
-            preparing += contest.preparation_s
-            measured += 1
-            context = contest.contest.context
-            bar.update(
-                task,
-                completed=measured,
-                total=measured + contest.left,
-                description=f"{context.operation} {context.dtype} {shape_text(context)}",
-            )
+    store: ResultsStore
+    budget_s: float | None
+    deadline: Deadline | None
+    is_dry: bool
+    json: bool
 
-        tune(device, plan, store, finished)
-    elapsed = perf_counter() - start
-    results = store.read()
-    statuses = Counter(row.status for row in results.rows)
-    if json:
-        print_json(
-            {
-                "device": device.spec.to_dict(),
-                "contests_measured": measured,
-                "contests_held": plan.held,
-                "measuring_s": elapsed - preparing,
-                "preparing_s": preparing,
-                "statuses": dict(statuses),
-                "points_without_candidates": [context.to_dict() for context in plan.without_candidates],
-                "quarantined": [str(path) for path in (*plan.quarantined, *results.quarantined)],
-            }
-        )
-        return
-    notes.print(
-        f"measured {measured} contests in {elapsed - preparing:.0f} s, beside {preparing:.0f} s of loading "
-        f"and compiling kernels; next: layerzero-tune compile {store.directory} --out TABLES",
-        soft_wrap=True,
-    )
-    print_table(
-        "Where each kernel wins",
-        ("operation", "dtype", "kernel", "points", "best at", "largest gain over the default"),
-        [
-            (
-                found.operation,
-                found.dtype,
-                found.kernel_id,
-                str(found.points),
-                str(found.wins),
-                "-" if found.largest_gain is None else f"{found.largest_gain:.2f}x",
-            )
-            for found in kernel_wins(results.rows)
-        ],
-    )
-    disturbed = len(disturbed_points(results.rows))
-    if disturbed:
-        notes.print(
-            f"{disturbed} points were disturbed by other processes or by a drift of the machine, {MAX_TAKES} times "
-            "over; measure on a quiet machine",
-            style="yellow",
-            soft_wrap=True,
-        )
-    failures: dict[tuple[str, str], list[str]] = {}
-    for row in results.rows:
-        if row.status != "ok":
-            failures.setdefault((row.kernel_id, row.status), []).append(row.message)
-    if failures:
-        print_table(
-            "Without a time",
-            ("kernel", "status", "jobs", "first message"),
-            [
-                (kernel_id, status, str(len(messages)), messages[0])
-                for (kernel_id, status), messages in sorted(failures.items())
-            ],
-        )
+    def __call__(self, device: MeasuringDevice, lines: Sequence[WorkloadLine]) -> None:
+        if not self.is_dry:
+            check_writable(self.store.directory)
+        plan = plan_tuning(device, lines, self.store)
+        agenda = agenda_of(device, plan, refine=self.deadline is not None and not self.is_dry)
+        if self.is_dry:
+            forecast = forecast_of(plan, agenda, self.budget_s)
+            print_json(forecast) if self.json else print_dry_run(forecast)
+            return
+        announce(device.spec.name, plan, agenda, self.store, self.budget_s)
+        start = perf_counter()
+        with RunProgress(self.deadline, agenda.left) as progress:
+            end = tune(device, agenda, self.store, progress, self.deadline)
+        elapsed_s = perf_counter() - start
+        results = self.store.read()
+        if self.json:
+            quarantined = [str(path) for path in (*plan.quarantined, *results.quarantined)]
+            summary = json_summary(plan, results.rows, progress, end, elapsed_s)
+            print_json({"device": device.spec.to_dict(), "quarantined": quarantined} | summary)
+        else:
+            print_summary(self.store, results.rows, progress, end, elapsed_s)

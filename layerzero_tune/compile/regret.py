@@ -154,7 +154,7 @@ class RegretModel:
         own = found.pop(choice, None)
         if own is None:
             return math.inf
-        return max((_expected_loss(own, other) for other in found.values()), default=0.0)
+        return max((expected_loss(own, other) for other in found.values()), default=0.0)
 
     def best(self, sizes: Sizes) -> Choice:
         """The choice that is expected to be fastest at these sizes."""
@@ -237,7 +237,7 @@ def _variance(standing: Standing) -> float:
     return ((standing.high - standing.low) / _INTERVAL) ** 2 if standing.rounds else 0.0
 
 
-def _expected_loss(own: Estimate, other: Estimate) -> float:
+def expected_loss(own: Estimate, other: Estimate) -> float:
     """E[max(0, own - other)] of two normal variables."""
     mean = own.log_ratio - other.log_ratio
     deviation = math.hypot(own.doubt, other.doubt)

@@ -1,116 +1,174 @@
-"""A run: measure the contests of a workload that the store does not hold yet, and again those that leave a doubt."""
+"""A run: measure the contests of a workload that the store does not hold yet, the most valuable first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
+from typing import Protocol
 
 from layerzero_runtime.context import SelectionContext
-from layerzero_tune.measure.contest import Contest
+from layerzero_tune.measure.contest import Contest, ContestOutcome
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import Results, ResultsStore
+from layerzero_tune.search.agenda import Agenda, Planned
+from layerzero_tune.search.budget import BudgetSpentError, Deadline
 from layerzero_tune.search.device import MeasuringDevice
-from layerzero_tune.search.doubt import leaves_doubt
+from layerzero_tune.workload.lines import WorkloadLine
 
-RowsByContest = Mapping[str, Sequence[Measurement]]
+# What the end of a run takes, compacting the files and summing up, on a 2-core AMD EPYC: so much at least, and so much
+# per contest.
+CLOSING_S = 1.0
+CLOSING_PER_CONTEST_S = 0.002
 
 
 @dataclass(frozen=True)
 class TuningPlan:
-    """What a run will do.
+    """What a run is about.
 
     Attributes:
-        offered: the first contests of all points, in their order.
-        done: the rows that the store holds already, by contest.
-        contests: what is to be measured first: contests that the store lacks, then those that left a doubt, again.
-        without_candidates: points without any candidate.
-        quarantined: damaged files that were set aside; their contests count as missing.
+        lines: the points with at least one contest, and their weights.
+        offered: the contests of each point.
+        held: the rows that the store holds, by contest.
+        without_candidates: points at which nothing can be measured.
+        quarantined: damaged files that were set aside, whose contests count as missing.
     """
 
-    offered: tuple[Contest, ...]
-    done: RowsByContest
-    contests: tuple[Contest, ...]
+    lines: tuple[WorkloadLine, ...]
+    offered: Mapping[SelectionContext, Sequence[Contest]]
+    held: Mapping[str, Sequence[Measurement]]
     without_candidates: tuple[SelectionContext, ...]
     quarantined: tuple[Path, ...]
 
     @property
-    def held(self) -> int:
-        """How many of the offered contests the store holds."""
-        return sum(contest.contest_id in self.done for contest in self.offered)
+    def missing(self) -> tuple[Contest, ...]:
+        """The points' contests that the store does not hold, in the order of the points."""
+        contests = {contest.contest_id: contest for found in self.offered.values() for contest in found}
+        return tuple(contest for contest_id, contest in contests.items() if contest_id not in self.held)
+
+    @property
+    def found(self) -> int:
+        """How many of the points' contests the store holds."""
+        return len({contest.contest_id for found in self.offered.values() for contest in found} & self.held.keys())
 
 
 @dataclass(frozen=True)
 class FinishedContest:
     """A contest that was just stored: its rows, the time that loading and compiling its kernels took in s, and how many
-    of those that are known to be wanted are left."""
+    contests are known to be left."""
 
-    contest: Contest
+    planned: Planned
     rows: tuple[Measurement, ...]
     preparation_s: float
     left: int
 
+    @property
+    def contest(self) -> Contest:
+        return self.planned.contest
 
-def plan_tuning(device: MeasuringDevice, contexts: Sequence[SelectionContext], store: ResultsStore) -> TuningPlan:
-    """What the points ask for beside what the store holds.
+
+@dataclass(frozen=True)
+class TuningEnd:
+    """What a run leaves.
+
+    Attributes:
+        skipped: the workload's contests that were not measured, for want of time.
+        regret: the expected regret (log ratio) at the workload's points: the weighted mean.
+        worst_regret: the largest of them.
+    """
+
+    skipped: tuple[Planned, ...]
+    regret: float
+    worst_regret: float
+
+
+class Watcher(Protocol):
+    """Who is told of each contest."""
+
+    def begins(self, planned: Planned) -> None: ...
+
+    def finished(self, finished: FinishedContest) -> None: ...
+
+
+class Unwatched:
+    """Tells nobody."""
+
+    def begins(self, planned: Planned) -> None:
+        """Nothing."""
+
+    def finished(self, finished: FinishedContest) -> None:
+        """Nothing."""
+
+
+def plan_tuning(device: MeasuringDevice, lines: Sequence[WorkloadLine], store: ResultsStore) -> TuningPlan:
+    """The contests of the points, and what the store holds of them.
 
     Raises:
         ResultsError: the store cannot be read.
     """
-    held = store.read() if store.directory.exists() else Results((), ())
-    done: dict[str, list[Measurement]] = {}
-    for row in held.rows:
-        done.setdefault(row.contest_id, []).append(row)
-    by_point = {context: device.contests(context) for context in dict.fromkeys(contexts)}
-    offered = tuple({contest.contest_id: contest for found in by_point.values() for contest in found}.values())
+    stored = store.read() if store.directory.exists() else Results((), ())
+    held: dict[str, list[Measurement]] = {}
+    for row in stored.rows:
+        held.setdefault(row.contest_id, []).append(row)
+    offered = {line.context: device.contests(line.context) for line in lines}
     return TuningPlan(
+        lines=tuple(line for line in lines if offered[line.context]),
         offered=offered,
-        done=done,
-        contests=_wanted(device, offered, done),
-        without_candidates=tuple(context for context, found in by_point.items() if not found),
-        quarantined=held.quarantined,
+        held=held,
+        without_candidates=tuple(context for context, found in offered.items() if not found),
+        quarantined=stored.quarantined,
     )
+
+
+def agenda_of(device: MeasuringDevice, plan: TuningPlan, *, refine: bool) -> Agenda:
+    """The agenda of a run over the plan: the workload's contests, and again those that were disturbed or whose verdict
+    is in doubt; with `refine` also points between those of the workload, after them."""
+    return Agenda(device, plan.lines, plan.offered, plan.held, refine=refine)
 
 
 def tune(
     device: MeasuringDevice,
-    plan: TuningPlan,
+    agenda: Agenda,
     store: ResultsStore,
-    progress: Callable[[FinishedContest], None] = lambda finished: None,
-) -> None:
-    """Measure the plan's contests, then again and again those that leave a doubt, each stored as soon as it has
-    finished; at the end the files are compacted.
+    watcher: Watcher | None = None,
+    deadline: Deadline | None = None,
+) -> TuningEnd:
+    """Measure what is on the agenda, each contest stored as soon as it has finished; then the files are
+    compacted.
 
-    Repeats come after all others: what disturbed a contest may be gone by then, and what was so by chance is not so
-    again.
+    Without a deadline it ends when the agenda is empty. With one, what the time does not suffice for is skipped; a
+    contest that is in flight a moment before the deadline is given up.
 
     Raises:
         ResultsError: the store cannot be written.
     """
-    done: dict[str, Sequence[Measurement]] = dict(plan.done)
-    wanted = plan.contests
-    while wanted:
-        for left, contest in zip(reversed(range(len(wanted))), wanted, strict=True):
-            rows, outcome = device.measure(contest)
-            store.append(rows)
-            done[contest.contest_id] = rows
-            progress(FinishedContest(contest, rows, outcome.preparation_s, left))
-        wanted = _wanted(device, plan.offered, done)
+    watcher = watcher or Unwatched()
+    while True:
+        closing_s = CLOSING_S + CLOSING_PER_CONTEST_S * agenda.held
+        planned = agenda.next(math.inf if deadline is None else deadline.left_s() - closing_s)
+        if planned is None:
+            break
+        watcher.begins(planned)
+        start = perf_counter()
+        try:
+            rows, outcome = _measured(device, planned.contest, deadline, closing_s)
+        except BudgetSpentError:
+            break
+        store.append(rows)
+        # A replay takes no time that says anything.
+        taken_s = perf_counter() - start - outcome.preparation_s if outcome.outcomes else None
+        agenda.learn(planned, rows, taken_s)
+        watcher.finished(FinishedContest(planned, rows, outcome.preparation_s, agenda.left))
     store.compact()
+    return TuningEnd(agenda.waiting(), *agenda.expected_regret())
 
 
-def _wanted(device: MeasuringDevice, offered: Sequence[Contest], done: RowsByContest) -> tuple[Contest, ...]:
-    """The contests that were not measured yet, then the next repeats of those that left a doubt."""
-    missing = tuple(contest for contest in offered if contest.contest_id not in done)
-    return missing + tuple(_repeats(device, (contest for contest in offered if contest.contest_id in done), done))
-
-
-def _repeats(device: MeasuringDevice, contests: Iterator[Contest], done: RowsByContest) -> Iterator[Contest]:
-    for contest in contests:
-        rows: list[Measurement] = []
-        following: Contest | None = contest
-        while following is not None and following.contest_id in done:
-            rows += done[following.contest_id]
-            following = device.again(following)
-        if following is not None and leaves_doubt(rows):
-            yield following
+def _measured(
+    device: MeasuringDevice, contest: Contest, deadline: Deadline | None, closing_s: float
+) -> tuple[tuple[Measurement, ...], ContestOutcome]:
+    if deadline is None:
+        return device.measure(contest)
+    with deadline.enforced(early_s=closing_s):
+        return device.measure(contest)

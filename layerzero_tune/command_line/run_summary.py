@@ -1,0 +1,163 @@
+"""What a run says: before it measures, instead of measuring, and at its end with what to do next."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from layerzero_tune.command_line.output import duration_text, notes, print_table
+from layerzero_tune.command_line.run_progress import RunProgress
+from layerzero_tune.compile.distrust import disturbed_points
+from layerzero_tune.report.wins import kernel_wins
+from layerzero_tune.results.measurement import Measurement
+from layerzero_tune.results.store import ResultsStore
+from layerzero_tune.search.agenda import Agenda, Planned
+from layerzero_tune.search.device import MAX_TAKES
+from layerzero_tune.search.tuning import TuningEnd, TuningPlan
+
+# Until the worker process has imported torch nothing is measured.
+STARTING_S = 5.0
+
+
+def announce(name: str, plan: TuningPlan, agenda: Agenda, store: ResultsStore, budget_s: float | None) -> None:
+    """What there is to do, and what the budget will not suffice for."""
+    notes.print(
+        f"{name}: {len(plan.missing)} contests to measure, {plan.found} held already in {store.directory}",
+        soft_wrap=True,
+    )
+    if budget_s is None or not plan.missing:
+        return
+    expected_s = math.fsum(planned.seconds for planned in agenda.waiting())
+    if expected_s > budget_s:
+        fitting = round(len(plan.missing) * budget_s / expected_s)
+        notes.print(
+            f"they take about {duration_text(expected_s)}, the budget is {duration_text(budget_s)}: some "
+            f"{len(plan.missing) - fitting} of them will be skipped, those that are expected to lower the regret least",
+            soft_wrap=True,
+        )
+
+
+def forecast_of(plan: TuningPlan, agenda: Agenda, budget_s: float | None) -> dict[str, Any]:
+    """What would be measured, in how many seconds: contests that are disturbed, or in doubt, come on top."""
+    waiting = agenda.waiting()
+    planned = agenda.forecast(math.inf if budget_s is None else max(0.0, budget_s - STARTING_S))
+    kernels = {candidate.kernel_id for one in planned for candidate in one.contest.candidates}
+    return {
+        "contests": len(planned),
+        "contests_held": plan.found,
+        "kernels": sorted(kernels),
+        "seconds": STARTING_S * bool(planned) + math.fsum(one.seconds for one in planned),
+        "skipped": len(waiting) - len(planned),
+        "operations": {
+            name: {"contests": len(found), "seconds": math.fsum(one.seconds for one in found)}
+            for name, found in _by_operation(planned).items()
+        },
+    }
+
+
+def print_dry_run(forecast: dict[str, Any]) -> None:
+    print_table(
+        "What would be measured",
+        ("operation", "contests", "expected time"),
+        [
+            (name, str(found["contests"]), duration_text(found["seconds"]))
+            for name, found in forecast["operations"].items()
+        ],
+    )
+    notes.print(
+        f"{forecast['contests']} contests of {len(forecast['kernels'])} kernels, about "
+        f"{duration_text(forecast['seconds'])}; {forecast['contests_held']} held already, {forecast['skipped']} "
+        "that the budget leaves out; nothing was measured",
+        soft_wrap=True,
+    )
+
+
+def print_summary(
+    store: ResultsStore, rows: Sequence[Measurement], progress: RunProgress, end: TuningEnd, elapsed_s: float
+) -> None:
+    """What was measured, where each kernel wins, what has no time or was skipped, and what to do next."""
+    extra = ", ".join(f"{count} {kind}s" for kind, count in sorted(progress.kinds.items()) if kind != "point")
+    notes.print(
+        f"measured {progress.measured} contests{f' ({extra})' if extra else ''} in "
+        f"{elapsed_s - progress.preparing_s:.0f} s, beside {progress.preparing_s:.0f} s of loading "
+        f"and compiling kernels; next: layerzero-tune compile {store.directory} --out TABLES",
+        soft_wrap=True,
+    )
+    print_table(
+        "Where each kernel wins",
+        ("operation", "dtype", "kernel", "points", "best at", "largest gain over the default"),
+        [
+            (
+                found.operation,
+                found.dtype,
+                found.kernel_id,
+                str(found.points),
+                str(found.wins),
+                "-" if found.largest_gain is None else f"{found.largest_gain:.2f}x",
+            )
+            for found in kernel_wins(rows)
+        ],
+    )
+    _print_failures(rows)
+    if end.skipped:
+        skipped = ", ".join(f"{name} {len(found)}" for name, found in _by_operation(end.skipped).items())
+        notes.print(
+            f"{len(end.skipped)} contests were skipped for want of time ({skipped}); the same command measures them",
+            style="yellow",
+            soft_wrap=True,
+        )
+    notes.print(
+        f"expected regret of a table at the points asked for: {math.expm1(end.regret):.1%} on average, "
+        f"{math.expm1(end.worst_regret):.1%} at the worst point",
+        soft_wrap=True,
+    )
+    disturbed = len(disturbed_points(rows))
+    if disturbed:
+        notes.print(
+            f"{disturbed} points were disturbed by other processes or by a drift of the machine, up to {MAX_TAKES} "
+            "times over; measure on a quiet machine",
+            style="yellow",
+            soft_wrap=True,
+        )
+
+
+def _print_failures(rows: Sequence[Measurement]) -> None:
+    failures: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.status != "ok":
+            failures.setdefault((row.kernel_id, row.status), []).append(row.message)
+    if failures:
+        print_table(
+            "Without a time",
+            ("kernel", "status", "jobs", "first message"),
+            [
+                (kernel_id, status, str(len(messages)), messages[0])
+                for (kernel_id, status), messages in sorted(failures.items())
+            ],
+        )
+
+
+def json_summary(
+    plan: TuningPlan, rows: Sequence[Measurement], progress: RunProgress, end: TuningEnd, elapsed_s: float
+) -> dict[str, Any]:
+    """The same for machines."""
+    return {
+        "contests_measured": progress.measured,
+        "contests_held": plan.found,
+        "kinds": dict(progress.kinds),
+        "skipped": len(end.skipped),
+        "expected_regret": {"mean": end.regret, "largest": end.worst_regret},
+        "measuring_s": elapsed_s - progress.preparing_s,
+        "preparing_s": progress.preparing_s,
+        "statuses": dict(Counter(row.status for row in rows)),
+        "points_without_candidates": [context.to_dict() for context in plan.without_candidates],
+    }
+
+
+def _by_operation(planned: Sequence[Planned]) -> dict[str, list[Planned]]:
+    found: dict[str, list[Planned]] = {}
+    for one in planned:
+        found.setdefault(one.contest.context.operation, []).append(one)
+    return found

@@ -1,0 +1,79 @@
+"""How long a contest takes: from its policy and the times of calls, those of a neighbour or of a roofline guess."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.operation import Operation
+from layerzero_tune.measure.contest import MeasurementPolicy
+from layerzero_tune.results.measurement import Measurement
+
+# What a contest takes beside its clock: inputs, the float64 reference, the checks. Over 3,900 contests of both presets
+# on a 2-core AMD EPYC the wall time was 2.3 to 3.0 times what the clock of the policy takes. A run corrects it by what
+# its own contests take.
+OVERHEAD = 2.5
+OVERHEAD_S = 0.05
+# A core that nobody has measured: guesses for a call of which nothing is known, on the slow side.
+GUESSED_FLOPS = 2e10
+GUESSED_CALL_S = 2e-5
+# One contest counts for so many times what was expected of it at most: one that waited for a quiet machine says nothing
+# of the others.
+LONGEST = 4.0
+# Candidates that reach the final rounds where nothing says how many: the default and the two best.
+GUESSED_FINALISTS = 3
+
+
+@dataclass(frozen=True)
+class CallTimes:
+    """What a call of each candidate takes in s, and which of them had final rounds."""
+
+    screened: tuple[float, ...]
+    finalists: tuple[float, ...]
+
+    def scaled(self, factor: float) -> CallTimes:
+        return CallTimes(tuple(t * factor for t in self.screened), tuple(t * factor for t in self.finalists))
+
+
+def call_times(rows: Iterable[Measurement]) -> CallTimes:
+    """Those of a contest's rows; candidates without a time took none."""
+    timed = [row for row in rows if row.screen_ns is not None]
+    seconds = [(row.screen_ns or 0.0) * 1e-9 for row in timed]
+    return CallTimes(tuple(seconds), tuple(s for s, row in zip(seconds, timed, strict=True) if row.samples_ns))
+
+
+def guessed_call_times(operation: Operation, context: SelectionContext, candidates: int) -> CallTimes:
+    """By the work of the call alone."""
+    call = GUESSED_CALL_S + operation.flops(context) / GUESSED_FLOPS
+    return CallTimes((call,) * candidates, (call,) * min(candidates, GUESSED_FINALISTS))
+
+
+def contest_s(calls: CallTimes, policy: MeasurementPolicy) -> float:
+    """Wall time of a contest in s. Every step takes as long as the policy says, and one call at least."""
+    slowest = policy.max_call_ms * 1e-3
+    screening = sum(max(policy.warmup_ms * 1e-3, call) + max(policy.screen_ms * 1e-3, call) for call in calls.screened)
+    rounds = sum(policy.rounds * max(policy.round_ms * 1e-3, call) for call in calls.finalists if call <= slowest)
+    return OVERHEAD_S + OVERHEAD * (screening + rounds)
+
+
+def scaled_to(operation: Operation, context: SelectionContext, near: SelectionContext, calls: CallTimes) -> CallTimes:
+    """The times of a neighbour, as the work of both says."""
+    return calls.scaled(max(1, operation.flops(context)) / max(1, operation.flops(near)))
+
+
+class ContestClock:
+    """What contests have taken, against what was expected of them: the correction of later expectations."""
+
+    def __init__(self) -> None:
+        self._expected_s = 0.0
+        self._taken_s = 0.0
+
+    def learn(self, expected_s: float, taken_s: float) -> None:
+        self._expected_s += expected_s
+        self._taken_s += min(taken_s, LONGEST * expected_s)
+
+    @property
+    def correction(self) -> float:
+        """Their ratio over all contests, 1 before the first."""
+        return self._taken_s / self._expected_s if self._expected_s > 0.0 else 1.0

@@ -1,0 +1,275 @@
+"""Where regret is left under one static key, as its contests come in, and what a measurement there is worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from layerzero_runtime.operation import Operation, Sizes
+from layerzero_tune.compile.distrust import is_disturbed
+from layerzero_tune.compile.judge import Verdict, judge
+from layerzero_tune.compile.regret import REACH, VOUCHED, Estimate, RegretModel, expected_loss, place_of
+from layerzero_tune.measure.statistics import LOG_RESOLUTION
+from layerzero_tune.results.measurement import Measurement
+from layerzero_tune.search.doubt import leaves_doubt
+
+# Log ratio that a call of the default is taken to lose where nothing is known: on an H100 it takes 1.28 times the time
+# of the best over 798 shapes (EVIDENCE 1).
+UNKNOWN = math.log(1.28)
+# Standard deviation of a log ratio from one contest, by memory layout and slow drift, which its rounds do not show. Of
+# 1,190 points of two tunings of one CPU the ratios of the best two kernels differ by 2.5% (median by gap) between the
+# tunings, that is 1.8% each.
+CONTEST_DEVIATION = 0.018
+# The same of a disturbed contest: on a Xeon their ratios moved by 2.9%, those of others by 1.6%.
+DISTURBED_DEVIATION = 1.8 * CONTEST_DEVIATION
+# The regret is worked out again when a sixteenth of the key's contests is new: so many contests cost at most 16 times
+# what one working out costs. Until then each new contest takes its share from the regret around it.
+_RENEWED_PER = 16
+
+Floats = NDArray[np.float64]
+
+
+class KeyRegret:
+    """The regret that is left at the demanded sizes of one static key.
+
+    Args:
+        operation: the key's operation.
+        free: the axes that distances are measured on.
+        demand: weight of each of the sizes that are asked for.
+    """
+
+    def __init__(self, operation: Operation, free: Sequence[int], demand: Mapping[Sizes, float]) -> None:
+        self.operation = operation
+        self.free = tuple(free)
+        self.demand = dict(sorted(demand.items()))
+        self._index = {sizes: number for number, sizes in enumerate(self.demand)}
+        self._places = self._placed(self.demand)
+        self._weights = np.array(list(self.demand.values()))
+        self._rows: dict[Sizes, list[Measurement]] = {}
+        self._verdicts: dict[Sizes, Verdict | None] = {}
+        self._doubts: dict[Sizes, bool] = {}
+        self._settled: set[Sizes] = set()
+        self._new: set[Sizes] = set()
+        self._reached: set[tuple[int, int]] = set()
+        self._model: RegretModel | None = None
+        self._regrets = np.full(len(self.demand), UNKNOWN)
+        self._is_covered = np.zeros(len(self.demand), dtype=np.bool_)
+        self._worths: Floats | None = None
+        self._nearest: list[Sizes | None] = [None] * len(self.demand)
+        self._nearest_distances = np.full(len(self.demand), math.inf)
+
+    @property
+    def model(self) -> RegretModel | None:
+        """The regret model of what was measured, None before anything has a time; it may lag by a few contests."""
+        return self._model
+
+    @property
+    def measured(self) -> Iterable[Sizes]:
+        """The sizes with a contest, whether or not it gave a time."""
+        return self._rows.keys()
+
+    def learn(self, sizes: Sizes, rows: Sequence[Measurement]) -> None:
+        """Take in a contest; until `renew` works out what it says, it counts as was expected of it."""
+        self._rows.setdefault(sizes, []).extend(rows)
+        self._new.add(sizes)
+        self._doubts.pop(sizes, None)
+        distances = self._distances(sizes)
+        for closer in np.flatnonzero(distances < self._nearest_distances).tolist():
+            self._nearest[closer] = sizes
+        self._nearest_distances = np.minimum(self._nearest_distances, distances)
+        self.expect(sizes)
+
+    def expect(self, sizes: Sizes) -> None:
+        """Count a contest as measured, with its share taken off the regret around it."""
+        self._settled.add(sizes)
+        self._reached |= self._bounds_at(sizes)
+        self._worths = None
+        self._regrets = self._regrets * (1.0 - self._shares(sizes))
+
+    @property
+    def is_due(self) -> bool:
+        """Whether so much is new that the regret should be worked out again."""
+        return len(self._new) * _RENEWED_PER >= len(self._rows)
+
+    def renew(self) -> None:
+        """Work the regret out from all that was measured."""
+        if not self._new:
+            return
+        for sizes in self._new:
+            found = next(iter(judge(self._rows[sizes]).values()), (None,))
+            self._verdicts[sizes] = found[0]
+        self._new.clear()
+        verdicts = [verdict for _, verdict in sorted(self._verdicts.items()) if verdict is not None]
+        self._model = RegretModel(tuple(verdicts), self.free) if verdicts else None
+        self._is_covered = self._covered()
+        covered = self._is_covered.tolist()
+        self._regrets = np.array(
+            [self._regret(sizes, is_covered) for sizes, is_covered in zip(self.demand, covered, strict=True)]
+        )
+        self._worths = None
+
+    def regret(self, sizes: Sizes) -> float:
+        """Expected log(time of what a table would serve here / time of the best)."""
+        if sizes in self._index:
+            return float(self._regrets[self._index[sizes]])
+        return self._regret(sizes, is_covered=True)
+
+    @property
+    def weighted(self) -> tuple[float, float]:
+        """The weighted sum of the regrets at the demanded sizes, and the sum of the weights."""
+        return float(self._weights @ self._regrets), float(self._weights.sum())
+
+    def worst(self) -> float:
+        """The largest regret at demanded sizes."""
+        return float(self._regrets.max(initial=0.0))
+
+    def worth(self, sizes: Sizes) -> float:
+        """The expected fall of the weighted regret by a contest at these sizes: at them and, as far as the model
+        reaches, around; for sizes that have one already, as the deviation of a mean of contests falls."""
+        if sizes in self._rows:
+            contests = len({row.contest_id for row in self._rows[sizes]})
+            return self._weight(sizes) * self.regret(sizes) * (1.0 - math.sqrt(contests / (contests + 1)))
+        if sizes in self._index:
+            return float(self._all_worths[self._index[sizes]])
+        return self._weight(sizes) * self.regret(sizes)
+
+    def nearest_measured(self, sizes: Sizes) -> Sizes | None:
+        """The nearest sizes with a contest, None before the first."""
+        if sizes in self._index:
+            return self._nearest[self._index[sizes]]
+        place = place_of(sizes, self.free)
+        return min(self._rows, key=lambda other: (math.dist(place_of(other, self.free), place), other), default=None)
+
+    def leaves_doubt(self, sizes: Sizes) -> bool:
+        """Whether another contest at these measured sizes may settle something."""
+        if sizes not in self._doubts:
+            self._doubts[sizes] = leaves_doubt(self._rows[sizes])
+        return self._doubts[sizes]
+
+    def new_bounds(self, sizes: Sizes) -> int:
+        """How many bounds of the demand (smallest and largest sizes, the largest product) a contest here would be the
+        first to reach: a table answers inside the measured ranges alone."""
+        return len(self._bounds_at(sizes) - self._reached)
+
+    def _bounds_at(self, sizes: Sizes) -> set[tuple[int, int]]:
+        reached = {
+            (axis, side)
+            for axis, bounds in self._ranges.items()
+            for side, bound in enumerate(bounds)
+            if (sizes[axis] >= bound if side else sizes[axis] <= bound)
+        }
+        is_largest = math.prod(sizes[axis] for axis in self.free) >= self._largest_product
+        return reached | {(-1, 1)} if is_largest else reached
+
+    @cached_property
+    def _ranges(self) -> dict[int, tuple[int, int]]:
+        return {axis: (min(s[axis] for s in self.demand), max(s[axis] for s in self.demand)) for axis in self.free}
+
+    @cached_property
+    def _largest_product(self) -> int:
+        return max(math.prod(sizes[axis] for axis in self.free) for sizes in self.demand)
+
+    def _regret(self, sizes: Sizes, is_covered: bool) -> float:
+        if sizes in self._verdicts:
+            verdict = self._verdicts[sizes]
+            return 0.0 if verdict is None else self._verdict_regret(verdict)
+        if self._model is None:
+            return UNKNOWN
+        choice = self._model.best(sizes) if is_covered else self._model.verdicts[0].default
+        regret = self._model.expected_regret(choice, sizes)
+        return regret if math.isfinite(regret) else UNKNOWN
+
+    def _verdict_regret(self, verdict: Verdict) -> float:
+        """What the choice that an entry may give here loses to any other, beside what other contests may say."""
+        contests = _timed(self._rows[verdict.sizes])
+        trusted = sum(not is_disturbed(rows) for rows in contests)
+        deviation = CONTEST_DEVIATION / math.sqrt(trusted) if trusted else DISTURBED_DEVIATION
+        served = min(verdict.acceptable, key=lambda choice: (_log_ratio(verdict, choice), choice))
+        own = Estimate(_log_ratio(verdict, served), 0.0, deviation)
+        if not math.isfinite(own.log_ratio):
+            return UNKNOWN
+        return max(
+            (
+                expected_loss(own, Estimate(standing.log_ratio, 0.0, 0.0))
+                for choice, standing in verdict.standings.items()
+                if choice != served and standing.rounds
+            ),
+            default=0.0,
+        )
+
+    def _covered(self) -> NDArray[np.bool_]:
+        """Which demanded sizes the measured range holds and a measured cell vouches for."""
+        cells = [sizes for sizes, verdict in self._verdicts.items() if verdict is not None]
+        if not cells:
+            return np.zeros(len(self.demand), dtype=np.bool_)
+        places = self._placed(cells)
+        low, high, product = places.min(axis=0), places.max(axis=0), places.sum(axis=1).max()
+        slack = LOG_RESOLUTION
+        inside = ((self._places >= low - slack) & (self._places <= high + slack)).all(axis=1)
+        inside &= self._places.sum(axis=1) <= product + slack
+        vouched: NDArray[np.bool_] = np.array([self._vouched_by(place, places).any() for place in self._places])
+        covered: NDArray[np.bool_] = inside & vouched
+        return covered
+
+    def _vouched_by(self, place: Floats, others: Floats) -> NDArray[np.bool_]:
+        """Which of the others a contest at this place vouches for, and the other way round."""
+        near: NDArray[np.bool_] = np.abs(others - place).max(axis=1) <= math.log2(VOUCHED) + LOG_RESOLUTION
+        return near
+
+    @property
+    def _all_worths(self) -> Floats:
+        if self._worths is None:
+            left = self._weights * self._regrets
+            left[[number for sizes, number in self._index.items() if sizes in self._settled]] = 0.0
+            self._worths = self._reaches @ (left * self._is_covered) + self._vouching @ (left * ~self._is_covered)
+        return self._worths
+
+    @cached_property
+    def _reaches(self) -> Floats:
+        """How much a contest at one of the demanded sizes says of each other: falls linearly with the distance, as the
+        weights of the regret model do."""
+        return np.stack([self._shares(sizes) for sizes in self.demand])
+
+    @cached_property
+    def _vouching(self) -> Floats:
+        """The same of sizes at which a table misses now: it serves all for which a contest vouches."""
+        vouched = np.stack([self._vouched_by(place, self._places) for place in self._places])
+        return np.maximum(self._reaches, vouched)
+
+    def _shares(self, sizes: Sizes) -> Floats:
+        reach = math.log2(REACH) * math.sqrt(len(self.free))
+        shares: Floats = np.maximum(0.0, 1.0 - self._distances(sizes) / reach)
+        return shares
+
+    def _distances(self, sizes: Sizes) -> Floats:
+        """From the demanded sizes, in octaves."""
+        offsets = self._places - np.array(place_of(sizes, self.free))
+        distances: Floats = np.sqrt((offsets * offsets).sum(axis=1))
+        return distances
+
+    def _weight(self, sizes: Sizes) -> float:
+        """The demand at these sizes; between the demanded ones, that of the nearest."""
+        if sizes in self.demand:
+            return self.demand[sizes]
+        return float(self._weights[int(self._distances(sizes).argmin())])
+
+    def _placed(self, cells: Iterable[Sizes]) -> Floats:
+        return np.array([place_of(sizes, self.free) for sizes in cells], dtype=np.float64)
+
+
+def _timed(rows: Iterable[Measurement]) -> list[list[Measurement]]:
+    """The rows with a time by contest."""
+    contests: dict[str, list[Measurement]] = {}
+    for row in rows:
+        if row.status == "ok":
+            contests.setdefault(row.contest_id, []).append(row)
+    return list(contests.values())
+
+
+def _log_ratio(verdict: Verdict, choice: tuple[str, str]) -> float:
+    standing = verdict.standings.get(choice)
+    return math.inf if standing is None else standing.log_ratio

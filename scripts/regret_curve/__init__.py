@@ -1,0 +1,1 @@
+"""Curves of regret as a picture."""
