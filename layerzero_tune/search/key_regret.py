@@ -31,6 +31,7 @@ DISTURBED_DEVIATION = 1.8 * CONTEST_DEVIATION
 _RENEWED_PER = 16
 
 Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 
 class KeyRegret:
@@ -96,21 +97,32 @@ class KeyRegret:
         return len(self._new) * _RENEWED_PER >= len(self._rows)
 
     def renew(self) -> None:
-        """Work the regret out from all that was measured."""
+        """Work the regret out from all that was measured, where contests have come in since."""
         if not self._new:
             return
         for sizes in self._new:
             found = next(iter(judge(self._rows[sizes]).values()), (None,))
             self._verdicts[sizes] = found[0]
-        self._new.clear()
         verdicts = [verdict for _, verdict in sorted(self._verdicts.items()) if verdict is not None]
-        self._model = RegretModel(tuple(verdicts), self.free) if verdicts else None
-        self._is_covered = self._covered()
-        covered = self._is_covered.tolist()
-        self._regrets = np.array(
-            [self._regret(sizes, is_covered) for sizes, is_covered in zip(self.demand, covered, strict=True)]
-        )
+        before, self._model = self._model, RegretModel(tuple(verdicts), self.free) if verdicts else None
+        covered = self._covered()
+        stale = self._near_new() | (covered != self._is_covered)
+        if before is None or self._model is None or before.reference != self._model.reference:
+            stale[:] = True
+        self._is_covered = covered
+        for sizes, number in self._index.items():
+            if stale[number]:
+                self._regrets[number] = self._regret(sizes, bool(covered[number]))
+        self._new.clear()
         self._worths = None
+
+    def _near_new(self) -> Mask:
+        """The demanded sizes of which the model says something else because of the new contests."""
+        reach = 2.0 * np.maximum(_reach(self.free), self._nearest_distances)
+        near = np.zeros(len(self.demand), dtype=np.bool_)
+        for sizes in self._new:
+            near |= self._distances(sizes) <= reach
+        return near
 
     def regret(self, sizes: Sizes) -> float:
         """Expected log(time of what a table would serve here / time of the best)."""
@@ -179,9 +191,14 @@ class KeyRegret:
             return 0.0 if verdict is None else self._verdict_regret(verdict)
         if self._model is None:
             return UNKNOWN
-        choice = self._model.best(sizes) if is_covered else self._model.verdicts[0].default
-        regret = self._model.expected_regret(choice, sizes)
-        return regret if math.isfinite(regret) else UNKNOWN
+        found = self._model.estimates(self._model.choices, sizes)
+        default = self._model.verdicts[0].default
+        served = min(found, key=lambda choice: (found[choice].log_ratio, choice)) if is_covered else default
+        if served not in found:
+            return UNKNOWN
+        return max(
+            (expected_loss(found[served], other) for choice, other in found.items() if choice != served), default=0.0
+        )
 
     def _verdict_regret(self, verdict: Verdict) -> float:
         """What the choice that an entry may give here loses to any other, beside what other contests may say."""
@@ -201,7 +218,7 @@ class KeyRegret:
             default=0.0,
         )
 
-    def _covered(self) -> NDArray[np.bool_]:
+    def _covered(self) -> Mask:
         """Which demanded sizes the measured range holds and a measured cell vouches for."""
         cells = [sizes for sizes, verdict in self._verdicts.items() if verdict is not None]
         if not cells:
@@ -211,13 +228,13 @@ class KeyRegret:
         slack = LOG_RESOLUTION
         inside = ((self._places >= low - slack) & (self._places <= high + slack)).all(axis=1)
         inside &= self._places.sum(axis=1) <= product + slack
-        vouched: NDArray[np.bool_] = np.array([self._vouched_by(place, places).any() for place in self._places])
-        covered: NDArray[np.bool_] = inside & vouched
+        vouched: Mask = np.array([self._vouched_by(place, places).any() for place in self._places])
+        covered: Mask = inside & vouched
         return covered
 
-    def _vouched_by(self, place: Floats, others: Floats) -> NDArray[np.bool_]:
+    def _vouched_by(self, place: Floats, others: Floats) -> Mask:
         """Which of the others a contest at this place vouches for, and the other way round."""
-        near: NDArray[np.bool_] = np.abs(others - place).max(axis=1) <= math.log2(VOUCHED) + LOG_RESOLUTION
+        near: Mask = np.abs(others - place).max(axis=1) <= math.log2(VOUCHED) + LOG_RESOLUTION
         return near
 
     @property
@@ -241,8 +258,7 @@ class KeyRegret:
         return np.maximum(self._reaches, vouched)
 
     def _shares(self, sizes: Sizes) -> Floats:
-        reach = math.log2(REACH) * math.sqrt(len(self.free))
-        shares: Floats = np.maximum(0.0, 1.0 - self._distances(sizes) / reach)
+        shares: Floats = np.maximum(0.0, 1.0 - self._distances(sizes) / _reach(self.free))
         return shares
 
     def _distances(self, sizes: Sizes) -> Floats:
@@ -259,6 +275,11 @@ class KeyRegret:
 
     def _placed(self, cells: Iterable[Sizes]) -> Floats:
         return np.array([place_of(sizes, self.free) for sizes in cells], dtype=np.float64)
+
+
+def _reach(free: Sequence[int]) -> float:
+    """How far the regret model looks at least, in octaves."""
+    return math.log2(REACH) * math.sqrt(len(free))
 
 
 def _timed(rows: Iterable[Measurement]) -> list[list[Measurement]]:

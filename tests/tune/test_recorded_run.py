@@ -19,11 +19,11 @@ from layerzero_tune.compile.pipeline import compile_table
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.device import RecordedDevice
-from layerzero_tune.search.tuning import FinishedContest, plan_tuning, tune
 from tests.tune.command import start
 from tests.tune.command import tune as tune_command
 from tests.tune.recordings import recorded_rows
 from tests.tune.synthetic_results import ALL_KERNELS, contest_rows, norm
+from tests.tune.tuning_runs import Seen, agenda_at, planned_at, run_at
 
 
 @dataclass(frozen=True)
@@ -154,23 +154,23 @@ def test_what_is_stored_before_a_failure_stays(tmp_path: Path) -> None:
     """Ctrl-C after the third contest keeps the three, and the next run's plan has the rest."""
     device = RecordedDevice(rows_at(1, 2, 3, 4))
     store = ResultsStore(tmp_path)
-    plan = plan_tuning(device, device.contexts, store)
-    assert len(plan.contests) == 4
-    seen: list[FinishedContest] = []
+    missing = planned_at(device, device.contexts, store).missing
+    assert len(missing) == 4
 
-    def interrupt(finished: FinishedContest) -> None:
-        seen.append(finished)
-        if len(seen) == 3:
+    def interrupt(seen: Seen) -> None:
+        if len(seen.finished_contests) == 3:
             raise KeyboardInterrupt
 
+    seen = Seen(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        tune(device, plan, store, interrupt)
-    again = plan_tuning(device, device.contexts, store)
-    assert again.held == 3
-    assert again.contests == plan.contests[3:]
-    tune(device, again, store)
+        run_at(device, device.contexts, tmp_path, seen)
+    again = planned_at(device, device.contexts, store)
+    assert again.found == 3
+    measured = [finished.contest for finished in seen.finished_contests]
+    assert again.missing == tuple(contest for contest in missing if contest not in measured)
+    run_at(device, device.contexts, tmp_path)
     assert len(list(tmp_path.glob("part-*.parquet"))) == 1
-    assert plan_tuning(device, device.contexts, store).contests == ()
+    assert agenda_at(device, device.contexts, store).next() is None
 
 
 def test_a_recorded_device_offers_what_it_holds_and_nothing_else(tmp_path: Path) -> None:
@@ -178,10 +178,10 @@ def test_a_recorded_device_offers_what_it_holds_and_nothing_else(tmp_path: Path)
     device = RecordedDevice(rows[::-1])
     assert len(device.contests(norm(8))) == 2
     assert sorted(contest.repeat for contest in device.contests(norm(8))) == [0, 3]
-    plan = plan_tuning(device, [norm(8), norm(9), norm(8)], ResultsStore(tmp_path / "none"))
-    assert len(plan.contests) == 2
+    plan = planned_at(device, [norm(8), norm(9)], ResultsStore(tmp_path / "none"))
+    assert len(plan.missing) == 2
     assert plan.without_candidates == (norm(9),)
-    for contest in plan.contests:
+    for contest in plan.missing:
         found, _ = device.measure(contest)
         assert list(found) == [row for row in rows if row.contest_id == contest.contest_id]
         assert found[0].is_default

@@ -17,8 +17,9 @@ from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.device import MAX_TAKES, LiveDevice, RecordedDevice
 from layerzero_tune.search.doubt import leaves_doubt
-from layerzero_tune.search.tuning import FinishedContest, plan_tuning, tune
+from layerzero_tune.search.tuning import FinishedContest
 from tests.tune.synthetic_results import DEVICE, Times, contest_rows, norm
+from tests.tune.tuning_runs import Seen, agenda_at, planned_at, run_at
 
 Taken = list[tuple[int | None, int]]
 POINTS = tuple(norm(rows) for rows in (1, 2, 3))
@@ -49,17 +50,18 @@ class SharedDevice:
 
 
 def run(device: SharedDevice, folder: Path, points: tuple[SelectionContext, ...] = POINTS) -> list[FinishedContest]:
-    seen: list[FinishedContest] = []
-    store = ResultsStore(folder)
-    tune(device, plan_tuning(device, points, store), store, seen.append)
-    return seen
+    seen = Seen()
+    run_at(device, points, folder, seen)
+    return seen.finished_contests
 
 
 def test_disturbed_contests_come_again_after_all_others(tmp_path: Path) -> None:
     device = SharedDevice({1: 1, 2: 2})
     seen = run(device, tmp_path)
-    assert device.taken == [(1, 0), (2, 0), (3, 0), (1, 1), (2, 1), (2, 2)]
-    assert [finished.left for finished in seen] == [2, 1, 0, 1, 0, 0]
+    assert sorted(device.taken[:3]) == [(1, 0), (2, 0), (3, 0)]
+    assert sorted(device.taken[3:]) == [(1, 1), (2, 1), (2, 2)]
+    assert [finished.planned.kind for finished in seen] == ["point"] * 3 + ["repeat"] * 3
+    assert seen[-1].left == 0
     assert disturbed_points(ResultsStore(tmp_path).read().rows) == frozenset()
     run(device, tmp_path)
     assert len(device.taken) == 6
@@ -68,7 +70,8 @@ def test_disturbed_contests_come_again_after_all_others(tmp_path: Path) -> None:
 def test_where_the_neighbour_stays_the_run_ends_all_the_same(tmp_path: Path) -> None:
     device = SharedDevice({2: 99})
     run(device, tmp_path)
-    assert device.taken == [(1, 0), (2, 0), (3, 0), *((2, repeat) for repeat in range(1, MAX_TAKES))]
+    assert sorted(device.taken[:3]) == [(1, 0), (2, 0), (3, 0)]
+    assert device.taken[3:] == [(2, repeat) for repeat in range(1, MAX_TAKES)]
     assert disturbed_points(ResultsStore(tmp_path).read().rows) == {norm(2)}
     run(device, tmp_path)
     assert len(device.taken) == 2 + MAX_TAKES
@@ -82,11 +85,11 @@ def test_a_run_that_was_cut_continues_with_what_it_owed(tmp_path: Path, takes: i
         for repeat in range(takes):
             rows, _ = device.measure(replace(contest, repeat=repeat))
             store.append(rows)
-    plan = plan_tuning(device, POINTS, store)
-    assert (plan.held, len(plan.contests)) == (1, 3)
+    plan = planned_at(device, POINTS, store)
+    assert (plan.found, len(plan.missing)) == (1, 2)
     device.taken.clear()
-    tune(device, plan, store)
-    assert device.taken == [(2, 0), (3, 0), *((1, repeat) for repeat in range(takes, 3))]
+    run(device, tmp_path)
+    assert sorted(device.taken) == sorted([(2, 0), (3, 0), *((1, repeat) for repeat in range(takes, 3))])
 
 
 def test_a_contest_without_any_time_is_not_taken_again(tmp_path: Path) -> None:
@@ -94,19 +97,19 @@ def test_a_contest_without_any_time_is_not_taken_again(tmp_path: Path) -> None:
     rows = contest_rows(norm(1), {"torch.rms_norm": "failed"})
     store = ResultsStore(tmp_path)
     store.append([replace(row, contention=1.0) for row in rows])
-    assert plan_tuning(device, POINTS[1:], store).held == 0
+    assert planned_at(device, POINTS[1:], store).found == 0
     (contest,) = RecordedDevice(rows).contests(norm(1))
     offering = SharedDevice({})
     offering.contests = lambda context: (contest,)  # type: ignore[method-assign]
-    assert plan_tuning(offering, POINTS[:1], store).contests == ()
+    assert agenda_at(offering, POINTS[:1], store).next() is None
 
 
 def test_a_recorded_device_has_nothing_else_to_offer(tmp_path: Path) -> None:
     rows = [replace(row, contention=1.0) for row in contest_rows(norm(1), TIMES)]
     device, store = RecordedDevice(rows), ResultsStore(tmp_path)
-    tune(device, plan_tuning(device, device.contexts, store), store)
+    run_at(device, device.contexts, tmp_path)
     assert len(store.contest_ids()) == 1
-    assert plan_tuning(device, device.contexts, store).contests == ()
+    assert agenda_at(device, device.contexts, store).next() is None
 
 
 @pytest.mark.parametrize(("rival", "takes"), [(930.0, MAX_TAKES), (860.0, MAX_TAKES), (1000.0, 1), (830.0, 1)])
