@@ -11,16 +11,21 @@ import numpy as np
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ContextError
 from layerzero_runtime.operation import Operation, Sizes
-from layerzero_tune.compile.judge import Verdict
+from layerzero_tune.compile.judge import Choice, Verdict
 from layerzero_tune.compile.regret import RegretModel, place_of
 
 # Neighbours that are closer than this (in octaves) are not parted further: edges lie within a few percent then.
 CLOSEST = 0.25
 
 
+# A crossing that is expected closer to one of two neighbours than this share of the way is looked for no closer: what
+# is measured there parts the way better, if the crossing is not where it is expected.
+_NEAREST_SHARE = 0.2
+
+
 @dataclass(frozen=True)
 class Between:
-    """A point halfway between two measured neighbours, and whether different choices win at these."""
+    """A point between two measured neighbours, and whether different choices win at these."""
 
     sizes: Sizes
     context: SelectionContext
@@ -28,7 +33,8 @@ class Between:
 
 
 def points_between(operation: Operation, model: RegretModel) -> tuple[Between, ...]:
-    """A point between each measured cell and the nearest one that lies further along an axis, more than anywhere else.
+    """A point between each measured cell and the nearest one that lies further along an axis, more than anywhere else:
+    where the times of their winners are expected to cross, or halfway.
 
     Sizes keep the common divisor that the measured ones have on their axis. Calls that the operation does not have, or
     that have another static key, are left out. In ascending order of sizes.
@@ -39,11 +45,12 @@ def points_between(operation: Operation, model: RegretModel) -> tuple[Between, .
     known = {cell.sizes for cell in cells}
     found: dict[Sizes, Between] = {}
     for first, second in _neighbours(cells, model.free):
-        sizes = _middle(first.sizes, second.sizes, model.free, multiples)
+        is_edge = not first.acceptable & second.acceptable
+        share = _crossing(first, second) if is_edge else 0.5
+        sizes = _between(first.sizes, second.sizes, share, model.free, multiples)
         context = _call(operation, example, sizes)
         if sizes in known or context is None:
             continue
-        is_edge = not first.acceptable & second.acceptable
         if sizes not in found or is_edge:
             found[sizes] = Between(sizes, context, is_edge)
     return tuple(found[sizes] for sizes in sorted(found))
@@ -63,15 +70,31 @@ def _neighbours(cells: Sequence[Verdict], free: Sequence[int]) -> Iterator[tuple
                     yield cell, cells[nearest]
 
 
-def _middle(first: Sizes, second: Sizes, free: Sequence[int], multiples: Sequence[int]) -> Sizes:
+def _crossing(first: Verdict, second: Verdict) -> float:
+    """The share of the way (in log space) at which the second's best overtakes the first's."""
+    behind, ahead = (_lead(verdict, first.best, second.best) for verdict in (first, second))
+    if not math.isfinite(behind - ahead) or behind <= ahead:
+        return 0.5
+    share = round(behind / (behind - ahead), 9)
+    return min(max(share, _NEAREST_SHARE), 1.0 - _NEAREST_SHARE)
+
+
+def _lead(verdict: Verdict, one: Choice, other: Choice) -> float:
+    """log(time of the other / time of the one) at a cell; not finite where one has no time."""
+    standings = verdict.standings
+    return standings[other].log_ratio - standings[one].log_ratio if {one, other} <= standings.keys() else math.nan
+
+
+def _between(first: Sizes, second: Sizes, share: float, free: Sequence[int], multiples: Sequence[int]) -> Sizes:
     sizes: list[int] = []
     for axis, (low, high) in enumerate(zip(first, second, strict=True)):
         if axis not in free:
             sizes.append(sizes[-1])
             continue
         multiple = multiples[axis]
-        middle = round(round(math.sqrt(low * high), 6) / multiple) * multiple
-        sizes.append(min(max(middle, min(low, high)), max(low, high)))
+        exact = math.exp((1.0 - share) * math.log(low) + share * math.log(high))
+        size = round(round(exact, 6) / multiple) * multiple
+        sizes.append(min(max(size, min(low, high)), max(low, high)))
     return tuple(sizes)
 
 

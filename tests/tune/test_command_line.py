@@ -59,7 +59,10 @@ def tables(command: CommandsHere, tmp_path: Path) -> Path:
         ((), ("doctor", "kernels", "run", "compile", "evaluate", "merge", "wheel", "diff", "explain", "workload")),
         (("doctor",), ("--device", "--kernels", "--json")),
         (("kernels",), ("--ops", "--kernels", "--json")),
-        (("run",), ("--out", "--device", "--ops", "--preset", "--workload", "--kernels", "--json")),
+        (
+            ("run",),
+            ("--out", "--device", "--ops", "--preset", "--workload", "--budget", "--dry-run", "--kernels", "--json"),
+        ),
         (("compile",), ("results", "--out", "--kernels", "--json")),
         (("evaluate",), ("tables", "--results", "--out", "--held-out", "--workload", "--gate", "--json")),
         (("merge",), ("shard", "--out", "--json", "earlier")),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.tables.staleness import kernel_source_hash
@@ -65,3 +66,20 @@ def test_two_tunings_agree_where_they_pick_the_same_or_tied_plans(tmp_path: Path
     assert found["same"] <= found["tied"] < 1.0
     assert len(found["rest"]) == round(40 * (1.0 - found["tied"]))
     assert {"torch.rms_norm"} < {kernel for each in found["rest"] for kernel in (each["first"][0], each["second"][0])}
+
+
+def test_the_curves_of_regret_say_what_each_order_reaches(tmp_path: Path) -> None:
+    results = tuned(tmp_path / "results", crossing=60, tie=2.0)
+    figures, picture = tmp_path / "curves.json", tmp_path / "curves.svg"
+    script = "regret_against_measurements.py"
+    done = run_script(script, results, "--seeds", 2, "--out", figures, "--picture", picture)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("order      share  contests  seconds  regret  hit rate\nbudgeted")
+    curves = json.loads(figures.read_text())["curves"]
+    at = {(each["order"], each["share"]): each for each in curves}
+    for name in ("budgeted", "grid", "random"):
+        assert at[name, 1.0]["contests"] == 32  # a fifth of the 40 is held out
+        assert at[name, 1.0]["regret"] == at["grid", 1.0]["regret"]
+    assert at["budgeted", 0.25]["regret"] < at["grid", 0.25]["regret"]
+    drawn = ElementTree.parse(picture).getroot()
+    assert len(drawn.findall("{http://www.w3.org/2000/svg}polyline")) == 3
