@@ -10,8 +10,8 @@ from typing import Self
 from layerzero_tune.command_line.output import duration_text, progress_bar, shape_text
 from layerzero_tune.compile.judge import judge
 from layerzero_tune.results.measurement import Status
-from layerzero_tune.search.agenda import Kind, Planned
 from layerzero_tune.search.budget import Deadline
+from layerzero_tune.search.key_agenda import Kind, Planned
 from layerzero_tune.search.tuning import FinishedContest
 
 # Statuses of a kernel that took its worker down.
@@ -41,6 +41,10 @@ class RunProgress:
         self._bar.stop()
 
     def begins(self, planned: Planned) -> None:
+        self._bar.update(self._task, description=self.line(planned))
+
+    def line(self, planned: Planned) -> str:
+        """What is being measured, what the contest before gave, the budget left, and crashes so far."""
         context = planned.contest.context
         parts = [f"{planned.kind} {context.operation} {context.dtype} {shape_text(context)}"]
         if self._best:
@@ -49,7 +53,7 @@ class RunProgress:
             parts.append(f"budget left {duration_text(max(0.0, self._deadline.left_s()))}")
         if self.crashes:
             parts.append(f"crashes {self.crashes}")
-        self._bar.update(self._task, description=", ".join(parts))
+        return ", ".join(parts)
 
     def finished(self, finished: FinishedContest) -> None:
         self.measured += 1

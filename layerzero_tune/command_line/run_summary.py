@@ -13,8 +13,9 @@ from layerzero_tune.compile.distrust import disturbed_points
 from layerzero_tune.report.wins import kernel_wins
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
-from layerzero_tune.search.agenda import Agenda, Planned
+from layerzero_tune.search.agenda import Agenda
 from layerzero_tune.search.device import MAX_TAKES
+from layerzero_tune.search.key_agenda import Planned
 from layerzero_tune.search.tuning import TuningEnd, TuningPlan
 
 # Until the worker process has imported torch nothing is measured.

@@ -13,9 +13,10 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_tune.measure.contest import Contest, ContestOutcome
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import Results, ResultsStore
-from layerzero_tune.search.agenda import Agenda, Planned
+from layerzero_tune.search.agenda import Agenda
 from layerzero_tune.search.budget import BudgetSpentError, Deadline
 from layerzero_tune.search.device import MeasuringDevice
+from layerzero_tune.search.key_agenda import Planned
 from layerzero_tune.workload.lines import WorkloadLine
 
 # What the end of a run takes, compacting the files and summing up, on a 2-core AMD EPYC: so much at least, and so much

@@ -10,28 +10,29 @@ WIDTH, HEIGHT = 640, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 40, 56
 COLOURS = ("#0b6e4f", "#b5651d", "#5b5f97")  # apart in lightness, too
 SHARE_TICKS = (0.05, 0.1, 0.25, 0.5, 1.0)
+LEAST_REGRET = 1e-3  # a logarithmic axis has no zero
 REGRET_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Points (share of the measurements, regret), both above 0."""
+    """Points: share of the measurements, above 0, and regret."""
 
     name: str
     points: Sequence[tuple[float, float]]
 
 
 def picture(curves: Sequence[Curve]) -> str:
-    """Both axes logarithmic; under the first curve's last point a line 1% above it, within which it is to come."""
-    low = min(regret for curve in curves for _, regret in curve.points) / 1.2
-    high = max(regret for curve in curves for _, regret in curve.points) * 1.2
+    """Both axes are logarithmic; a dashed line lies 1% above the end of the first curve."""
+    regrets = [max(regret, LEAST_REGRET) for curve in curves for _, regret in curve.points]
+    low, high = min(regrets) / 1.2, max(regrets) * 1.2
     first = min(share for curve in curves for share, _ in curve.points)
 
     def x(share: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * math.log(share / first) / -math.log(first)
 
     def y(regret: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * math.log(high / regret) / math.log(high / low)
+        return TOP + (HEIGHT - TOP - BOTTOM) * math.log(high / max(regret, LEAST_REGRET)) / math.log(high / low)
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" '

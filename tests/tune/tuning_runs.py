@@ -7,9 +7,10 @@ from pathlib import Path
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_tune.results.store import ResultsStore
-from layerzero_tune.search.agenda import Agenda, Planned
+from layerzero_tune.search.agenda import Agenda
 from layerzero_tune.search.budget import Deadline
 from layerzero_tune.search.device import MeasuringDevice
+from layerzero_tune.search.key_agenda import Planned
 from layerzero_tune.search.tuning import FinishedContest, TuningEnd, TuningPlan, agenda_of, plan_tuning, tune
 from layerzero_tune.workload.lines import WorkloadLine
 
