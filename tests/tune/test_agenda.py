@@ -144,11 +144,12 @@ def test_between_different_winners_comes_before_what_lies_inside_a_bucket() -> N
     assert {*order[-2:]} <= {1, 2, 4, 128, 256, 512}
 
 
-def test_of_two_points_alike_the_one_that_counts_for_more_comes_first() -> None:
+@pytest.mark.parametrize(("heavy", "light"), [(100, 10), (10, 100)])
+def test_of_two_points_alike_the_one_that_counts_for_more_comes_first(heavy: int, light: int) -> None:
     device = LandscapeDevice(flat)
-    lines = [WorkloadLine(norm(rows), 50.0 if rows == 100 else 1.0) for rows in (1, 10, 100, 1000)]
+    lines = [WorkloadLine(norm(rows), 50.0 if rows == heavy else 1.0) for rows in (1, 10, 100, 1000)]
     order = [planned.contest.context.rows for planned in followed(device, agenda(device, lines))]
-    assert order[2:] == [100, 10]
+    assert order[2:] == [heavy, light]
 
 
 def test_a_run_that_refines_closes_in_on_the_crossing_and_ends() -> None:
