@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from layerzero_tune.command_line.output import duration_text, notes, print_table
@@ -15,7 +15,7 @@ from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.agenda import Agenda
 from layerzero_tune.search.device import MAX_TAKES
-from layerzero_tune.search.key_agenda import Planned
+from layerzero_tune.search.key_agenda import Kind, Planned
 from layerzero_tune.search.tuning import TuningEnd, TuningPlan
 
 # Until the worker process has imported torch nothing is measured.
@@ -41,7 +41,7 @@ def announce(name: str, plan: TuningPlan, agenda: Agenda, store: ResultsStore, b
 
 
 def forecast_of(plan: TuningPlan, agenda: Agenda, budget_s: float | None) -> dict[str, Any]:
-    """What would be measured, in how many seconds: contests that are disturbed, or in doubt, come on top."""
+    """What would be measured, in how many seconds; contests that turn out to leave a doubt come on top."""
     waiting = agenda.waiting()
     planned = agenda.forecast(math.inf if budget_s is None else max(0.0, budget_s - STARTING_S))
     kernels = {candidate.kernel_id for one in planned for candidate in one.contest.candidates}
@@ -50,7 +50,8 @@ def forecast_of(plan: TuningPlan, agenda: Agenda, budget_s: float | None) -> dic
         "contests_held": plan.found,
         "kernels": sorted(kernels),
         "seconds": STARTING_S * bool(planned) + math.fsum(one.seconds for one in planned),
-        "skipped": len(waiting) - len(planned),
+        "kinds": dict(Counter(one.kind for one in planned)),
+        "skipped": len(waiting) - sum(one.kind == "point" for one in planned),
         "operations": {
             name: {"contests": len(found), "seconds": math.fsum(one.seconds for one in found)}
             for name, found in _by_operation(planned).items()
@@ -68,7 +69,7 @@ def print_dry_run(forecast: dict[str, Any]) -> None:
         ],
     )
     notes.print(
-        f"{forecast['contests']} contests of {len(forecast['kernels'])} kernels, about "
+        f"{forecast['contests']} contests{_extra_text(forecast['kinds'])} of {len(forecast['kernels'])} kernels, about "
         f"{duration_text(forecast['seconds'])}; {forecast['contests_held']} held already, {forecast['skipped']} "
         "that the budget leaves out; nothing was measured",
         soft_wrap=True,
@@ -79,9 +80,8 @@ def print_summary(
     store: ResultsStore, rows: Sequence[Measurement], progress: RunProgress, end: TuningEnd, elapsed_s: float
 ) -> None:
     """What was measured, where each kernel wins, what has no time or was skipped, and what to do next."""
-    extra = ", ".join(f"{count} {kind}s" for kind, count in sorted(progress.kinds.items()) if kind != "point")
     notes.print(
-        f"measured {progress.measured} contests{f' ({extra})' if extra else ''} in "
+        f"measured {progress.measured} contests{_extra_text(progress.kinds)} in "
         f"{elapsed_s - progress.preparing_s:.0f} s, beside {progress.preparing_s:.0f} s of loading "
         f"and compiling kernels; next: layerzero-tune compile {store.directory} --out TABLES",
         soft_wrap=True,
@@ -155,6 +155,12 @@ def json_summary(
         "statuses": dict(Counter(row.status for row in rows)),
         "points_without_candidates": [context.to_dict() for context in plan.without_candidates],
     }
+
+
+def _extra_text(kinds: Mapping[Kind, int]) -> str:
+    """How many of the contests are no points of the workload's own."""
+    extra = ", ".join(f"{count} {kind}s" for kind, count in sorted(kinds.items()) if kind != "point")
+    return f" ({extra})" if extra else ""
 
 
 def _by_operation(planned: Sequence[Planned]) -> dict[str, list[Planned]]:

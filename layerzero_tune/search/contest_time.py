@@ -16,7 +16,7 @@ from layerzero_tune.results.measurement import Measurement
 OVERHEAD = 2.5
 OVERHEAD_S = 0.05
 # A core that nobody has measured: guesses for a call of which nothing is known, on the slow side.
-GUESSED_FLOPS = 2e10
+GUESSED_FLOPS = 6e10
 GUESSED_CALL_S = 2e-5
 # One contest counts for so many times what was expected of it at most: one that waited for a quiet machine says nothing
 # of the others.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from layerzero_runtime.context import SelectionContext
@@ -29,6 +29,9 @@ ENOUGH = 0.005
 # A repeat comes after so many other contests, unless nothing else is left: at once it would meet the same layout of
 # memory and the same drift of the machine.
 APART = 100
+
+# How contests rank that reach no bound; those that do go before.
+ANY_OTHER = (1.0, 0.0, 0.0)
 
 Kind = Literal["point", "edge", "probe", "repeat"]
 
@@ -57,6 +60,15 @@ class Ranked:
     rank: tuple[float, ...]
     planned: Planned
     not_before: int
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether it comes before others because it reaches bounds."""
+        return self.rank[: len(ANY_OTHER)] < ANY_OTHER
+
+    def as_any_other(self) -> Ranked:
+        """Ranked by what it is worth alone."""
+        return replace(self, rank=(*ANY_OTHER, *self.rank[len(ANY_OTHER) :]))
 
 
 class KeyAgenda:
@@ -144,7 +156,7 @@ class KeyAgenda:
         count = len(self._measured)
         for sizes, contests in self._waiting.items():
             bounds = self.regret.new_bounds(sizes)
-            coverage = (0.0, count, -bounds) if bounds else (1.0, 0.0, 0.0)
+            coverage = (0.0, count, -bounds) if bounds else ANY_OTHER
             yield self._ranked(sizes, self._planned("point", sizes, contests[0]), coverage)
 
     def _repeats(self) -> Iterable[Ranked]:
@@ -181,7 +193,7 @@ class KeyAgenda:
         self,
         sizes: Sizes,
         planned: Planned,
-        coverage: tuple[float, float, float] = (1.0, 0.0, 0.0),
+        coverage: tuple[float, float, float] = ANY_OTHER,
         not_before: int = 0,
     ) -> Ranked:
         worth = round(self.regret.worth(sizes) / planned.seconds, 9)

@@ -59,9 +59,9 @@ def picture(curves: Sequence[Curve]) -> str:
         points = " ".join(f"{x(share):.1f},{y(regret):.1f}" for share, regret in curve.points)
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x(s):.1f}" cy="{y(r):.1f}" r="3" fill="{colour}"/>' for s, r in curve.points]
-        row = TOP + 12 + 18 * number
-        parts += _line(WIDTH - 150, row - 4, WIDTH - 125, row - 4, colour, ' stroke-width="2"')
-        parts.append(_text(WIDTH - 118, row, f"{curve.name} order", "start"))
+        row = HEIGHT - BOTTOM - 10 - 17 * number  # bottom left, where no order has come yet
+        parts += _line(LEFT + 8, row - 4, LEFT + 33, row - 4, colour, ' stroke-width="2"')
+        parts.append(_text(LEFT + 40, row, f"{curve.name} order", "start"))
     return "\n".join((*parts, "</svg>", ""))
 
 

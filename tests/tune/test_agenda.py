@@ -122,6 +122,22 @@ def test_what_would_not_end_in_time_is_not_begun(points: list[SelectionContext],
     assert all(planned.seconds > within_s for planned in found.waiting())
 
 
+def test_a_bound_that_would_take_most_of_the_time_left_does_not_go_first() -> None:
+    def times(context: SelectionContext) -> Times:
+        nanoseconds = 1e9 * (context.seq_len_q or 0) ** 2 / 4096**2
+        return {"torch.sdpa": 1e4 + nanoseconds, "synthetic.fused": 5e3 + nanoseconds / 2}
+
+    device = LandscapeDevice(times)
+    lines = [WorkloadLine(full(8, length)) for length in (16, 64, 256, 1024, 4096)]
+
+    def lengths(within_s: float) -> list[int | None]:
+        found = agenda(device, lines)
+        return [planned.contest.context.seq_len_q for planned in followed(device, found, within_s)]
+
+    assert 4096 in lengths(math.inf)[:2]
+    assert 4096 in lengths(50.0)[2:]
+
+
 def test_after_any_number_of_contests_there_is_a_table_for_all_keys_that_were_begun() -> None:
     points = [*grid(norm, (1, 30, 500), (512, 4096)), *grid(full, (4, 32), (16, 300)), cross(8, 1, 100)]
     device = LandscapeDevice(flat)
