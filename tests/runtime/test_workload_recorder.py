@@ -209,7 +209,7 @@ def test_the_tuner_measures_what_was_recorded(snapshot: Snapshot, tmp_path: Path
         CXX="no-such-compiler",
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["contests_measured"] == 1
+    assert json.loads(done.stdout)["kinds"]["point"] == 1
     rows = ResultsStore(tmp_path / "results").read().rows
     assert {(row.context.operation, row.context.rows, row.context.hidden_size) for row in rows} == {
         ("mlp.swiglu", *MISS)
