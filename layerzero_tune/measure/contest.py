@@ -69,6 +69,11 @@ class Contest:
         return content_hash([sorted(self.job_ids), self.repeat])
 
     @property
+    def is_search(self) -> bool:
+        """Whether it ends with the screening, as those do in which a kernel's configurations are searched."""
+        return self.policy.rounds == 0
+
+    @property
     def seed(self) -> int:
         return int(self.contest_id[:8], 16)
 

@@ -68,6 +68,11 @@ class Measurement:
         """Whether other processes took more of the machine than a contest bears, although it was timed again."""
         return self.contention > MAX_SHARE
 
+    @property
+    def is_search(self) -> bool:
+        """Whether it is of a contest that searches a kernel's configurations, as `Contest.is_search` says."""
+        return self.policy.get("rounds") == 0
+
     @classmethod
     def of_stored(cls, columns: Sequence[str], values: Sequence[Any]) -> Self:
         """A row of a results file from all its columns. Its times were rounded when it was written; to do so again

@@ -10,6 +10,7 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_tune.measure.contest import Contest
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import Results, ResultsStore
+from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.device import MeasuringDevice
 from layerzero_tune.search.doubt import leaves_doubt
 
@@ -23,7 +24,8 @@ class TuningPlan:
     Attributes:
         offered: the first contests of all points, in their order.
         done: the rows that the store holds already, by contest.
-        contests: what is to be measured first: contests that the store lacks, then those that left a doubt, again.
+        contests: what is to be measured first: contests that the store lacks, then those that left a doubt, again. That
+            of a search of configurations stands for all that follow at its point.
         without_candidates: points without any candidate.
         quarantined: damaged files that were set aside; their contests count as missing.
     """
@@ -61,7 +63,8 @@ def plan_tuning(device: MeasuringDevice, contexts: Sequence[SelectionContext], s
     done: dict[str, list[Measurement]] = {}
     for row in held.rows:
         done.setdefault(row.contest_id, []).append(row)
-    by_point = {context: device.contests(context) for context in dict.fromkeys(contexts)}
+    searched = _searched(done)
+    by_point = {context: device.contests(context, searched) for context in dict.fromkeys(contexts)}
     offered = tuple({contest.contest_id: contest for found in by_point.values() for contest in found}.values())
     return TuningPlan(
         offered=offered,
@@ -88,15 +91,38 @@ def tune(
         ResultsError: the store cannot be written.
     """
     done: dict[str, Sequence[Measurement]] = dict(plan.done)
+    searched = _searched(done)
+    offered = {contest.contest_id: contest for contest in plan.offered if not contest.is_search}
     wanted = plan.contests
     while wanted:
-        for left, contest in zip(reversed(range(len(wanted))), wanted, strict=True):
-            rows, outcome = device.measure(contest)
-            store.append(rows)
-            done[contest.contest_id] = rows
-            progress(FinishedContest(contest, rows, outcome.preparation_s, left))
-        wanted = _wanted(device, plan.offered, done)
+        for left, planned in zip(reversed(range(len(wanted))), wanted, strict=True):
+            for contest in _contests_of(planned, device, searched, done):
+                rows, outcome = device.measure(contest)
+                store.append(rows)
+                done[contest.contest_id] = rows
+                searched.add(rows)
+                if planned.is_search and not contest.is_search:
+                    offered[contest.contest_id] = contest
+                progress(FinishedContest(contest, rows, outcome.preparation_s, left + contest.is_search))
+        wanted = _wanted(device, tuple(offered.values()), done)
     store.compact()
+
+
+def _searched(done: RowsByContest) -> Searched:
+    return Searched(row for rows in done.values() for row in rows)
+
+
+def _contests_of(
+    planned: Contest, device: MeasuringDevice, searched: Searched, done: RowsByContest
+) -> Iterator[Contest]:
+    """The planned contest; for that of a search, which begins with what its neighbours have given by now, whatever its
+    point offers until the search is over."""
+    if not planned.is_search:
+        if planned.contest_id not in done:
+            yield planned
+        return
+    while missing := [c for c in device.contests(planned.context, searched) if c.contest_id not in done]:
+        yield missing[0]
 
 
 def _wanted(device: MeasuringDevice, offered: Sequence[Contest], done: RowsByContest) -> tuple[Contest, ...]:
