@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import IO, Self
 from layerzero_runtime.errors import LayerZeroError
 from layerzero_tune.measure.contest import Contest, ContestOutcome, JobOutcome
 from layerzero_tune.results.measurement import Status
-from layerzero_tune.worker.progress_board import ProgressBoard, Step
+from layerzero_tune.worker.progress_board import ProgressBoard
 from layerzero_tune.worker.protocol import Ready, Refusal, Reply, Request
 
 # Importing torch takes 1 to 10 s, and a minute from a cold network disk.
@@ -28,15 +29,18 @@ START_TIMEOUT_S = 120.0
 # How often the tuner looks whether a silent worker still makes steps.
 _LOOK_S = 0.25
 _MESSAGE_LENGTH = 160
+# A candidate's first loss may be the machine's fault, or an earlier kernel's in the same process.
+_CHANCES = 2
+_LEFT_OUT = JobOutcome("refused", "left out while another candidate is measured alone")
 
 
 @dataclass(frozen=True)
 class _Loss:
-    """A worker that died or was killed for its silence, and the step that it was at (None: before the first)."""
+    """A worker that died or was killed for its silence: the candidate at whose step (None: at none), and what that
+    makes of it."""
 
-    status: Status
-    message: str
-    step: Step | None
+    candidate: int | None
+    outcome: JobOutcome
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,8 @@ class _Child:
     def _lost(self, status: Status, reason: str, before: int) -> _Loss:
         step = self.board.read()
         if step.number == before:
-            return _Loss(status, f"{reason}{self._last_words()}", None)
-        return _Loss(status, f"{reason} at {step.name}{self._last_words()}", step)
+            return _Loss(None, JobOutcome(status, f"{reason}{self._last_words()}"))
+        return _Loss(step.candidate, JobOutcome(status, f"{reason} at {step.name}{self._last_words()}"))
 
     def _last_words(self) -> str:
         """The last line that the worker printed, such as the C library's reason for an abort."""
@@ -145,34 +149,44 @@ class WorkerProcess:
         """Measure a contest, whatever its kernels do to the process.
 
         `timeout_s` limits each step of a candidate (loading it with the first call, which may compile; warming up; one
-        sample), not the contest. The candidate at whose step the process dies or falls silent gets the outcome "died"
-        or "timeout", and the contest is begun again without it in a fresh process.
+        sample), not the contest. The candidate at whose step the process dies or falls silent is measured again alone,
+        in a fresh process: where it comes through, the whole contest is begun again with it. Its second loss, alone or
+        not, is final: its outcome is then "died" or "timeout", and the contest is begun again without it.
+
+        A silence is given the same second chance as a death: a machine that stood still looks like a kernel that hangs.
 
         Raises:
             LayerZeroError: the worker cannot start, or the contest cannot be measured at all (its own subclasses).
         """
         settled: dict[int, JobOutcome] = {}
-        retried = False
+        losses: Counter[int | None] = Counter()
+        alone: int | None = None
         while True:
+            others = () if alone is None else range(len(contest.candidates))
+            left_out = {index: _LEFT_OUT for index in others if index != alone}
             try:
-                reply = self._ask(contest, settled, timeout_s)
+                reply = self._ask(contest, left_out | settled, timeout_s)
             except BaseException:  # Ctrl-C, mostly: a worker in the middle of a contest is of no use to the next
                 self.close()
                 raise
             if isinstance(reply, Refusal):
                 raise reply.error
             if isinstance(reply, ContestOutcome):
-                return reply
+                if alone is None:
+                    return reply
+                alone = None
+                continue
             assert isinstance(reply, _Loss)
             self.close()
-            lost = JobOutcome(reply.status, reply.message)
-            if reply.step is not None and reply.step.candidate is not None:
-                settled[reply.step.candidate] = lost
-            elif not retried:  # between two candidates: the damage may be an earlier contest's
-                retried = True
+            lost = reply.candidate
+            losses[lost] += 1
+            if losses[lost] < _CHANCES:
+                alone = lost  # at no candidate's step the damage may be an earlier contest's: all of it again
+            elif lost is not None:
+                settled[lost] = reply.outcome
+                alone = None
             else:
-                everyone = range(len(contest.candidates))
-                outcomes = tuple(settled.get(index, lost) for index in everyone)
+                outcomes = tuple(settled.get(index, reply.outcome) for index in range(len(contest.candidates)))
                 return ContestOutcome(outcomes, datetime.now(UTC).isoformat(timespec="seconds"))
 
     def _ask(self, contest: Contest, settled: Mapping[int, JobOutcome], timeout_s: float) -> Reply | _Loss:
@@ -185,13 +199,13 @@ class WorkerProcess:
                 self.close()  # it is ending
                 return greeting
             if not isinstance(greeting, Ready):
-                raise LayerZeroError(f"the worker process did not start: {getattr(greeting, 'message', greeting)}")
+                raise LayerZeroError(f"the worker process did not start: {greeting.outcome.message if isinstance(greeting, _Loss) else greeting}")
             self._ready = True
         child.forget_output()
         try:
             child.connection.send(Request(contest, settled))
         except ConnectionError:
-            return _Loss("died", "ended before the contest began", None)
+            return _Loss(None, JobOutcome("died", "ended before the contest began"))
         return child.wait_for_reply(timeout_s)
 
 

@@ -69,6 +69,30 @@ def test_a_crash_costs_one_measurement(worker: WorkerProcess) -> None:
     assert dead.samples_ns == ()
 
 
+@pytest.mark.parametrize(("name", "timeout_s"), [("dies_once", TIMEOUT_S), ("hangs_once", 1.0)])
+def test_a_kernel_whose_process_is_lost_once_gets_its_times(
+    name: str, timeout_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORTURE_FOLDER", str(tmp_path))
+    with WorkerProcess((TORTURE,)) as process:
+        default, suspect = run(process, "right", name, timeout_s=timeout_s)
+    assert [default.status, suspect.status] == ["ok", "ok"]
+    assert len(default.samples_ns) == BRIEF.rounds
+    assert suspect.screen_ns is not None
+    assert len(list(tmp_path.iterdir())) == 2, "alone and beside the others in one fresh process"
+
+
+def test_a_second_death_is_final_where_a_kernel_comes_through_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORTURE_FOLDER", str(tmp_path))
+    with WorkerProcess((TORTURE,)) as process:
+        company, dead, other = run(process, "company", "dies_beside_others", "right")
+    assert [company.status, dead.status, other.status] == ["ok", "died", "ok"]
+    assert company.samples_ns
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_the_last_words_are_those_of_the_contest(worker: WorkerProcess) -> None:
     run(worker, "speaks")
     assert run(worker, "killed")[0].message == "killed by SIGKILL at load and first call"

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from layerzero_runtime.context import SelectionContext
@@ -104,6 +105,41 @@ def _speaks(x: Any, weight: Any, eps: float, offset: float) -> Any:
     return _rms_norm(x, weight, eps, offset)
 
 
+def _processes_seen(name: str) -> int:
+    """How many processes have called the kernel so far, this one included; counted in the folder that a test names."""
+    folder = Path(os.environ["TORTURE_FOLDER"])
+    (folder / f"{name}-{os.getpid()}").touch()
+    return len(list(folder.glob(f"{name}-*")))
+
+
+def _dies_once(x: Any, weight: Any, eps: float, offset: float) -> Any:
+    if _processes_seen("dies_once") == 1:
+        os.abort()
+    return _rms_norm(x, weight, eps, offset)
+
+
+def _hangs_once(x: Any, weight: Any, eps: float, offset: float) -> Any:
+    if _processes_seen("hangs_once") == 1:
+        time.sleep(3600)
+    return _rms_norm(x, weight, eps, offset)
+
+
+def _dies_beside_others(x: Any, weight: Any, eps: float, offset: float) -> Any:
+    _processes_seen("dies_beside_others")
+    if _has_company:
+        os.abort()
+    return _rms_norm(x, weight, eps, offset)
+
+
+def _is_company(x: Any, weight: Any, eps: float, offset: float) -> Any:
+    global _has_company
+    _has_company = True
+    return _rms_norm(x, weight, eps, offset)
+
+
+_has_company = False
+
+
 def fails_at_call(number: int) -> Body:
     """A right kernel until its `number`-th call, counted over the process."""
     calls = 0
@@ -150,6 +186,10 @@ SEGFAULTS = kernel("segfaults", _segfaults)
 HANGS = kernel("hangs", _hangs)
 KILLED = kernel("killed", _killed)
 EXITS = kernel("exits", _exits)
+DIES_ONCE = kernel("dies_once", _dies_once)
+HANGS_ONCE = kernel("hangs_once", _hangs_once)
+DIES_BESIDE_OTHERS = kernel("dies_beside_others", _dies_beside_others)
+COMPANY = kernel("company", _is_company)
 SPEAKS = kernel("speaks", _speaks)
 GPU_ONLY = kernel("gpu_only", _rms_norm, platforms=("cuda",))
 NARROW = kernel("narrow", _rms_norm, max_hidden_size=16)
