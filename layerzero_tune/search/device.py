@@ -18,8 +18,6 @@ from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.search.jobs import JobIdentity, contest_of, legal_candidates
 from layerzero_tune.worker.process import WorkerProcess
 
-# The longest step of one candidate: a call takes seconds at most, compiling a kernel may take minutes.
-STEP_TIMEOUT_S = 600.0
 # How often a contest is measured that leaves a doubt each time: on a machine that is never quiet a run takes so many
 # times as long.
 MAX_TAKES = 3
@@ -65,7 +63,7 @@ class LiveDevice:
         return contest_of(context, candidates, self._kernels, self._identity, repeat)
 
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
-        outcome = self._worker.run(contest, STEP_TIMEOUT_S)
+        outcome = self._worker.run(contest)
         return rows_of(contest, outcome, self._kernels, self.spec), outcome
 
     def again(self, contest: Contest) -> Contest | None:

@@ -44,10 +44,13 @@ def measure(*names: str, **changes: Any) -> ContestOutcome:
         ("other_shape", "wrong", r"output 0 has shape \(31, 64\), required \(32, 64\)"),
         ("other_dtype", "wrong", "output 0 has dtype float64, required float32"),
         ("nan_at_the_end", "wrong", "output 0 is NaN or infinite in 1 of 2048 values checked"),
-        ("in_place", "wrong", "writes to its input x"),
+        ("in_place", "wrote_to_inputs", "writes to its input x"),
         ("two_outputs", "wrong", "gives 2 outputs, required 1"),
         ("no_tensor", "wrong", "output 0 is a float, required a tensor"),
         ("raises", "failed", "RuntimeError: tile size 48 is not supported"),
+        ("cannot_load", "compile_failed", "RuntimeError: ptxas: unknown target"),
+        ("cannot_compile", "compile_failed", "RuntimeError: tile size 48 is not supported"),
+        ("wrong_at_every_tenth", "flaky", r"right at first, wrong later: relative error 1\.00e-01 above .*"),
         ("gpu_only", "refused", r"PLATFORM_NOT_ONE_OF: platform is 'cpu'.*'cuda'.*"),
         ("narrow", "refused", "HIDDEN_SIZE_NOT_AT_MOST: hidden_size is 64, required <= 16"),
         ("attention", "refused", "computes attention.full, attention.cross, not norm.rms"),
@@ -130,7 +133,7 @@ def test_a_hopeless_candidate_is_not_screened_again(monkeypatch: pytest.MonkeyPa
     steps: list[tuple[int | None, str]] = []
     names = ("torture.right", "torture.slow", "torture.right_too")
     jobs = measure_contest(contest(*names), KERNELS, progress=lambda *step: steps.append(step)).outcomes
-    assert [name for index, name in steps if index == 1] == ["load and first call", "warm-up"]
+    assert [name for index, name in steps if index == 1] == ["load", "first call", "warm-up", "verification"]
     assert [name for index, name in steps if index == 2].count("screening") >= 2
     assert jobs[1].screen_ns is not None
     assert jobs[1].screen_ns > 3e6
@@ -170,9 +173,16 @@ def test_steps_are_reported_before_they_are_taken() -> None:
     steps: list[tuple[int | None, str]] = []
     measure_contest(contest("torture.right", "torture.raises"), KERNELS, progress=lambda *step: steps.append(step))
     assert steps[0] == (None, "reference")
-    assert (1, "load and first call") in steps
-    assert [name for index, name in steps if index == 1] == ["load and first call"]
-    assert [name for index, name in steps if index == 0][-4:] == ["round 1", "round 2", "round 3", "round 4"]
+    assert (1, "load") in steps
+    assert [name for index, name in steps if index == 1] == ["load", "first call"]
+    assert [name for index, name in steps if index == 0][-6:] == [
+        "round 1",
+        "round 2",
+        "round 3",
+        "round 4",
+        "verification",
+        "verification",
+    ]
 
 
 @pytest.mark.parametrize(

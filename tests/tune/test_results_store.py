@@ -190,11 +190,11 @@ class TestDamage:
         assert store.read().rows == rows_of(0, 1, 3, 4)
 
     def test_newer_schema_is_named_and_left_alone(self, store: ResultsStore, damaged: Path) -> None:
-        newer = to_table(make_contest(2)).replace_schema_metadata({SCHEMA_KEY: b"2"})
+        newer = to_table(make_contest(2)).replace_schema_metadata({SCHEMA_KEY: b"3"})
         pq.write_table(newer.append_column("humidity", pa.array([0.5] * len(newer))), damaged)
         before = damaged.read_bytes()
         for use in (store.read, store.compact):
-            with pytest.raises(ResultsError, match=f"{damaged.name}.*schema version 2"):
+            with pytest.raises(ResultsError, match=f"{damaged.name}.*schema version 3"):
                 use()
         assert damaged.read_bytes() == before
         assert len(list(store.directory.glob("*.parquet"))) == 5
