@@ -29,6 +29,8 @@ Status = Literal[
     "device_error",
 ]
 STATUSES: tuple[Status, ...] = get_args(Status)
+# Those that may have cost the process that measured.
+LOSSES: tuple[Status, ...] = ("out_of_memory", "timeout", "died", "device_error")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

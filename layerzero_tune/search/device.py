@@ -13,8 +13,8 @@ from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.libraries import library_version
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.tables.staleness import kernel_source_hash
-from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, MeasurementPolicy
-from layerzero_tune.results.measurement import Measurement
+from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, JobOutcome, MeasurementPolicy
+from layerzero_tune.results.measurement import LOSSES, Measurement
 from layerzero_tune.search.jobs import JobIdentity, contest_of, legal_candidates
 from layerzero_tune.worker.process import WorkerProcess
 
@@ -51,6 +51,7 @@ class LiveDevice:
         self._kernels: Mapping[str, Kernel] = {kernel.kernel_id: kernel for kernel in registry}
         self._identity = JobIdentity(spec, policy)
         self._worker = worker
+        self._lost: dict[str, JobOutcome] = {}
 
     def contests(self, context: SelectionContext) -> tuple[Contest, ...]:
         candidates = self.candidates(context)
@@ -63,7 +64,14 @@ class LiveDevice:
         return contest_of(context, candidates, self._kernels, self._identity, repeat)
 
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
-        outcome = self._worker.run(contest)
+        """The rows of a finished contest, and its outcome.
+
+        A job that cost processes before keeps the outcome that it got then: to repeat it would cost as many again.
+        """
+        known = {i: self._lost[job_id] for i, job_id in enumerate(contest.job_ids) if job_id in self._lost}
+        outcome = self._worker.run(contest, known=known)
+        jobs = zip(contest.job_ids, outcome.outcomes, strict=True)
+        self._lost.update((job_id, job) for job_id, job in jobs if job.status in LOSSES)
         return rows_of(contest, outcome, self._kernels, self.spec), outcome
 
     def again(self, contest: Contest) -> Contest | None:

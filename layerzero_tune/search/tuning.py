@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_tune.measure.contest import Contest
+from layerzero_tune.results.leases import Leases
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import Results, ResultsStore
 from layerzero_tune.search.device import MeasuringDevice
 from layerzero_tune.search.doubt import leaves_doubt
+
+# How often a run looks whether another one has finished what it waits for.
+_LOOK_S = 0.5
+_logger = logging.getLogger(__name__)
 
 RowsByContest = Mapping[str, Sequence[Measurement]]
 
@@ -89,14 +97,45 @@ def tune(
     """
     done: dict[str, Sequence[Measurement]] = dict(plan.done)
     wanted = plan.contests
+    leases = Leases(store.directory)
     while wanted:
-        for left, contest in zip(reversed(range(len(wanted))), wanted, strict=True):
-            rows, outcome = device.measure(contest)
-            store.append(rows)
-            done[contest.contest_id] = rows
-            progress(FinishedContest(contest, rows, outcome.preparation_s, left))
+        done |= _measure_all(device, wanted, store, leases, progress)
         wanted = _wanted(device, plan.offered, done)
+    leases.clear()
     store.compact()
+
+
+def _measure_all(
+    device: MeasuringDevice,
+    wanted: Sequence[Contest],
+    store: ResultsStore,
+    leases: Leases,
+    progress: Callable[[FinishedContest], None],
+) -> RowsByContest:
+    """The rows of the contests: each is measured, unless another run into the folder does so or has done so."""
+    found: dict[str, Sequence[Measurement]] = {}
+    seen: dict[str, frozenset[str]] = {}
+    waiting, elsewhere, has_said_so = deque(wanted), 0, False
+    while waiting:
+        if elsewhere == len(waiting):  # nothing is left but what is in flight in another run
+            if not has_said_so:
+                _logger.warning("another run measures %d contests into %s: waiting for it", elsewhere, store.directory)
+            has_said_so, elsewhere = True, 0
+            sleep(_LOOK_S)
+        contest = waiting.popleft()
+        with leases.take(contest.contest_id) as is_ours:
+            if not is_ours:
+                waiting.append(contest)
+                elsewhere += 1
+                continue
+            elsewhere = 0
+            rows = store.contest(contest.contest_id, seen)  # now that nobody else can be about to store it
+            if not rows:
+                rows, outcome = device.measure(contest)
+                store.append(rows)
+                progress(FinishedContest(contest, rows, outcome.preparation_s, len(waiting)))
+            found[contest.contest_id] = rows
+    return found
 
 
 def _wanted(device: MeasuringDevice, offered: Sequence[Contest], done: RowsByContest) -> tuple[Contest, ...]:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import IO, Self
 
 from layerzero_runtime.errors import LayerZeroError
@@ -155,14 +155,19 @@ class WorkerProcess:
             self._child.kill()
             self._child = None
 
-    def run(self, contest: Contest, limits: TimeLimits = DEFAULT_LIMITS) -> ContestOutcome:
+    def run(
+        self,
+        contest: Contest,
+        limits: TimeLimits = DEFAULT_LIMITS,
+        known: Mapping[int, JobOutcome] = MappingProxyType({}),
+    ) -> ContestOutcome:
         """Measure a contest, whatever its kernels do to the process.
 
-        `limits` are those of each step of a candidate (loading it, its first call, warming up, one sample), not of the
-        contest. The candidate at whose step the process is lost (it dies, falls silent, leaks memory,
-        or its device is lost to it) is measured again alone, in a fresh process: where it comes through, the whole
-        contest is begun again with it. Its second loss, alone or not, is final: it gets the outcome, and the contest is
-        begun again without it.
+        Candidates whose outcomes are `known`, by index, are not touched. `limits` are those of each step of a candidate
+        (loading it, its first call, warming up, one sample), not of the contest. The candidate at whose step the
+        process is lost (it dies, falls silent, leaks memory, or its device is lost to it) is measured again alone, in a
+        fresh process: where it comes through, the whole contest is begun again with it. Its second loss, alone or not,
+        is final: it gets the outcome, and the contest is begun again without it.
 
         A silence is given the same second chance as a death: a machine that stood still looks like a kernel that hangs,
         and to be sure costs seconds. Where code may be compiled it would cost minutes, and is final at once.
@@ -170,7 +175,7 @@ class WorkerProcess:
         Raises:
             LayerZeroError: the worker cannot start, or the contest cannot be measured at all (its own subclasses).
         """
-        settled: dict[int, JobOutcome] = {}
+        settled = dict(known)
         losses: Counter[int | None] = Counter()
         alone: int | None = None
         while True:

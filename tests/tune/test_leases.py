@@ -1,0 +1,99 @@
+"""Several runs into one folder: none measures what another has in flight, and a dead run holds nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from layerzero_tune.results.leases import LEASE_S, LEASES, Leases
+from layerzero_tune.results.store import ResultsStore
+from layerzero_tune.search.device import RecordedDevice
+from layerzero_tune.search.tuning import plan_tuning, tune
+from tests.tune.command import start
+from tests.tune.recordings import recorded_rows
+from tests.tune.synthetic_results import contest_rows, norm
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from layerzero_tune.results.leases import Leases
+with Leases(Path(sys.argv[1])).take("one") as is_ours:
+    print(is_ours, flush=True)
+    time.sleep(600.0)
+"""
+
+
+def is_free(folder: Path, contest_id: str = "one") -> bool:
+    with Leases(folder).take(contest_id) as is_ours:
+        return is_ours
+
+
+def test_a_lease_is_held_until_its_process_is_gone(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "True\n"
+        assert not is_free(tmp_path)
+        assert is_free(tmp_path, "another")
+        written = json.loads((tmp_path / LEASES / "one").read_text())
+        assert written["process"] == holder.pid
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    assert is_free(tmp_path)
+
+
+def test_a_lease_ends_with_its_context_and_leaves_nothing(tmp_path: Path) -> None:
+    leases = Leases(tmp_path)
+    with leases.take("one") as first:
+        assert first
+        assert not is_free(tmp_path)
+    assert is_free(tmp_path)
+    with pytest.raises(KeyboardInterrupt), leases.take("one"):
+        raise KeyboardInterrupt
+    assert is_free(tmp_path)
+    leases.clear()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("age_s", "free"), [(LEASE_S - 60.0, False), (LEASE_S + 60.0, True)])
+def test_a_lease_of_another_host_ends_by_time(age_s: float, free: bool, tmp_path: Path) -> None:
+    lease = tmp_path / LEASES / "one"
+    lease.parent.mkdir()
+    lease.write_text('{"host": "elsewhere.example", "process": 7}')
+    written = time.time() - age_s
+    os.utime(lease, (written, written))
+    assert is_free(tmp_path) == free
+    assert lease.exists() != free
+
+
+def test_a_contest_that_another_run_has_stored_is_not_measured_again(tmp_path: Path) -> None:
+    rows = [row for size in (1, 2, 3) for row in contest_rows(norm(size), {"torch.rms_norm": 1000.0})]
+    device, store = RecordedDevice(rows), ResultsStore(tmp_path)
+    plan = plan_tuning(device, device.contexts, store)
+    first, second, third = plan.contests
+    other = ResultsStore(tmp_path)
+    other.append(device.measure(second)[0])
+    other.append(device.measure(third)[0])
+    other.compact()
+    measured: list[str] = []
+    tune(device, plan, store, lambda finished: measured.append(finished.contest.contest_id))
+    assert measured == [first.contest_id]
+    assert len(store.contest_ids()) == 3
+
+
+def test_two_runs_into_one_folder_share_its_contests(recorded_results: Path, tmp_path: Path) -> None:
+    run = ("run", "--device", f"recorded:{recorded_results}", "--out", tmp_path / "results", "--json")
+    runs = [start(*run) for _ in range(2)]
+    ended = [process.communicate(timeout=120) for process in runs]
+    assert [process.returncode for process in runs] == [0, 0], ended
+    measured = [json.loads(output)["contests_measured"] for output, _ in ended]
+    held = [json.loads(output)["contests_held"] for output, _ in ended]
+    assert sum(measured) == len(ResultsStore(recorded_results).contest_ids())
+    assert ResultsStore(tmp_path / "results").read().rows == recorded_rows()
+    assert not (tmp_path / "results" / LEASES).exists(), held
