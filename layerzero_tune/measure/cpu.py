@@ -159,6 +159,7 @@ class _ContestRun:
             SpoiledProcessError: the process is of no use any more.
         """
         result = attempt(action, otherwise)
+        self.progress(None, "between steps")  # what follows takes none of the candidate's time
         leak = self.memory.excess(index)
         if leak:
             raise SpoiledProcessError(index, JobOutcome("out_of_memory", leak))

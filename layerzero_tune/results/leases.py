@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 LEASES = "leases"
@@ -23,7 +24,8 @@ class Leases:
     """The leases in one results folder.
 
     A lease is a locked file (flock(2)), so that one whose process has died, however that ended, is free at once; where
-    another host wrote it, whose lock may not be seen over a network's file system, it is free after `LEASE_S`.
+    another host wrote it, whose lock may not be seen over a network's file system, it is free after `LEASE_S`. Hosts of
+    one name, or containers on one running kernel, are one host: there the lock tells.
     """
 
     def __init__(self, results: Path) -> None:
@@ -52,7 +54,7 @@ class Leases:
             is_ours = not _is_of_another_host(descriptor)
             if is_ours:
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "process": os.getpid()}).encode(), 0)
+                os.pwrite(descriptor, json.dumps({"host": _host(), "process": os.getpid()}).encode(), 0)
             yield is_ours
             if is_ours:
                 path.unlink(missing_ok=True)
@@ -96,7 +98,17 @@ def _is_of_another_host(descriptor: int) -> bool:
     if time.time() - os.fstat(descriptor).st_mtime > LEASE_S:
         return False
     try:
-        host = json.loads(text)["host"]
+        name, boot = json.loads(text)["host"]
     except (ValueError, KeyError, TypeError):  # killed before it wrote
         return False
-    return bool(host != socket.gethostname())
+    own_name, own_boot = _host()
+    return bool(name != own_name and (boot != own_boot or not boot))
+
+
+@cache
+def _host() -> tuple[str, str]:
+    """The host's name, and what tells this start of its kernel from all others (random(4), boot_id; empty: unknown)."""
+    try:
+        return socket.gethostname(), Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname(), ""

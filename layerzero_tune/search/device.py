@@ -15,6 +15,7 @@ from layerzero_runtime.registry import Registry
 from layerzero_runtime.tables.staleness import kernel_source_hash
 from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, JobOutcome, MeasurementPolicy
 from layerzero_tune.results.measurement import LOSSES, Measurement
+from layerzero_tune.search.device_lock import alone_on
 from layerzero_tune.search.jobs import JobIdentity, contest_of, legal_candidates
 from layerzero_tune.worker.process import WorkerProcess
 
@@ -64,12 +65,13 @@ class LiveDevice:
         return contest_of(context, candidates, self._kernels, self._identity, repeat)
 
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
-        """The rows of a finished contest, and its outcome.
+        """The rows of a finished contest, and its outcome; waits while another run measures on the device.
 
         A job that cost processes before keeps the outcome that it got then: to repeat it would cost as many again.
         """
         known = {i: self._lost[job_id] for i, job_id in enumerate(contest.job_ids) if job_id in self._lost}
-        outcome = self._worker.run(contest, known=known)
+        with alone_on(self.spec):
+            outcome = self._worker.run(contest, known=known)
         jobs = zip(contest.job_ids, outcome.outcomes, strict=True)
         self._lost.update((job_id, job) for job_id, job in jobs if job.status in LOSSES)
         return rows_of(contest, outcome, self._kernels, self.spec), outcome

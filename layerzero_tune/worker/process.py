@@ -78,7 +78,7 @@ class _Child:
     def _died(self, before: int) -> Loss:
         end, words = _end_of(self.process.returncode), self._last_words()
         if self.process.returncode == -signal.SIGKILL and oom_kills() > self.oom_kills:
-            return self._lost("out_of_memory", f"{end}, the system being out of memory", words, before)
+            return self._lost("out_of_memory", f"{end}, the system being out of memory,", words, before)
         # A library that cannot go on without memory says so and aborts.
         refused = self.process.returncode < 0 and says_out_of_memory(words)
         return self._lost("out_of_memory" if refused else "died", end, words, before)
@@ -158,16 +158,16 @@ class WorkerProcess:
     def run(
         self,
         contest: Contest,
-        limits: TimeLimits = DEFAULT_LIMITS,
+        limits: TimeLimits | None = None,
         known: Mapping[int, JobOutcome] = MappingProxyType({}),
     ) -> ContestOutcome:
         """Measure a contest, whatever its kernels do to the process.
 
-        Candidates whose outcomes are `known`, by index, are not touched. `limits` are those of each step of a candidate
-        (loading it, its first call, warming up, one sample), not of the contest. The candidate at whose step the
-        process is lost (it dies, falls silent, leaks memory, or its device is lost to it) is measured again alone, in a
-        fresh process: where it comes through, the whole contest is begun again with it. Its second loss, alone or not,
-        is final: it gets the outcome, and the contest is begun again without it.
+        Candidates whose outcomes are `known`, by index, are not touched. `limits` (default: `DEFAULT_LIMITS`) are those
+        of each step of a candidate (loading it, its first call, warming up, one sample), not of the contest. The
+        candidate at whose step the process is lost (it dies, falls silent, leaks memory, or its device is lost to it)
+        is measured again alone, in a fresh process: where it comes through, the whole contest is begun again with it.
+        Its second loss, alone or not, is final: it gets the outcome, and the contest is begun again without it.
 
         A silence is given the same second chance as a death: a machine that stood still looks like a kernel that hangs,
         and to be sure costs seconds. Where code may be compiled it would cost minutes, and is final at once.
@@ -175,6 +175,7 @@ class WorkerProcess:
         Raises:
             LayerZeroError: the worker cannot start, or the contest cannot be measured at all (its own subclasses).
         """
+        limits = limits or DEFAULT_LIMITS
         settled = dict(known)
         losses: Counter[int | None] = Counter()
         alone: int | None = None

@@ -21,13 +21,14 @@ class TimeLimits:
     """Seconds that one step may take.
 
     Attributes:
-        shortest_s: of a step in which a kernel runs, however little it has to do: a busy machine stands still for
-            seconds at times.
+        shortest_s: of a step in which a kernel runs, however little it has to do. Where other processes have the cores,
+            each parallel loop may wait a time slice of some 10 ms for its last thread, and a step makes hundreds of
+            short calls.
         longest_s: however much it has to do; also of steps in which no kernel runs.
         compile_s: of one that may compile code.
     """
 
-    shortest_s: float = 5.0
+    shortest_s: float = 30.0
     longest_s: float = 600.0
     compile_s: float = 600.0
 

@@ -5,20 +5,29 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from layerzero_runtime.device import detect_device
+from layerzero_runtime.kernels import builtin_kernels
+from layerzero_runtime.registry import Registry
+from layerzero_tune.measure.contest import Contest, ContestOutcome, JobOutcome, MeasurementPolicy
 from layerzero_tune.results.leases import LEASE_S, LEASES, Leases
 from layerzero_tune.results.store import ResultsStore
-from layerzero_tune.search.device import RecordedDevice
+from layerzero_tune.search.device import LiveDevice, RecordedDevice
+from layerzero_tune.search.device_lock import alone_on
 from layerzero_tune.search.tuning import plan_tuning, tune
+from layerzero_tune.worker import WorkerProcess
 from tests.tune.command import start
 from tests.tune.recordings import recorded_rows
-from tests.tune.synthetic_results import contest_rows, norm
+from tests.tune.synthetic_results import DEVICE, contest_rows, norm
 
 HOLDER = """
 import sys, time
@@ -28,6 +37,17 @@ with Leases(Path(sys.argv[1])).take("one") as is_ours:
     print(is_ours, flush=True)
     time.sleep(600.0)
 """
+
+
+DEVICE_HOLDER = """
+import time
+from layerzero_tune.search.device_lock import alone_on
+from tests.tune.synthetic_results import DEVICE
+with alone_on(DEVICE):
+    print("held", flush=True)
+    time.sleep(600.0)
+"""
+BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def is_free(folder: Path, contest_id: str = "one") -> bool:
@@ -65,11 +85,59 @@ def test_a_lease_ends_with_its_context_and_leaves_nothing(tmp_path: Path) -> Non
 def test_a_lease_of_another_host_ends_by_time(age_s: float, free: bool, tmp_path: Path) -> None:
     lease = tmp_path / LEASES / "one"
     lease.parent.mkdir()
-    lease.write_text('{"host": "elsewhere.example", "process": 7}')
+    lease.write_text('{"host": ["elsewhere.example", "another-boot"], "process": 7}')
     written = time.time() - age_s
     os.utime(lease, (written, written))
     assert is_free(tmp_path) == free
     assert lease.exists() != free
+
+
+@pytest.mark.parametrize("host", [["elsewhere.example", BOOT], [socket.gethostname(), "before-the-restart"]])
+def test_a_container_or_a_start_of_this_host_is_no_other_host(host: list[str], tmp_path: Path) -> None:
+    lease = tmp_path / LEASES / "one"
+    lease.parent.mkdir()
+    lease.write_text(json.dumps({"host": host, "process": 7}))
+    assert is_free(tmp_path)
+
+
+def test_a_device_is_waited_for_and_free_once_its_holder_is_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    had = threading.Event()
+
+    def measure() -> None:
+        with alone_on(DEVICE):
+            had.set()
+
+    with subprocess.Popen([sys.executable, "-c", DEVICE_HOLDER], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        waiting = threading.Thread(target=measure)
+        waiting.start()
+        assert not had.wait(0.8)
+        holder.kill()
+        assert had.wait(20.0)
+        waiting.join()
+    assert caplog.text.count("another run measures on") == 1
+
+
+def test_a_contest_is_measured_alone_on_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    folder = tmp_path / "layerzero"
+    seen: list[bool] = []
+
+    class Watch(WorkerProcess):
+        def run(self, contest: Contest, *arguments: Any, **options: Any) -> ContestOutcome:
+            seen.append(is_free(folder, "cpu"))
+            return ContestOutcome((JobOutcome("failed"),) * len(contest.candidates), "2026-01-01T00:00:00+00:00")
+
+    spec = detect_device("cpu")
+    device = LiveDevice(spec, Registry(builtin_kernels()), MeasurementPolicy(), Watch())
+    (contest,) = device.contests(norm(1))
+    device.measure(contest)
+    assert seen == [False]
+    assert is_free(folder, "cpu")
 
 
 def test_a_contest_that_another_run_has_stored_is_not_measured_again(tmp_path: Path) -> None:
