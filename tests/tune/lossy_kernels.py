@@ -36,7 +36,7 @@ def _hangs_once(x: Any, weight: Any, eps: float, offset: float) -> Any:
 
 
 def _dies_beside_others(x: Any, weight: Any, eps: float, offset: float) -> Any:
-    _processes_seen("dies_beside_others")
+    _processes_seen("dies_beside_others" if _has_company else "dies_beside_others-alone")
     if _has_company:
         os.abort()
     return rms_norm(x, weight, eps, offset)

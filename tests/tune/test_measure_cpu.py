@@ -25,6 +25,7 @@ from layerzero_tune.measure import cpu
 from layerzero_tune.measure.clock import Rotation, take_sample, time_calls, warm_up
 from layerzero_tune.measure.contest import Candidate, ContestOutcome, MeasurementPolicy
 from layerzero_tune.measure.cpu import measure_contest
+from layerzero_tune.measure.failures import SpoiledProcessError
 from layerzero_tune.measure.inputs import MAX_BYTES, MAX_SETS, RandomTensors, rotating_inputs
 from layerzero_tune.measure.screening import finalists
 from tests.tune import torture_kernels as torture
@@ -91,6 +92,39 @@ def test_out_of_memory_is_told_from_other_failures() -> None:
     outcome = measure("right", "out_of_memory").outcomes[1]
     assert outcome.status == "out_of_memory"
     assert "memory" in outcome.message
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [
+        ("leaks", "out_of_memory", r"its calls kept \d+ MiB, allowed 64 MiB: it leaks memory"),
+        ("loses_device", "device_error", "RuntimeError: CUDA error: an illegal memory access was encountered"),
+    ],
+)
+def test_a_kernel_that_spoils_the_process_ends_the_contest(name: str, status: str, message: str) -> None:
+    with pytest.raises(SpoiledProcessError) as spoiled:
+        measure("right", name, "right_too")
+    torture.kept.clear()
+    assert spoiled.value.candidate == 1
+    assert spoiled.value.outcome.status == status
+    assert re.fullmatch(message, spoiled.value.outcome.message)
+
+
+def test_what_a_kernel_keeps_for_each_input_is_no_leak() -> None:
+    copies: dict[int, torch.Tensor] = {}
+
+    def caching(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
+        copies.setdefault(x.data_ptr(), x.clone())
+        return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight + offset, eps)
+
+    kernel = torture.kernel("caching", caching)
+    large = replace(RMS, rows=1024, hidden_size=1024)
+    outcome = measure_contest(
+        contest("torture.caching", context=large, policy=replace(BRIEF, warmup_ms=300.0, cache_bytes=1 << 28)),
+        {kernel.kernel_id: kernel},
+    )
+    assert sum(copy.numel() * 4 for copy in copies.values()) > 1 << 26
+    assert outcome.outcomes[0].status == "ok"
 
 
 def test_inputs_that_do_not_fit_into_memory_cost_the_contest_and_not_the_run() -> None:

@@ -19,7 +19,7 @@ TORTURE = "tests.tune.torture_kernels"
 IMPATIENT = """
 from layerzero_tune.command_line.main import main
 from layerzero_tune.worker import process
-process.DEFAULT_LIMITS = process.TimeLimits(shortest_s=5.0)
+process.DEFAULT_LIMITS = process.TimeLimits(shortest_s=3.0)
 main()
 """
 STATUSES = {
@@ -38,7 +38,7 @@ MESSAGES = {
     "segfaults": "killed by SIGSEGV at first call; last output: about to read address 0",
     "killed": "killed by SIGKILL at first call",
     "exits": "exited with code 3 at first call",
-    "hangs": "no progress for 5 s at first call",
+    "hangs": "no progress for 3 s at first call",
     "aborts_without_memory": "killed by SIGABRT at first call; last output: what():  std::bad_alloc",
     "loses_device": "RuntimeError: CUDA error: an illegal memory access was encountered",
     "in_place": "writes to its input x",

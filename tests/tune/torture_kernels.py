@@ -105,17 +105,17 @@ def _speaks(x: Any, weight: Any, eps: float, offset: float) -> Any:
     return rms_norm(x, weight, eps, offset)
 
 
-_kept: list[Any] = []
+kept: list[Any] = []
 
 
 def _leaks(x: Any, weight: Any, eps: float, offset: float) -> Any:
-    _kept.append(x.new_empty(1 << 20))
+    kept.append(x.new_empty(1 << 20))
     return rms_norm(x, weight, eps, offset)
 
 
 def _leaks_at_once(x: Any, weight: Any, eps: float, offset: float) -> Any:
     while True:
-        _kept.append(x.new_empty(1 << 28))
+        kept.append(x.new_empty(1 << 28))
 
 
 def _loses_device(x: Any, weight: Any, eps: float, offset: float) -> Any:
