@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +52,23 @@ with alone_on(DEVICE):
 BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+@contextmanager
+def running(program: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A Python program in a process that is gone at the end."""
+    with subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def is_free(folder: Path, contest_id: str = "one") -> bool:
     with Leases(folder).take(contest_id) as is_ours:
         return is_ours
 
 
 def test_a_lease_is_held_until_its_process_is_gone(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
+    with running(HOLDER, str(tmp_path)) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "True\n"
         assert not is_free(tmp_path)
@@ -110,15 +122,16 @@ def test_a_device_is_waited_for_and_free_once_its_holder_is_dead(
         with alone_on(DEVICE):
             had.set()
 
-    with subprocess.Popen([sys.executable, "-c", DEVICE_HOLDER], stdout=subprocess.PIPE, text=True) as holder:
+    with running(DEVICE_HOLDER) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         waiting = threading.Thread(target=measure)
         waiting.start()
-        assert not had.wait(0.8)
+        was_free = had.wait(0.8)
         holder.kill()
         assert had.wait(20.0)
         waiting.join()
+        assert not was_free
     assert caplog.text.count("another run measures on") == 1
 
 
