@@ -35,6 +35,18 @@ def _hangs_once(x: Any, weight: Any, eps: float, offset: float) -> Any:
     return rms_norm(x, weight, eps, offset)
 
 
+def _pauses(x: Any, weight: Any, eps: float, offset: float) -> Any:
+    global _has_paused
+    if not _has_paused:
+        _has_paused = True
+        _processes_seen("pauses")
+        time.sleep(2.0)
+    return rms_norm(x, weight, eps, offset)
+
+
+_has_paused = False
+
+
 def _dies_beside_others(x: Any, weight: Any, eps: float, offset: float) -> Any:
     _processes_seen("dies_beside_others" if _has_company else "dies_beside_others-alone")
     if _has_company:
@@ -74,6 +86,7 @@ COMPILES_FOR_EVER = replace(kernel("compiles_for_ever", rms_norm), load=_load_ha
 KEEPS_MUCH = replace(kernel("keeps_much", rms_norm), load=_load_keeps_much)
 DIES_ONCE = kernel("dies_once", _dies_once)
 HANGS_ONCE = kernel("hangs_once", _hangs_once)
+PAUSES = kernel("pauses", _pauses)
 DIES_BESIDE_OTHERS = kernel("dies_beside_others", _dies_beside_others)
 COMPANY = kernel("company", _is_company)
 

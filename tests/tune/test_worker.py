@@ -158,20 +158,24 @@ def test_a_compilation_that_hangs_is_not_tried_again(tmp_path: Path, monkeypatch
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_tuner_that_was_stopped_with_its_worker_blames_no_kernel() -> None:
+def test_a_tuner_that_was_stopped_with_its_worker_blames_no_kernel(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", STOPPED_TUNER],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TORTURE_FOLDER": str(tmp_path)},
     ) as tuner:
         assert tuner.stdout is not None
         worker_pid = int(tuner.stdout.readline())
-        time.sleep(0.5)
-        for number in (signal.SIGSTOP, signal.SIGCONT):
-            os.kill(worker_pid, number)
-            tuner.send_signal(number)
-            time.sleep(3.0 if number == signal.SIGSTOP else 0.0)
+        while tuner.poll() is None and not list(tmp_path.iterdir()):
+            time.sleep(0.01)
+        time.sleep(0.8)  # until it has seen that the kernel runs
+        tuner.send_signal(signal.SIGSTOP)
+        os.kill(worker_pid, signal.SIGSTOP)
+        time.sleep(5.0)
+        tuner.send_signal(signal.SIGCONT)
+        time.sleep(0.3)  # it finds that nothing has happened for seconds
+        os.kill(worker_pid, signal.SIGCONT)
         assert tuner.stdout.read().split() == ["ok", str(worker_pid)]
 
 
@@ -218,15 +222,13 @@ def test_ctrl_c_ends_the_worker_and_reaches_the_caller() -> None:
 
 
 STOPPED_TUNER = """
-from dataclasses import replace
 from layerzero_tune.worker import WorkerProcess
 from layerzero_tune.worker.time_limits import TimeLimits
-from tests.tune.contests import BRIEF, contest
-with WorkerProcess(("tests.tune.torture_kernels",)) as worker:
+from tests.tune.contests import contest
+with WorkerProcess(("tests.tune.torture_kernels", "tests.tune.lossy_kernels")) as worker:
     worker.run(contest("torture.right"))
     print(worker.pid, flush=True)
-    many = contest("torture.ten_times_slower", policy=replace(BRIEF, rounds=60))
-    print(worker.run(many, TimeLimits(shortest_s=1.0)).outcomes[0].status, worker.pid)
+    print(worker.run(contest("torture.pauses"), TimeLimits(shortest_s=3.0)).outcomes[0].status, worker.pid)
 """
 
 TUNER = """
