@@ -23,11 +23,12 @@ def throttled_gpus(library: ctypes.CDLL | None = None) -> dict[int, tuple[str, .
     library = library or load_library()
     if library is None:
         return {}
-    found = {index: _reasons(library, handle) for index, handle in with_gpus(library)}
+    found = {index: slowdown_reasons(library, handle) for index, handle in with_gpus(library)}
     return {index: reasons for index, reasons in found.items() if reasons}
 
 
-def _reasons(library: ctypes.CDLL, handle: ctypes.c_void_p) -> tuple[str, ...]:
+def slowdown_reasons(library: ctypes.CDLL, handle: ctypes.c_void_p) -> tuple[str, ...]:
+    """Why the GPU of that handle is slowed down, while a session of NVML is open; empty where it does not say."""
     bits = ctypes.c_ulonglong()
     for name in _FUNCTIONS:
         function = getattr(library, name, None)

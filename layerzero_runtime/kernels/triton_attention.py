@@ -160,8 +160,11 @@ def _fits(configuration: Configuration, context: SelectionContext) -> bool:
     # Without tensor cores the operands of a product are in registers too.
     if context.dtype == "float32" and (rows > 16 or keys * padded_width // (32 * warps) > 32):
         return False
-    # Shared memory: tiles of keys and values in flight, one more where products read them there, and the queries.
-    in_flight = stages if rows >= 64 or context.dtype == "float32" else max(1, stages - 1)
+    # Shared memory: tiles of keys and values in flight, one more where wgmma reads them there, two more where they are
+    # laid out anew for products without tensor cores, and the queries.
+    in_flight = stages if rows >= 64 else max(1, stages - 1)
+    if context.dtype == "float32":
+        in_flight = stages + 1
     shared = ((in_flight * 2 * keys + rows) * padded_width + rows * keys) * item_bytes
     if shared > shared_bytes(context):
         return False

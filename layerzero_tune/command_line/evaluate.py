@@ -14,7 +14,14 @@ import typer
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.dispatch import publish_snapshot
 from layerzero_runtime.errors import ContextError
-from layerzero_tune.command_line.options import JsonOption, check_writable, live_device, registry_with, use_tables
+from layerzero_tune.command_line.options import (
+    JsonOption,
+    check_writable,
+    live_device,
+    registry_with,
+    torch_name,
+    use_tables,
+)
 from layerzero_tune.command_line.output import notes, print_json, print_table, progress_bar
 from layerzero_tune.evaluate import public_calls
 from layerzero_tune.evaluate.evaluation import Evaluation, evaluate
@@ -46,14 +53,14 @@ def evaluate_command(
     gates = tuple(Gate.parse(text) for text in gate or ())
     rows = ResultsStore(results).read().rows
     contexts = _contexts(workload, [row.context for row in rows], held_out, seed)
-    spec = live_device("cpu")
+    spec = live_device(str(rows[0].device["platform"]))
     table = use_tables(tables, spec)
     snapshot = publish_snapshot()
     assert table.path is not None
     table_id = hashlib.sha256(Path(table.path).read_bytes()).hexdigest()[:32]
     check_writable(out)
     start = perf_counter()
-    with WorkerProcess((public_calls.__name__,)) as worker, progress_bar() as bar:
+    with WorkerProcess((public_calls.__name__,), torch_name(spec)) as worker, progress_bar() as bar:
         device = LiveDevice(spec, registry_with((public_calls.__name__,)), MeasurementPolicy(), worker)
         task = bar.add_task("held-out shapes", total=len(contexts))
         found = evaluate(device, snapshot, contexts, ResultsStore(out), table_id, lambda _: bar.advance(task))

@@ -72,9 +72,14 @@ def live_device(name: str) -> DeviceSpec:
         ContextError: there is no such device, or it cannot be measured.
     """
     spec = detect_device(name)
-    if spec.platform != "cpu":
-        raise ContextError(f"device {name!r} is {spec.name}: this version measures on the CPU; pass --device cpu")
+    if spec.platform not in ("cpu", "cuda"):
+        raise ContextError(f"device {name!r} is {spec.name}: this version measures CPUs and CUDA devices")
     return spec
+
+
+def torch_name(spec: DeviceSpec) -> str:
+    """What torch calls a device of this machine."""
+    return "cpu" if spec.platform == "cpu" else f"{spec.platform}:{spec.index or 0}"
 
 
 def results_of(text: str) -> Path | None:

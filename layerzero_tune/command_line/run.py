@@ -22,6 +22,7 @@ from layerzero_tune.command_line.options import (
     registry_with,
     results_of,
     split_list,
+    torch_name,
 )
 from layerzero_tune.command_line.output import notes, print_json, print_table, progress_bar, shape_text
 from layerzero_tune.compile.distrust import disturbed_points
@@ -31,6 +32,7 @@ from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.device import MAX_TAKES, LiveDevice, MeasuringDevice, RecordedDevice
 from layerzero_tune.search.tuning import FinishedContest, plan_tuning, tune
 from layerzero_tune.worker.process import WorkerProcess
+from layerzero_tune.workload.errors import WorkloadError
 from layerzero_tune.workload.lines import read_workload
 from layerzero_tune.workload.presets import PRESETS, preset_workload
 
@@ -53,15 +55,17 @@ def run_command(
         contexts = recorded.contexts if workload is None else _workload_contexts(workload)
         _run(recorded, [context for context in contexts if context.operation in operations], store, json)
         return
+    spec = live_device(device)
     if workload is None:
+        if spec.platform != "cpu":
+            raise WorkloadError(f"presets are for CPUs, the device is {spec.name}: name its shapes with --workload")
         lines = preset_workload(preset, operations)
         contexts = tuple(line.context for line in lines)
     else:
         contexts = tuple(context for context in _workload_contexts(workload) if context.operation in operations)
-    spec = live_device(device)
     modules = split_list(kernels)
     registry = registry_with(modules)
-    with WorkerProcess(modules) as worker:
+    with WorkerProcess(modules, torch_name(spec)) as worker:
         _run(LiveDevice(spec, registry, MeasurementPolicy(), worker), contexts, store, json)
 
 

@@ -10,8 +10,8 @@ from layerzero_runtime.operation import Operation
 from layerzero_runtime.selection.limits import Limit
 from layerzero_tune.compile.region import Box
 
-# Fields that every static key fixes.
-_KEY_FIELDS = ("mode", "dtype", "platform")
+# Fields that every static key fixes, or the device of the table.
+_KEY_FIELDS = ("mode", "dtype", "platform", "sm", "instruction_set")
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,23 @@
-"""The wall clock: many calls back to back, inputs rotating."""
+"""Clocks: what a call of a kernel takes, and the parts of a contest that are timed by any of them."""
 
 from __future__ import annotations
 
 import gc
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter_ns
+from typing import Protocol
 
 from layerzero_runtime.kernel import KernelFunction
 from layerzero_tune.measure.inputs import Arguments
 
 # A sample of short calls is the median of this many blocks of calls, so that one interruption does not decide it.
 BLOCKS = 5
+
+
+TimedCalls = Callable[[int], float]
+"""Makes at least so many calls of one kernel and gives the time of a call in ns."""
 
 
 class Rotation:
@@ -47,21 +52,35 @@ def time_calls(function: KernelFunction, arguments: Sequence[Arguments]) -> floa
     return (end - start) / len(arguments)
 
 
-def warm_up(function: KernelFunction, rotation: Rotation, duration_ms: float) -> float:
+class Clock(Protocol):
+    """A way to time the calls of kernels."""
+
+    def timed(self, function: KernelFunction, rotation: Rotation) -> TimedCalls:
+        """The function's calls, each on the next arguments, made ready to be timed; what the function raises is
+        raised."""
+
+
+class WallClock:
+    """The wall time of calls back to back, on a CPU: each is done when it returns."""
+
+    def timed(self, function: KernelFunction, rotation: Rotation) -> TimedCalls:
+        return lambda calls: time_calls(function, rotation.take(calls))
+
+
+def warm_up(timed: TimedCalls, duration_ms: float) -> float:
     """Call for that long, at least once; the median of the later half of the calls in ns."""
     times: list[float] = []
     elapsed = 0.0
     while elapsed < duration_ms * 1e6 or not times:
-        times.append(time_calls(function, rotation.take(1)))
-        elapsed += times[-1]
+        start = perf_counter_ns()
+        times.append(timed(1))
+        elapsed += perf_counter_ns() - start
     return statistics.median(times[len(times) // 2 :])
 
 
-def take_sample(
-    function: KernelFunction, rotation: Rotation, call_ns: float, duration_ms: float, blocks: int = BLOCKS
-) -> float:
+def take_sample(timed: TimedCalls, call_ns: float, duration_ms: float, blocks: int = BLOCKS) -> float:
     """Time in ns per call over at least `duration_ms` of calls that take about `call_ns` each; at least one call."""
     calls = max(1, math.ceil(duration_ms * 1e6 / max(call_ns, 1.0)))
     blocks = min(blocks, calls)
     per_block = math.ceil(calls / blocks)
-    return statistics.median(time_calls(function, rotation.take(per_block)) for _ in range(blocks))
+    return statistics.median(timed(per_block) for _ in range(blocks))

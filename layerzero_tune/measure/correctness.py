@@ -98,6 +98,8 @@ class Check:
         arguments = self.operation.arguments(self.context, self.tensors)
         start = perf_counter_ns()
         result = function(*arguments)
+        if any(tensor.is_cuda for tensor in self.tensors.values()):
+            torch.cuda.synchronize()
         call_ns = float(perf_counter_ns() - start)
         for name, tensor in self.tensors.items():
             if not torch.equal(tensor, self.untouched[name]):

@@ -7,25 +7,24 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import cache, partial
+from functools import partial
 from time import perf_counter
 from types import MappingProxyType
 
 from layerzero_runtime.accuracy import error_floor
-from layerzero_runtime.device import detect_device
-from layerzero_runtime.errors import ContextError
 from layerzero_runtime.kernel import Kernel, KernelFunction
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.selection.transforms import apply_transforms
 from layerzero_tune.measure.admission import refusal
-from layerzero_tune.measure.clock import BLOCKS, Rotation, take_sample, time_calls, warm_up
+from layerzero_tune.measure.bench import Bench
+from layerzero_tune.measure.clock import BLOCKS, Rotation, TimedCalls, take_sample, warm_up
 from layerzero_tune.measure.contention import MAX_ATTEMPTS, MAX_SHARE, ProcessorTime, others_share
 from layerzero_tune.measure.contest import COMPILING_CALL, LOAD, Candidate, Contest, ContestOutcome, JobOutcome
 from layerzero_tune.measure.correctness import Check, judge, tolerances
 from layerzero_tune.measure.failures import Result, SpoiledProcessError, attempt
+from layerzero_tune.measure.full_speed import FullSpeed
 from layerzero_tune.measure.inputs import RandomTensors, check_measurable, rotating_inputs
 from layerzero_tune.measure.kept_memory import KEPT_BYTES, KeptMemory
-from layerzero_tune.measure.parallel_speed import FullSpeed, ParallelSpeed, parallel_loop
 from layerzero_tune.measure.screening import finalists
 from layerzero_tune.measure.verification import later_fault, tolerances_on
 from layerzero_tune.measure.work import WIDEST_BYTES, call_elements
@@ -45,26 +44,27 @@ def measure_contest(
     contest: Contest,
     kernels: Mapping[str, Kernel],
     *,
+    device: str = "cpu",
     settled: Mapping[int, JobOutcome] = _NOTHING_SETTLED,
     progress: Progress = lambda candidate, step: None,
 ) -> ContestOutcome:
-    """Measure the contest's candidates on this CPU, in this process.
+    """Measure the contest's candidates on a device of this machine (torch's name for it), in this process.
 
     Everything runs under `torch.inference_mode`, as the loops of serving engines do: no autograd is recorded and no
     version counters are kept. Threads are torch's default. `settled` holds outcomes that are known already (of kernels
     that killed an earlier process), by index; those candidates are not touched.
 
     Raises:
-        ContextError: the point cannot be measured on a CPU: graph mode, an unknown operation or dtype, a missing size,
-            or a feature that the generated inputs lack.
+        ContextError: the point cannot be measured on the device: graph mode on a CPU, an unknown operation or dtype, a
+            missing size, or a feature that the generated inputs lack.
+        DeviceError: there is no such device.
         SpoiledProcessError: a candidate left the process unfit: its device is lost, or its memory runs away.
     """
     import torch
 
-    if contest.context.mode != "eager":
-        raise ContextError(f"mode is {contest.context.mode!r}: CPUs have 'eager' only; measure graphs on a CUDA device")
-    with torch.inference_mode():
-        run = _ContestRun(contest, kernels, settled, progress)
+    bench = Bench.of(device, contest.context.mode)
+    with torch.inference_mode(), bench.current():
+        run = _ContestRun(contest, kernels, bench, settled, progress)
         outcomes = run.run()
     ended = datetime.now(UTC).isoformat(timespec="seconds")
     return ContestOutcome(outcomes, ended, run.preparation_s, run.contention)
@@ -74,9 +74,15 @@ class _ContestRun:
     """One run of a contest: candidates drop out of `functions` as they get an outcome without a time."""
 
     full_speed: FullSpeed
+    timed: dict[int, TimedCalls]
 
     def __init__(
-        self, contest: Contest, kernels: Mapping[str, Kernel], settled: Mapping[int, JobOutcome], progress: Progress
+        self,
+        contest: Contest,
+        kernels: Mapping[str, Kernel],
+        bench: Bench,
+        settled: Mapping[int, JobOutcome],
+        progress: Progress,
     ) -> None:
         self.candidates = contest.candidates
         self.policy = contest.policy
@@ -84,7 +90,8 @@ class _ContestRun:
         self.operation.validate(contest.context)
         check_measurable(contest.context)
         error_floor(contest.context.dtype)  # raises for a dtype that has none
-        self.context = contest.context.with_device(detect_device("cpu"))
+        self.bench = bench
+        self.context = contest.context.with_device(bench.spec)
         self.kernels = kernels
         self.outcomes: dict[int, JobOutcome] = dict(settled)
         self.progress = progress
@@ -100,7 +107,7 @@ class _ContestRun:
     def run(self) -> tuple[JobOutcome, ...]:
         start = perf_counter()
         entered = self._admit()
-        source = RandomTensors("cpu", self.seed)
+        source = RandomTensors(self.bench.name, self.seed)
         self._check(entered, source)
         self.preparation_s = perf_counter() - start
         self._time_undisturbed(source)
@@ -190,8 +197,10 @@ class _ContestRun:
                 allowed = self._attempt(index, partial(tolerances_on, check, self.functions[index]))
         if allowed is None:
             allowed = tolerances_on(check, None)
-        for index in entered:
-            fault = self._step(index, "verification", lambda function: later_fault(check, function, allowed))
+        for index, function in tuple(self.functions.items()):
+            if index not in entered:
+                continue
+            fault = self._step(index, "verification", partial(later_fault, check, function, allowed))
             if fault:
                 self.outcomes[index] = JobOutcome("flaky", fault)
                 del self.functions[index]
@@ -204,32 +213,39 @@ class _ContestRun:
             self.outcomes.update(dict.fromkeys(self.functions, sets))
             return
         for _ in range(MAX_ATTEMPTS):
-            self.full_speed = FullSpeed(_machine_speed(), lambda: self.progress(None, "waiting for the machine"))
+            self.full_speed = FullSpeed(self.bench.speed, lambda: self.progress(None, "waiting for the machine"))
             start = ProcessorTime.now()
             self.full_speed.wait()
             self._time(Rotation(sets), source)
-            others = others_share(start, ProcessorTime.now())
+            others = others_share(start, ProcessorTime.now()) if self.bench.is_shared else 0.0
             self.contention = max(others, self.full_speed.lost)
             if others <= MAX_SHARE:
                 break
         self._verify(self.functions, source)
 
     def _time(self, rotation: Rotation, source: RandomTensors) -> None:
+        self.timed = {}
+        for index in tuple(self.functions):
+            function = self.functions[index]
+            made = self._step(index, "prepare", partial(self.bench.clock.timed, function, rotation))
+            if made is not None:
+                self.timed[index] = made
         call_ns = {
             index: time
-            for index in tuple(self.functions)
-            if (time := self._step(index, "warm-up", lambda f: warm_up(f, rotation, self.policy.warmup_ms))) is not None
+            for index in tuple(self.timed)
+            if (time := self._step(index, "warm-up", partial(warm_up, self.timed[index], self.policy.warmup_ms)))
+            is not None
         }
         slow = frozenset(index for index, time in call_ns.items() if time > self.policy.max_call_ms * 1e6)
         settled = slow | self._hopeless(call_ns)
-        screened = self.full_speed.take(lambda: self._screen(rotation, call_ns, settled))
+        screened = self.full_speed.take(lambda: self._screen(call_ns, settled))
         entered = finalists(screened, self.policy.screen_margin) - slow
         # The default and the anchors tie contests together, whatever the screening says of them.
         always = frozenset(i for i in self.functions if self.candidates[i].is_default or self.candidates[i].is_anchor)
         without_rounds = any(self.candidates[index].is_default for index in slow)
         entered = frozenset() if without_rounds else entered | (always - slow)
         self._verify(entered, source)
-        samples = self._final_rounds(rotation, call_ns, entered & self.functions.keys())
+        samples = self._final_rounds(call_ns, entered & self.functions.keys())
         for index in self.functions:
             self.outcomes[index] = replace(
                 self.outcomes[index],
@@ -242,9 +258,7 @@ class _ContestRun:
         fastest = {index: min(time, self.first_call_ns[index]) for index, time in call_ns.items()}
         return frozenset(index for index, time in fastest.items() if time > _HOPELESS * min(fastest.values()))
 
-    def _screen(
-        self, rotation: Rotation, call_ns: Mapping[int, float], settled: frozenset[int]
-    ) -> dict[int, list[float]]:
+    def _screen(self, call_ns: Mapping[int, float], settled: frozenset[int]) -> dict[int, list[float]]:
         """Times per candidate in ns per call: that of the warm-up and, where this is not `settled`, some more.
 
         They are taken in turn, so that a drift of the machine falls on all candidates.
@@ -258,45 +272,36 @@ class _ContestRun:
         for turn in range(BLOCKS):
             for index in self._shuffled(index for index in times if turn < turns[index]):
                 calls = max(1, round(screen_ns / BLOCKS / call_ns[index]))
-                time = self._step(index, "screening", partial(time_calls, arguments=rotation.take(calls)))
+                time = self._step(index, "screening", partial(self.timed[index], calls))
                 if time is not None:
                     times[index].append(time)
         return {index: found for index, found in times.items() if index in self.functions}
 
-    def _final_rounds(
-        self, rotation: Rotation, call_ns: Mapping[int, float], entered: frozenset[int]
-    ) -> dict[int, list[float]]:
+    def _final_rounds(self, call_ns: Mapping[int, float], entered: frozenset[int]) -> dict[int, list[float]]:
         """Medians of the rounds in ns per call, by candidate: one per round for each that came through all of them."""
         samples: dict[int, list[float]] = {index: [] for index in entered}
         for number in range(1, self.policy.rounds + 1):
-            for index, time in self.full_speed.take(partial(self._round, number, rotation, call_ns, entered)).items():
+            for index, time in self.full_speed.take(partial(self._round, number, call_ns, entered)).items():
                 samples[index].append(time)
         return samples
 
-    def _round(
-        self, number: int, rotation: Rotation, call_ns: Mapping[int, float], entered: frozenset[int]
-    ) -> dict[int, float]:
+    def _round(self, number: int, call_ns: Mapping[int, float], entered: frozenset[int]) -> dict[int, float]:
         times: dict[int, float] = {}
         for index in self._shuffled(entered):
-            measure = partial(take_sample, rotation=rotation, call_ns=call_ns[index], duration_ms=self.policy.round_ms)
+            measure = partial(take_sample, self.timed[index], call_ns[index], self.policy.round_ms)
             time = self._step(index, f"round {number}", measure)
             if time is not None:
                 times[index] = time
         return times
 
-    def _step(self, index: int, name: str, action: Callable[[KernelFunction], Result]) -> Result | None:
+    def _step(self, index: int, name: str, action: Callable[[], Result]) -> Result | None:
         """What one step of a candidate gives; None where it fails now, which takes it out, or did before."""
         if index not in self.functions:
             return None
         self.progress(index, name)
-        return self._attempt(index, partial(self.memory.count, index, partial(action, self.functions[index])))
+        return self._attempt(index, partial(self.memory.count, index, action))
 
     def _shuffled(self, indices: Iterable[int]) -> list[int]:
         order = sorted(indices)
         self.chance.shuffle(order)
         return order
-
-
-@cache
-def _machine_speed() -> ParallelSpeed:
-    return ParallelSpeed(parallel_loop())

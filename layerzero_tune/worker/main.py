@@ -1,7 +1,8 @@
-"""The worker process: `python -m layerzero_tune.worker.main SOCKET BOARD LIFELINE MODULE...` (descriptors, kernels).
+"""The worker process: `python -m layerzero_tune.worker.main SOCKET BOARD LIFELINE DEVICE MODULE...`.
 
-Threads and environment are what torch and the tuner's environment give; freed memory stays with the process. Its
-standard output and error are the tuner's scratch file, so that nothing a kernel prints reaches a terminal or a report.
+The first three are descriptors; the device goes by torch's name, and the modules are those of further kernels. Threads
+and environment are what torch and the tuner's environment give; freed memory stays with the process. Its standard
+output and error are the tuner's scratch file, so that nothing a kernel prints reaches a terminal or a report.
 """
 
 from __future__ import annotations
@@ -48,11 +49,13 @@ def die_with_tuner(lifeline: int) -> None:
 
 
 def answer(
-    request: Request, kernels: Mapping[str, Kernel], board: ProgressBoard, allowed_bytes: float
+    request: Request, kernels: Mapping[str, Kernel], device: str, board: ProgressBoard, allowed_bytes: float
 ) -> Finished | Loss | Refusal:
     """What comes of a contest; it is the last where more than `allowed_bytes` of memory are left in use after it."""
     try:
-        outcome = measure_contest(request.contest, kernels, settled=request.settled, progress=board.report)
+        outcome = measure_contest(
+            request.contest, kernels, device=device, settled=request.settled, progress=board.report
+        )
         return Finished(outcome, is_last=allocated_bytes() > allowed_bytes)
     except SpoiledProcessError as error:
         return Loss(error.candidate, error.outcome)
@@ -74,14 +77,14 @@ def main(arguments: list[str]) -> None:
         try:
             import torch  # noqa: F401 - now, so that no candidate's time limit pays for it
 
-            kernels = with_loads_remembered(load_kernels(arguments[3:]))
+            kernels = with_loads_remembered(load_kernels(arguments[4:]))
         except LayerZeroError as error:
             tuner.send(Refusal(error))
             return
-        _serve(tuner, kernels, ProgressBoard(board))
+        _serve(tuner, kernels, arguments[3], ProgressBoard(board))
 
 
-def _serve(tuner: Connection[Reply, Request], kernels: Mapping[str, Kernel], board: ProgressBoard) -> None:
+def _serve(tuner: Connection[Reply, Request], kernels: Mapping[str, Kernel], device: str, board: ProgressBoard) -> None:
     tuner.send(Ready())
     allowed_bytes = allocated_bytes() + _KEPT_BYTES
     while True:
@@ -89,7 +92,7 @@ def _serve(tuner: Connection[Reply, Request], kernels: Mapping[str, Kernel], boa
             request = tuner.recv()
         except EOFError:
             return
-        reply = answer(request, kernels, board, allowed_bytes)
+        reply = answer(request, kernels, device, board, allowed_bytes)
         tuner.send(reply)
         if isinstance(reply, Loss) or (isinstance(reply, Finished) and reply.is_last):
             return

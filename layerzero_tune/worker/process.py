@@ -121,10 +121,12 @@ class WorkerProcess:
 
     Args:
         kernel_modules: importable modules with an attribute `KERNELS`, measured beside the built-in kernels.
+        device: torch's name of the device on which it measures.
     """
 
-    def __init__(self, kernel_modules: tuple[str, ...] = ()) -> None:
+    def __init__(self, kernel_modules: tuple[str, ...] = (), device: str = "cpu") -> None:
         self._kernel_modules = kernel_modules
+        self._device = device
         self._child: _Child | None = None
         self._ready = False
 
@@ -146,7 +148,7 @@ class WorkerProcess:
         if self._child is not None and self._child.process.poll() is not None:
             self.close()
         if self._child is None:
-            self._child = _spawn(self._kernel_modules)
+            self._child = _spawn(self._device, self._kernel_modules)
             self._ready = False
 
     def close(self) -> None:
@@ -230,7 +232,7 @@ class WorkerProcess:
         return child.wait_for_reply(lambda step: limits.of(step, contest.context))
 
 
-def _spawn(kernel_modules: tuple[str, ...]) -> _Child:
+def _spawn(device: str, kernel_modules: tuple[str, ...]) -> _Child:
     here, there = Pipe(duplex=True)
     lifeline_there, lifeline_here = os.pipe()
     board = ProgressBoard.create()
@@ -238,7 +240,7 @@ def _spawn(kernel_modules: tuple[str, ...]) -> _Child:
     descriptors = (there.fileno(), board.descriptor, lifeline_there)
     killed_before = oom_kills()
     process = subprocess.Popen(
-        [sys.executable, "-m", "layerzero_tune.worker.main", *map(str, descriptors), *kernel_modules],
+        [sys.executable, "-m", "layerzero_tune.worker.main", *map(str, descriptors), device, *kernel_modules],
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.device import DeviceSpec
+from layerzero_runtime.kernel import Kernel, KernelSpec
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.selection.limits import Limit
 from layerzero_runtime.tables.table import MISS, Table
@@ -249,3 +251,16 @@ def test_the_tables_of_random_calls_have_guards(table: Table, fields: set[str]) 
     """Else the two tests above would show nothing."""
     (entry,) = (entry for entries in table.entries.values() for entry in entries.values())
     assert fields <= {guard.field for chain in entry.leaves for step in chain for guard in step.guards}
+
+
+@pytest.mark.parametrize(("least", "is_legal"), [((8, 0), True), ((9, 0), True), ((10, 0), False)])
+def test_what_the_device_of_the_table_fixes_needs_no_guard(least: tuple[int, int], is_legal: bool) -> None:
+    """A guard on it would have every call described, and cost more than the kernel saves."""
+    spec = KernelSpec(
+        kernel_id="test.recent", operations=("norm.rms",), platforms=("cuda",), dtypes=("float32",), min_sm=least
+    )
+    kernel = Kernel(spec, KERNELS[0].load)
+    context = norm(8).with_device(DeviceSpec("cuda", "NVIDIA H100 80GB HBM3", compute_capability=(9, 0)))
+    found = legality(kernel, operation_named("norm.rms"), context, ((1, 64), (1024, 1024)))
+    assert found.guards == ()
+    assert (found.violated is None) == is_legal

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from layerzero_tune.measure import cpu, parallel_speed
+from layerzero_tune.measure import bench, cpu, full_speed
 from layerzero_tune.measure.contention import MAX_ATTEMPTS, ProcessorTime, others_share
-from layerzero_tune.measure.parallel_speed import PATIENCE_S, WINDOW_S, FullSpeed, ParallelSpeed, parallel_loop
+from layerzero_tune.measure.full_speed import PATIENCE_S, FullSpeed
+from layerzero_tune.measure.parallel_speed import WINDOW_S, ParallelSpeed, parallel_loop
 from layerzero_tune.worker.kernels import load_kernels
 from tests.tune.contests import contest
 
@@ -49,7 +50,7 @@ def test_a_disturbed_contest_is_timed_again(
         return seen[-1]
 
     monkeypatch.setattr(cpu, "others_share", share)
-    monkeypatch.setattr(cpu, "_machine_speed", lambda: ParallelSpeed(lambda: 1.0))
+    monkeypatch.setattr(bench, "_parallel_speed", lambda: ParallelSpeed(lambda: 1.0))
     outcome = cpu.measure_contest(contest("torch.rms_norm", "torch.rms_norm.fused"), load_kernels())
     assert len(seen) == attempts
     assert outcome.contention == seen[-1]
@@ -86,61 +87,61 @@ def parts_of(machine: Machine, count: int) -> tuple[list[int], FullSpeed]:
     """How often each of so many parts of a contest was taken, on a machine whose best speed is known."""
     machine.speed.lost()
     taken = [0] * count
-    full_speed = FullSpeed(machine.speed, lambda: None)
-    full_speed.wait()
+    speed = FullSpeed(machine.speed, lambda: None)
+    speed.wait()
     for part in range(count):
 
         def take(part: int = part) -> int:
             taken[part] += 1
             return part
 
-        assert full_speed.take(take) == part
+        assert speed.take(take) == part
     assert machine.times == []
-    return taken, full_speed
+    return taken, speed
 
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel_speed, "others_share", lambda start, end: 0.0)
-    monkeypatch.setattr(parallel_speed, "sleep", lambda seconds: None)
+    monkeypatch.setattr(full_speed, "others_share", lambda start, end: 0.0)
+    monkeypatch.setattr(full_speed, "sleep", lambda seconds: None)
 
 
 @pytest.mark.usefixtures("quiet")
 def test_a_contest_waits_for_the_speed_of_the_machine() -> None:
-    taken, full_speed = parts_of(Machine([8.0, 10.0, 10.0, 8.0, 8.0, 8.0]), 2)
+    taken, speed = parts_of(Machine([8.0, 10.0, 10.0, 8.0, 8.0, 8.0]), 2)
     assert taken == [1, 1]
-    assert full_speed.lost == 0.0
+    assert speed.lost == 0.0
 
 
 @pytest.mark.usefixtures("quiet")
 def test_a_part_during_which_the_speed_was_lost_is_taken_again() -> None:
-    taken, full_speed = parts_of(Machine([8.0, 8.0, 8.0, 10.0, 10.0, 8.0, 8.0, 8.0]), 3)
+    taken, speed = parts_of(Machine([8.0, 8.0, 8.0, 10.0, 10.0, 8.0, 8.0, 8.0]), 3)
     assert taken == [1, 2, 1]
-    assert full_speed.lost == 0.0
+    assert speed.lost == 0.0
 
 
 @pytest.mark.usefixtures("quiet")
 def test_where_the_speed_stays_away_the_contest_goes_on_and_says_so() -> None:
     looks = int(PATIENCE_S / 0.25)
-    taken, full_speed = parts_of(Machine([8.0, *[10.0] * looks, 10.0, 16.0, 8.0]), 3)
+    taken, speed = parts_of(Machine([8.0, *[10.0] * looks, 10.0, 16.0, 8.0]), 3)
     assert taken == [1, 1, 1]
-    assert full_speed.lost == pytest.approx(0.5)
+    assert speed.lost == pytest.approx(0.5)
 
 
 @pytest.mark.usefixtures("quiet")
 def test_a_part_is_not_taken_again_for_ever() -> None:
     parts = int(PATIENCE_S / 0.25)
     machine = Machine([8.0, 8.0, *[10.0, 8.0] * (parts - 1), 10.0, 10.0, 8.0])
-    taken, full_speed = parts_of(machine, 2)
+    taken, speed = parts_of(machine, 2)
     assert taken == [parts + 1, 1]
-    assert full_speed.lost == pytest.approx(0.2)
+    assert speed.lost == pytest.approx(0.2)
 
 
 def test_nobody_waits_for_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel_speed, "others_share", lambda start, end: 0.5)
-    taken, full_speed = parts_of(Machine([8.0, 10.0, 10.0]), 1)
+    monkeypatch.setattr(full_speed, "others_share", lambda start, end: 0.5)
+    taken, speed = parts_of(Machine([8.0, 10.0, 10.0]), 1)
     assert taken == [1]
-    assert full_speed.lost == pytest.approx(0.2)
+    assert speed.lost == pytest.approx(0.2)
 
 
 @pytest.mark.usefixtures("quiet")
@@ -149,7 +150,7 @@ def test_the_screening_and_every_round_of_a_contest_are_watched(monkeypatch: pyt
     machine.speed.lost()
     steps: list[str] = []
     monkeypatch.setattr(cpu, "others_share", lambda start, end: 0.0)
-    monkeypatch.setattr(cpu, "_machine_speed", lambda: machine.speed)
+    monkeypatch.setattr(bench, "_parallel_speed", lambda: machine.speed)
     outcome = cpu.measure_contest(
         contest("torch.rms_norm"), load_kernels(), progress=lambda candidate, step: steps.append(step)
     )
@@ -167,9 +168,9 @@ def test_the_screening_and_every_round_of_a_contest_are_watched(monkeypatch: pyt
 def test_a_contest_says_which_speed_it_lacked(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine([8.0, *[10.0] * 7])
     machine.speed.lost()
-    monkeypatch.setattr(parallel_speed, "others_share", lambda start, end: 0.5)
+    monkeypatch.setattr(full_speed, "others_share", lambda start, end: 0.5)
     monkeypatch.setattr(cpu, "others_share", lambda start, end: 0.0)
-    monkeypatch.setattr(cpu, "_machine_speed", lambda: machine.speed)
+    monkeypatch.setattr(bench, "_parallel_speed", lambda: machine.speed)
     assert cpu.measure_contest(contest("torch.rms_norm"), load_kernels()).contention == pytest.approx(0.2)
 
 

@@ -22,7 +22,7 @@ from layerzero_runtime.libraries import missing_requirement
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.selection.transforms import apply_transforms
 from layerzero_tune.measure import cpu
-from layerzero_tune.measure.clock import Rotation, take_sample, time_calls, warm_up
+from layerzero_tune.measure.clock import Rotation, WallClock, take_sample, time_calls, warm_up
 from layerzero_tune.measure.contest import Candidate, ContestOutcome, MeasurementPolicy
 from layerzero_tune.measure.cpu import measure_contest
 from layerzero_tune.measure.failures import SpoiledProcessError
@@ -167,7 +167,8 @@ def test_a_hopeless_candidate_is_not_screened_again(monkeypatch: pytest.MonkeyPa
     steps: list[tuple[int | None, str]] = []
     names = ("torture.right", "torture.slow", "torture.right_too")
     jobs = measure_contest(contest(*names), KERNELS, progress=lambda *step: steps.append(step)).outcomes
-    assert [name for index, name in steps if index == 1] == ["load", "first call", "warm-up", "verification"]
+    expected = ["load", "first call", "prepare", "warm-up", "verification"]
+    assert [name for index, name in steps if index == 1] == expected
     assert [name for index, name in steps if index == 2].count("screening") >= 2
     assert jobs[1].screen_ns is not None
     assert jobs[1].screen_ns > 3e6
@@ -317,11 +318,12 @@ def test_the_clock_counts_calls_and_restores_the_garbage_collector() -> None:
     rotation = Rotation([(0,), (1,)])
     assert time_calls(function, rotation.take(3)) > 0
     assert seen == [(0, False), (1, False), (0, False)]
-    take_sample(function, rotation, call_ns=1000.0, duration_ms=0.007)
+    timed = WallClock().timed(function, rotation)
+    take_sample(timed, call_ns=1000.0, duration_ms=0.007)
     assert len(seen) == 3 + 10  # seven calls fill 7 us; five blocks of two
-    take_sample(function, rotation, call_ns=1e9, duration_ms=0.1)
+    take_sample(timed, call_ns=1e9, duration_ms=0.1)
     assert len(seen) == 14
-    assert warm_up(function, rotation, 0.0) > 0
+    assert warm_up(timed, 0.0) > 0
     assert len(seen) == 15
     assert gc.isenabled()
 

@@ -1,0 +1,69 @@
+"""The bench of a contest: a device of this machine, the clock for a mode, and the watch over its speed."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+
+from layerzero_runtime.device import DeviceSpec, detect_device
+from layerzero_runtime.errors import ContextError
+from layerzero_tune.measure.clock import Clock, WallClock
+from layerzero_tune.measure.cuda_clock import EagerClock, GraphClock
+from layerzero_tune.measure.full_speed import Speed
+from layerzero_tune.measure.gpu_state import GpuWatch
+from layerzero_tune.measure.parallel_speed import ParallelSpeed, parallel_loop
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and by what a contest is timed.
+
+    Attributes:
+        name: torch's name of the device.
+        is_shared: whether other processes that use this machine's processors slow a contest down; the device time of a
+            graph does not ask what they do.
+    """
+
+    name: str
+    spec: DeviceSpec
+    clock: Clock
+    speed: Speed
+    is_shared: bool = True
+
+    @classmethod
+    def of(cls, device: str, mode: str) -> Bench:
+        """The bench for a device ("cpu", "cuda:N") and an execution mode.
+
+        Raises:
+            ContextError: the device has no such mode.
+            DeviceError: there is no such device.
+        """
+        spec = detect_device(device)
+        if spec.platform == "cuda":
+            index = spec.index or 0
+            name, watch = f"cuda:{index}", _gpu_watch(index)
+            if mode == "graph":
+                return cls(name, spec, GraphClock(index), watch, is_shared=False)
+            return cls(name, spec, EagerClock(index), watch)
+        if mode != "eager":
+            raise ContextError(f"mode is {mode!r}: CPUs have 'eager' only; measure graphs on a CUDA device")
+        return cls("cpu", spec, WallClock(), _parallel_speed())
+
+    def current(self) -> AbstractContextManager[object]:
+        """Makes the device the current one."""
+        import torch
+
+        return nullcontext() if self.spec.platform == "cpu" else torch.cuda.device(self.name)
+
+
+@cache
+def _parallel_speed() -> ParallelSpeed:
+    return ParallelSpeed(parallel_loop())
+
+
+@cache
+def _gpu_watch(index: int) -> GpuWatch:
+    import torch
+
+    return GpuWatch(f"GPU-{torch.cuda.get_device_properties(index).uuid}")

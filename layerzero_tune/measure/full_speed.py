@@ -1,0 +1,62 @@
+"""Measuring at full speed: what was timed while the device was slowed down is timed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import sleep
+from typing import Protocol, TypeVar
+
+from layerzero_tune.measure.contention import MAX_SHARE, ProcessorTime, others_share
+
+# How long a contest waits for the speed to come back: that of a virtual machine's cores did so in seconds, or after
+# minutes.
+PATIENCE_S = 10.0
+# How often it looks meanwhile, and what a part of it costs its patience that is taken again.
+_LOOK_S = 0.25
+
+Part = TypeVar("Part")
+
+
+class Speed(Protocol):
+    """The speed of a device."""
+
+    def lost(self) -> float:
+        """The share of the speed that is missing now, 0 if that is no more than usual."""
+
+
+class FullSpeed:
+    """Takes the parts of one contest while its device is at full speed.
+
+    Attributes:
+        lost: the largest share of the speed that was missing in a part that was kept, because the contest had no
+            patience left; 0 where there is none.
+    """
+
+    def __init__(self, speed: Speed, waiting: Callable[[], None]) -> None:
+        self.lost = 0.0
+        self._speed = speed
+        self._waiting = waiting
+        self._patience_s = PATIENCE_S
+
+    def wait(self) -> None:
+        """Wait for the speed, as long as the patience lasts, unless other processes are what takes it."""
+        while self._patience_s > 0.0 and self._speed.lost():
+            self._waiting()
+            self._patience_s -= _LOOK_S
+            start = ProcessorTime.now()
+            sleep(_LOOK_S)
+            if others_share(start, ProcessorTime.now()) > MAX_SHARE:
+                self._patience_s = 0.0
+
+    def take(self, part: Callable[[], Part]) -> Part:
+        """What the part gives, taken again where the speed was lost meanwhile, as long as the patience lasts."""
+        while True:
+            found = part()
+            lost = self._speed.lost()
+            if not lost:
+                return found
+            if self._patience_s <= 0.0:
+                self.lost = max(self.lost, lost)
+                return found
+            self._patience_s -= _LOOK_S
+            self.wait()
