@@ -11,6 +11,9 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_tune.identity import content_hash
 from layerzero_tune.results.measurement import Status
 
+# Names of the steps of a candidate that may compile code.
+LOAD, COMPILING_CALL = "load", "first call, which compiles"
+
 
 @dataclass(frozen=True)
 class MeasurementPolicy:

@@ -13,16 +13,15 @@ from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.libraries import library_version
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.tables.staleness import kernel_source_hash
-from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, MeasurementPolicy
-from layerzero_tune.results.measurement import Measurement
+from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, JobOutcome, MeasurementPolicy
+from layerzero_tune.results.measurement import LOSSES, Measurement
 from layerzero_tune.search.configurations.point import contest_at
 from layerzero_tune.search.configurations.search_policy import DEFAULT_POLICY, SearchPolicy
 from layerzero_tune.search.configurations.searched import Searched
+from layerzero_tune.search.device_lock import alone_on
 from layerzero_tune.search.jobs import JobIdentity, contest_of, legal_candidates
 from layerzero_tune.worker.process import WorkerProcess
 
-# The longest step of one candidate: a call takes seconds at most, compiling a kernel may take minutes.
-STEP_TIMEOUT_S = 600.0
 # How often a contest is measured that leaves a doubt each time: on a machine that is never quiet a run takes so many
 # times as long.
 MAX_TAKES = 3
@@ -67,6 +66,7 @@ class LiveDevice:
         self._identity = JobIdentity(spec, policy)
         self._worker = worker
         self._search_policy = search_policy
+        self._lost: dict[str, JobOutcome] = {}
 
     def contests(self, context: SelectionContext, searched: Searched) -> tuple[Contest, ...]:
         candidates = self.candidates(context)
@@ -81,7 +81,15 @@ class LiveDevice:
         return contest_of(context, candidates, self._kernels, self._identity)
 
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
-        outcome = self._worker.run(contest, STEP_TIMEOUT_S)
+        """The rows of a finished contest, and its outcome; waits while another run measures on the device.
+
+        A job that cost processes before keeps the outcome that it got then: to repeat it would cost as many again.
+        """
+        known = {i: self._lost[job_id] for i, job_id in enumerate(contest.job_ids) if job_id in self._lost}
+        with alone_on(self.spec):
+            outcome = self._worker.run(contest, known=known)
+        jobs = zip(contest.job_ids, outcome.outcomes, strict=True)
+        self._lost.update((job_id, job) for job_id, job in jobs if job.status in LOSSES)
         return rows_of(contest, outcome, self._kernels, self.spec), outcome
 
     def again(self, contest: Contest) -> Contest | None:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_tune.measure.contest import Contest
+from layerzero_tune.results.leases import Leases
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import Results, ResultsStore
 from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.device import MeasuringDevice
 from layerzero_tune.search.doubt import leaves_doubt
+
+# How often a run looks whether another one has finished what it waits for.
+_LOOK_S = 0.5
+_logger = logging.getLogger(__name__)
 
 RowsByContest = Mapping[str, Sequence[Measurement]]
 
@@ -90,21 +98,12 @@ def tune(
     Raises:
         ResultsError: the store cannot be written.
     """
-    done: dict[str, Sequence[Measurement]] = dict(plan.done)
-    searched = _searched(done)
-    offered = {contest.contest_id: contest for contest in plan.offered if not contest.is_search}
+    run = _Run(device, plan, store, progress)
     wanted = plan.contests
     while wanted:
-        for left, planned in zip(reversed(range(len(wanted))), wanted, strict=True):
-            for contest in _contests_of(planned, device, searched, done):
-                rows, outcome = device.measure(contest)
-                store.append(rows)
-                done[contest.contest_id] = rows
-                searched.add(rows)
-                if planned.is_search and not contest.is_search:
-                    offered[contest.contest_id] = contest
-                progress(FinishedContest(contest, rows, outcome.preparation_s, left + contest.is_search))
-        wanted = _wanted(device, tuple(offered.values()), done)
+        run.measure_all(wanted)
+        wanted = _wanted(device, tuple(run.offered.values()), run.done)
+    run.leases.clear()
     store.compact()
 
 
@@ -112,17 +111,66 @@ def _searched(done: RowsByContest) -> Searched:
     return Searched(row for rows in done.values() for row in rows)
 
 
-def _contests_of(
-    planned: Contest, device: MeasuringDevice, searched: Searched, done: RowsByContest
-) -> Iterator[Contest]:
-    """The planned contest; for that of a search, which begins with what its neighbours have given by now, whatever its
-    point offers until the search is over."""
-    if not planned.is_search:
-        if planned.contest_id not in done:
-            yield planned
-        return
-    while missing := [c for c in device.contests(planned.context, searched) if c.contest_id not in done]:
-        yield missing[0]
+class _Run:
+    """What is known while a run goes on: the rows by contest, what searches have found, and the contests that points
+    offer, to which a search adds the one that it ends with."""
+
+    def __init__(
+        self,
+        device: MeasuringDevice,
+        plan: TuningPlan,
+        store: ResultsStore,
+        progress: Callable[[FinishedContest], None],
+    ) -> None:
+        self.done: dict[str, Sequence[Measurement]] = dict(plan.done)
+        self.offered = {contest.contest_id: contest for contest in plan.offered if not contest.is_search}
+        self.leases = Leases(store.directory)
+        self._device, self._store, self._progress = device, store, progress
+        self._searched = _searched(self.done)
+        self._seen: dict[str, frozenset[str]] = {}
+
+    def measure_all(self, wanted: Sequence[Contest]) -> None:
+        """Each contest is measured, unless another run into the folder does so or has done so."""
+        waiting, elsewhere, has_said_so = deque(wanted), 0, False
+        while waiting:
+            if elsewhere == len(waiting):  # nothing is left but what is in flight in another run
+                if not has_said_so:
+                    folder = self._store.directory
+                    _logger.warning("another run measures %d contests into %s: waiting for it", elsewhere, folder)
+                has_said_so, elsewhere = True, 0
+                sleep(_LOOK_S)
+            planned = waiting.popleft()
+            contest = self._next_of(planned)
+            if contest is None:
+                continue
+            with self.leases.take(contest.contest_id) as is_ours:
+                if not is_ours:
+                    waiting.append(planned)
+                    elsewhere += 1
+                    continue
+                elsewhere = 0
+                rows = self._rows(contest, len(waiting))
+            self.done[contest.contest_id] = rows
+            self._searched.add(rows)
+            if contest.is_search:
+                waiting.appendleft(planned)
+            elif planned.is_search:
+                self.offered[contest.contest_id] = contest
+
+    def _rows(self, contest: Contest, left: int) -> Sequence[Measurement]:
+        """What the store holds of the contest, now that nobody else can be about to store it, or else measures give."""
+        rows: Sequence[Measurement] = self._store.contest(contest.contest_id, self._seen)
+        if not rows:
+            rows, outcome = self._device.measure(contest)
+            self._store.append(rows)
+            self._progress(FinishedContest(contest, tuple(rows), outcome.preparation_s, left + contest.is_search))
+        return rows
+
+    def _next_of(self, planned: Contest) -> Contest | None:
+        """The planned contest, if it is still missing; for that of a search, which begins with what its neighbours have
+        given by now, whatever its point offers until the search is over."""
+        offered = self._device.contests(planned.context, self._searched) if planned.is_search else (planned,)
+        return next((contest for contest in offered if contest.contest_id not in self.done), None)
 
 
 def _wanted(device: MeasuringDevice, offered: Sequence[Contest], done: RowsByContest) -> tuple[Contest, ...]:
