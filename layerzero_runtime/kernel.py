@@ -1,11 +1,14 @@
-"""`KernelSpec`, a kernel's declaration, and `Kernel`, the declaration with the function that loads it."""
+"""`KernelSpec`, a kernel's declaration; `ConfigurationSpace`, what a tuner may choose of it; `Kernel`, both and the
+function that loads it."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from layerzero_runtime.context import ALIGNMENTS, DENSE_LAYOUTS, DTYPES, LAYOUTS, QUANT_FORMATS, SelectionContext
@@ -39,6 +42,7 @@ Scalar = str | int | float | bool | None
 Configuration = Mapping[str, Any]
 KernelFunction = Callable[..., Any]
 Loader = Callable[[SelectionContext, Configuration], KernelFunction]
+Restriction = Callable[[Configuration, SelectionContext], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,27 +222,62 @@ class KernelSpec:
         return self.library
 
 
-@dataclass(frozen=True)
+def _unrestricted(configuration: Configuration, context: SelectionContext) -> bool:
+    return True
+
+
+@dataclass(frozen=True, eq=False)
 class ConfigurationSpace:
-    """The configurations that a kernel may be loaded with.
+    """The configurations of a kernel that are worth measuring; `{}`, the kernel's own choice, always is and is none of
+    them.
+
+    A configuration has a value for every parameter. The kernel must be correct in each for all sizes that its limits
+    allow, since a bucket of a table spans many: what `is_valid` refuses by the sizes of a context is not worth
+    measuring there; what a device or static features rule out must be refused.
 
     Attributes:
-        parameters: by name, the values to choose from.
-        is_valid: whether a choice may be tried at a context: the kernel's own restrictions.
+        parameters: by name the values to choose from, JSON scalars.
+        is_valid: the kernel's own restrictions: whether the configuration may be measured at the context.
+
+    Raises:
+        SpecError: no parameters, a name that is no identifier, or values that are no tuple, empty, no JSON scalars or
+            equal to each other (as 1, 1.0 and True are).
     """
 
     parameters: Mapping[str, tuple[Scalar, ...]]
-    is_valid: Callable[[Configuration, SelectionContext], bool]
+    is_valid: Restriction = _unrestricted
+
+    def __post_init__(self) -> None:
+        if not self.parameters:
+            raise SpecError("a space of configurations has no parameters, required at least one; leave the space out")
+        for name, values in self.parameters.items():
+            if not isinstance(name, str) or not name.isidentifier():
+                raise SpecError(f"parameter {name!r} of a space must have the name of an identifier, such as 'block'")
+            if not isinstance(values, tuple) or not values:
+                raise SpecError(f"parameter {name!r} has {values!r}, required a tuple with at least one value")
+            for value in values:
+                if not _is_scalar(value):
+                    raise SpecError(
+                        f"parameter {name!r} has {value!r}, required are JSON scalars: strings, finite numbers, "
+                        "True, False or None"
+                    )
+            if len(set(values)) != len(values):
+                raise SpecError(f"parameter {name!r} has equal values in {values!r}, required each once")
+        object.__setattr__(self, "parameters", MappingProxyType(dict(self.parameters)))
+
+
+def _is_scalar(value: object) -> bool:
+    return math.isfinite(value) if isinstance(value, float) else value is None or isinstance(value, str | int)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A declaration and its loader.
+    """A declaration, its loader, and the space of its configurations where there is one to search.
 
     `load(context, configuration)` imports the library and returns the function to call. It may rely on the device and
     the static features of the context alone, never on its sizes; the function takes the arguments that
-    `Operation.arguments` lists. `space` has the configurations that are worth trying; `{}` is the kernel's own choice.
-    `sources` names further files of its code, relative to the folder of its adapter.
+    `Operation.arguments` lists. The configuration is one of `space`, or `{}`, the kernel's own choice. `sources` names
+    further files of its code, relative to the folder of its adapter.
     """
 
     spec: KernelSpec

@@ -42,7 +42,7 @@ _STICKY = (
     "unknown error",
 )
 # What the allocators of GPUs and CPUs say.
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
 # Errors about the arguments of the call: no kernel is at fault.
 _OF_THE_CALLER = (ContextError, ContextTypeError, NoKernelAvailableError)
 
@@ -61,6 +61,16 @@ def is_sticky(error: BaseException) -> bool:
     """Whether a CUDA error has voided the process's context on its device."""
     text = str(error).lower()
     return "cuda" in text and any(words in text for words in _STICKY)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator had nothing left."""
+    return isinstance(error, MemoryError) or says_out_of_memory(str(error))
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether these are an allocator's words for that."""
+    return any(words in text.lower() for words in _OUT_OF_MEMORY)
 
 
 def recover(
@@ -130,10 +140,7 @@ def _kernel_of(snapshot: Snapshot, operation: Operation, context: SelectionConte
 
 def _is_of_the_machine(error: Exception) -> bool:
     """Whether an error has nothing to do with what the call asks for: no memory, a library missing or broken."""
-    if isinstance(error, MemoryError | ImportError | KernelExecutionError):
-        return True
-    text = str(error).lower()
-    return any(words in text for words in _OUT_OF_MEMORY)
+    return isinstance(error, ImportError | KernelExecutionError) or is_out_of_memory(error)
 
 
 def _brief(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from layerzero_runtime.tables.table import Table, TableEntry, TableStep
 MAX_NAMED = 3
 
 # What an adapter's file calls to declare its kernels.
-_DECLARATIONS = ("Kernel", "KernelSpec")
+_DECLARATIONS = ("Kernel", "KernelSpec", "ConfigurationSpace")
 
 
 def version_that_matters(kernel: Kernel) -> str:

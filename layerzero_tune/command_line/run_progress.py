@@ -9,13 +9,10 @@ from typing import Self
 
 from layerzero_tune.command_line.output import duration_text, progress_bar, shape_text
 from layerzero_tune.compile.judge import judge
-from layerzero_tune.results.measurement import Status
+from layerzero_tune.results.measurement import LOSSES
 from layerzero_tune.search.budget import Deadline
 from layerzero_tune.search.key_agenda import Kind, Planned
 from layerzero_tune.search.tuning import FinishedContest
-
-# Statuses of a kernel that took its worker down.
-CRASHES: frozenset[Status] = frozenset({"died", "timeout"})
 
 
 class RunProgress:
@@ -59,7 +56,7 @@ class RunProgress:
         self.measured += 1
         self.preparing_s += finished.preparation_s
         self.kinds[finished.planned.kind] += 1
-        self.crashes += sum(row.status in CRASHES for row in finished.rows)
+        self.crashes += sum(row.status in LOSSES for row in finished.rows)
         self._best = best_text(finished)
         self._bar.update(self._task, completed=self.measured, total=self.measured + finished.left)
 

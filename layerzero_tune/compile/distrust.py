@@ -58,10 +58,10 @@ def doubts(row: Measurement, logs: Logs) -> list[float]:
 
 
 def disturbed_contests(rows: Iterable[Measurement]) -> frozenset[str]:
-    """The ids of the contests with a time that are distrusted."""
+    """The ids of the contests with a time that are distrusted; searches decide nothing."""
     contests: dict[str, list[Measurement]] = {}
     for row in rows:
-        if row.status == "ok":
+        if row.status == "ok" and not row.is_search:
             contests.setdefault(row.contest_id, []).append(row)
     return frozenset(contest_id for contest_id, found in contests.items() if is_disturbed(found))
 
@@ -69,7 +69,7 @@ def disturbed_contests(rows: Iterable[Measurement]) -> frozenset[str]:
 def disturbed_points(rows: Sequence[Measurement]) -> frozenset[SelectionContext]:
     """The points with a time at which every contest is distrusted."""
     disturbed = disturbed_contests(rows)
-    timed = [row for row in rows if row.status == "ok"]
+    timed = [row for row in rows if row.status == "ok" and not row.is_search]
     return frozenset(row.context for row in timed) - {row.context for row in timed if row.contest_id not in disturbed}
 
 

@@ -101,11 +101,21 @@ class _Contest:
     disturbed: bool
 
 
+def describe_choice(choice: Choice) -> str:
+    kernel_id, configuration = choice
+    return kernel_id if configuration == "{}" else f"{kernel_id} {configuration}"
+
+
 def judge(rows: Iterable[Measurement]) -> dict[tuple[str, StaticKey], tuple[Verdict, ...]]:
-    """Verdicts by operation and static key, sorted by sizes; cells in which nothing has a time are left out."""
+    """Verdicts by operation and static key, sorted by sizes; cells in which nothing has a time are left out.
+
+    Searches of configurations bear no witness: of many noisy screenings the best one is lucky.
+    """
     cells: dict[tuple[str, StaticKey, Sizes], list[Measurement]] = {}
     by_context: dict[int, list[Measurement]] = {}  # rows share their contexts, whose keys take longer than their ids
     for row in rows:
+        if row.is_search:
+            continue
         cell = by_context.get(id(row.context))
         if cell is None:
             operation = operation_named(row.context.operation)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from layerzero_tune.compile.emit import describe_key
-from layerzero_tune.compile.judge import TIE_MARGIN
+from layerzero_tune.compile.judge import TIE_MARGIN, describe_choice
 from layerzero_tune.diff.comparison import Comparison, CoverageChange, Effect, KernelChange, RegionChange
 from layerzero_tune.diff.reading import Pairs
 from layerzero_tune.diff.side import EntryKey, Side
@@ -15,7 +15,6 @@ from layerzero_tune.diff.summary import SpeedSummary, summarise
 from layerzero_tune.diff.words import (
     counted,
     describe_chain,
-    describe_choice,
     describe_coverage,
     describe_device,
     describe_identity,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from layerzero_runtime.device import DeviceSpec
 from layerzero_tune.compile.form import Step
-from layerzero_tune.compile.judge import Choice
+from layerzero_tune.compile.judge import describe_choice
 from layerzero_tune.diff.ranges import Ranges
 from layerzero_tune.diff.regions import Chain, Region
 from layerzero_tune.diff.side import SideEntry
@@ -36,11 +36,6 @@ def describe_place(region: Region, old: SideEntry, new: SideEntry) -> str:
         or high < min(before[name][1], after[name][1])
     }
     return describe_ranges(told) or "all sizes"
-
-
-def describe_choice(choice: Choice) -> str:
-    kernel_id, configuration = choice
-    return kernel_id if configuration == "{}" else f"{kernel_id} {configuration}"
 
 
 def describe_chain(chain: Chain) -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.kernel import Configuration
+from layerzero_runtime.operations import operation_named
+from layerzero_runtime.plan import ExecutionPlan
 from layerzero_runtime.snapshot import Snapshot
+from layerzero_tune.compile.judge import describe_choice
 from layerzero_tune.evaluate.public_calls import PUBLIC_CALL
 from layerzero_tune.evaluate.score import Score, confirms_slower, score
+from layerzero_tune.identity import canonical_json
 from layerzero_tune.measure.contest import Candidate, Contest
 from layerzero_tune.measure.statistics import holm
 from layerzero_tune.results.measurement import Measurement
@@ -40,7 +45,8 @@ def evaluate(
     table_id: str,
     progress: Callable[[SelectionContext], None] = lambda context: None,
 ) -> Evaluation:
-    """Measure every legal kernel and the public call on each shape, and score what the snapshot selects.
+    """Measure every legal kernel, with the configurations that the table ships, and the public call on each shape, and
+    score what the snapshot selects.
 
     Contests that the store holds already are not measured again. `table_id` is a hash of the table's content: the
     public call through another table is another job.
@@ -67,27 +73,51 @@ def evaluate(
         return held[contest.contest_id]
 
     scores: list[Score] = []
+    contests: list[Contest] = []
     for context in contexts:
         plan = snapshot.select(context.with_device(device.spec))
-        contest = _contest(device, context, plan.kernel_id, table_id, repeat=0)
-        scores.append(score(measured(contest), plan.kernel_id, hit=plan.source == "table"))
+        contest = _contest(device, context, plan, _shipped(snapshot, context.with_device(device.spec)), table_id)
+        chosen = describe_choice((plan.kernel_id, canonical_json(dict(plan.configuration))))
+        scores.append(score(measured(contest), chosen, hit=plan.source == "table"))
+        contests.append(contest)
         progress(context)
     suspects = holm([found.slower_p for found in scores]) if scores else ()
     slower = frozenset(
         found
-        for found, is_suspect in zip(scores, suspects, strict=True)
-        if is_suspect
-        and confirms_slower(measured(_contest(device, found.context, found.chosen, table_id, repeat=1)), found.chosen)
+        for found, contest, is_suspect in zip(scores, contests, suspects, strict=True)
+        if is_suspect and confirms_slower(measured(replace(contest, repeat=1)), found.chosen)
     )
     store.compact()
     return Evaluation(tuple(scores), slower, max((row.measured_at for row in used), default=""), preparation_s)
 
 
-def _contest(device: LiveDevice, context: SelectionContext, chosen: str, table_id: str, repeat: int) -> Contest:
+def _contest(
+    device: LiveDevice,
+    context: SelectionContext,
+    plan: ExecutionPlan,
+    shipped: Mapping[str, Sequence[Configuration]],
+    table_id: str,
+) -> Contest:
     """All legal kernels and the public call; the choice reaches the final rounds whatever the screening says."""
     kernels = [
-        Candidate(candidate.kernel_id, is_default=candidate.is_default, is_anchor=candidate.kernel_id == chosen)
+        replace(candidate, configuration=configuration, is_default=candidate.is_default and not configuration)
         for candidate in device.candidates(context)
         if candidate.kernel_id != PUBLIC_CALL
+        for configuration in ({}, *shipped.get(candidate.kernel_id, ()))
     ]
-    return device.contest(context, [*kernels, Candidate(PUBLIC_CALL, {"table": table_id}, is_anchor=True)], repeat)
+    chosen = plan.kernel_id, plan.configuration
+    entered = [replace(found, is_anchor=(found.kernel_id, found.configuration) == chosen) for found in kernels]
+    return device.contest(context, [*entered, Candidate(PUBLIC_CALL, {"table": table_id}, is_anchor=True)])
+
+
+def _shipped(snapshot: Snapshot, context: SelectionContext) -> dict[str, list[Configuration]]:
+    """By kernel, the configurations beside its own choice that the table has for the context's static key."""
+    operation = operation_named(context.operation)
+    table = None if context.device is None else snapshot.tables.of(context.device)
+    entry = None if table is None else table.entries.get(operation.name, {}).get(operation.static_key(context))
+    found: dict[str, dict[str, Configuration]] = {}
+    for chain in () if entry is None else entry.leaves:
+        for step in chain:
+            if step.configuration:
+                found.setdefault(step.kernel_id, {})[canonical_json(dict(step.configuration))] = step.configuration
+    return {kernel_id: [texts[text] for text in sorted(texts)] for kernel_id, texts in found.items()}

@@ -8,7 +8,9 @@ from statistics import median
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ResultsError
+from layerzero_tune.compile.judge import describe_choice
 from layerzero_tune.evaluate.public_calls import PUBLIC_CALL
+from layerzero_tune.identity import canonical_json
 from layerzero_tune.measure.statistics import SLOWER_THRESHOLD, paired_log_ratio, slower_p_value
 from layerzero_tune.results.measurement import Measurement
 
@@ -18,8 +20,9 @@ class Score:
     """One held-out shape.
 
     Attributes:
-        hit: whether the table answered; on a miss `chosen` is the live selector's kernel.
-        best: the fastest kernel of the odd rounds.
+        hit: whether the table answered; on a miss `chosen` is the live selector's plan.
+        chosen: a kernel, with its configuration where that is not its own choice, as `describe_choice` has it.
+        best: the fastest of the odd rounds.
         efficiency: best time / chosen time in the even rounds, so that luck in picking the best is not rewarded.
         speedup: default's time / chosen time in the even rounds.
         end_to_end: default's time / time of the public call, None where it was not measured.
@@ -41,19 +44,17 @@ def score(rows: Sequence[Measurement], chosen: str, hit: bool) -> Score:
     """Score the choice on one contest's rows.
 
     Raises:
-        ResultsError: the chosen kernel or the default has no time.
+        ResultsError: the choice or the default has no time.
     """
-    timed = {row.kernel_id: row.samples_ns for row in rows if row.status == "ok" and row.samples_ns}
-    default = next((row.kernel_id for row in rows if row.is_default), "")
-    for kernel_id in (chosen, default):
-        if kernel_id not in timed:
-            status = next(
-                (f"{row.status} {row.message}" for row in rows if row.kernel_id == kernel_id), "not in the contest"
-            )
-            raise ResultsError(f"{kernel_id!r} has no time at {rows[0].context.to_dict()}: {status}")
-    odd = {kernel_id: median(samples[0::2]) for kernel_id, samples in timed.items() if kernel_id != PUBLIC_CALL}
-    even = {kernel_id: median(samples[1::2]) for kernel_id, samples in timed.items()}
-    best = min(odd, key=lambda kernel_id: (odd[kernel_id], kernel_id))
+    timed = {_name(row): row.samples_ns for row in rows if row.status == "ok" and row.samples_ns}
+    default = next((_name(row) for row in rows if row.is_default), "")
+    for name in (chosen, default):
+        if name not in timed:
+            status = next((f"{row.status} {row.message}" for row in rows if _name(row) == name), "not in the contest")
+            raise ResultsError(f"{name!r} has no time at {rows[0].context.to_dict()}: {status}")
+    odd = {name: median(samples[0::2]) for name, samples in timed.items() if name != PUBLIC_CALL}
+    even = {name: median(samples[1::2]) for name, samples in timed.items()}
+    best = min(odd, key=lambda name: (odd[name], name))
     return Score(
         context=rows[0].context,
         hit=hit,
@@ -72,8 +73,14 @@ def confirms_slower(rows: Sequence[Measurement], chosen: str) -> bool:
 
     The first measurement was significant; this one tells a slow choice from a disturbed contest.
     """
-    timed: Mapping[str, tuple[float, ...]] = {row.kernel_id: row.samples_ns for row in rows if row.samples_ns}
-    default = next(row.kernel_id for row in rows if row.is_default)
+    timed: Mapping[str, tuple[float, ...]] = {_name(row): row.samples_ns for row in rows if row.samples_ns}
+    default = next(_name(row) for row in rows if row.is_default)
     if chosen not in timed or default not in timed:
         return False
     return paired_log_ratio(timed[chosen], timed[default]).ratio > SLOWER_THRESHOLD
+
+
+def _name(row: Measurement) -> str:
+    if row.kernel_id == PUBLIC_CALL:  # configured by the table that it goes through
+        return PUBLIC_CALL
+    return describe_choice((row.kernel_id, canonical_json(dict(row.configuration))))

@@ -11,6 +11,9 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_tune.identity import content_hash
 from layerzero_tune.results.measurement import Status
 
+# Names of the steps of a candidate that may compile code.
+LOAD, COMPILING_CALL = "load", "first call, which compiles"
+
 
 @dataclass(frozen=True)
 class MeasurementPolicy:
@@ -67,6 +70,11 @@ class Contest:
     @cached_property
     def contest_id(self) -> str:
         return content_hash([sorted(self.job_ids), self.repeat])
+
+    @property
+    def is_search(self) -> bool:
+        """Whether it ends with the screening, as those do in which a kernel's configurations are searched."""
+        return self.policy.rounds == 0
 
     @property
     def seed(self) -> int:

@@ -15,6 +15,7 @@ from layerzero_runtime.kernel import KernelFunction
 from layerzero_runtime.operation import Operation
 from layerzero_tune.measure.inputs import RandomTensors
 from layerzero_tune.measure.sampling import Sample, draw_sample
+from layerzero_tune.results.measurement import Status
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,20 +28,24 @@ class Trial:
     Attributes:
         errors: the relative L2 error of every output.
         fault: what is wrong with the result as such (there are no errors then), else empty.
+        status: "ok", or which kind of fault it is.
         call_ns: time of the call in ns, what the first call does beside its work included.
     """
 
     errors: tuple[float, ...] = ()
     fault: str = ""
+    status: Status = "ok"
     call_ns: float = math.inf
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The output that comes closest to its tolerance or exceeds it most; `message` is empty for a right result."""
+    """The output that comes closest to its tolerance or exceeds it most; for a right result the status is "ok" and the
+    message empty."""
 
     relative_error: float | None
     tolerance: float | None
+    status: Status
     message: str
 
 
@@ -52,10 +57,11 @@ def tolerances(default: Trial, dtype: str) -> tuple[float, ...]:
 def judge(trial: Trial, allowed: Sequence[float]) -> Verdict:
     """Whether every output keeps its tolerance."""
     if trial.fault:
-        return Verdict(None, None, trial.fault)
+        return Verdict(None, None, trial.status, trial.fault)
     error, tolerance = max(zip(trial.errors, allowed, strict=True), key=lambda pair: pair[0] / pair[1])
-    message = "" if error <= tolerance else f"relative error {error:.2e} above {tolerance:.2e}"
-    return Verdict(error, tolerance, message)
+    if error <= tolerance:
+        return Verdict(error, tolerance, "ok", "")
+    return Verdict(error, tolerance, "wrong", f"relative error {error:.2e} above {tolerance:.2e}")
 
 
 @dataclass(frozen=True)
@@ -98,10 +104,10 @@ class Check:
         for name, tensor in self.tensors.items():
             if not torch.equal(tensor, self.untouched[name]):
                 tensor.copy_(self.untouched[name])
-                return Trial(fault=f"writes to its input {name}")
+                return Trial(fault=f"writes to its input {name}", status="wrote_to_inputs")
         outputs = result if isinstance(result, tuple | list) else (result,)
         if fault := output_fault(outputs, self.operation.outputs(self.context), self.context.dtype):
-            return Trial(fault=fault)
+            return Trial(fault=fault, status="wrong")
         parts = tuple(self.sample.pick(output) for output in outputs)
         trial = self._compare(parts)
         self._spoil(*outputs, *parts)
@@ -135,11 +141,12 @@ class Check:
             found = part.to(torch.float64)
             if undefined := int((~found.isfinite()).sum()):
                 return Trial(
-                    fault=f"output {index} is NaN or infinite in {undefined} of {found.numel()} values checked"
+                    fault=f"output {index} is NaN or infinite in {undefined} of {found.numel()} values checked",
+                    status="wrong",
                 )
             distance, size = float((found - expected).norm()), float(expected.norm())
             if distance > 0.0 and size == 0.0:
-                return Trial(fault=f"output {index} is not zero where the reference is")
+                return Trial(fault=f"output {index} is not zero where the reference is", status="wrong")
             errors.append(distance / size if size else 0.0)
         return Trial(tuple(errors))
 

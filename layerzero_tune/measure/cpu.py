@@ -10,31 +10,30 @@ from datetime import UTC, datetime
 from functools import partial
 from time import perf_counter
 from types import MappingProxyType
-from typing import TypeVar
 
 from layerzero_runtime.accuracy import error_floor
-from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernel import Kernel, KernelFunction
-from layerzero_runtime.libraries import missing_requirement
 from layerzero_runtime.operations import operation_named
-from layerzero_runtime.selection.limits import rejections
 from layerzero_runtime.selection.transforms import apply_transforms
+from layerzero_tune.measure.admission import refusal
 from layerzero_tune.measure.bench import Bench
 from layerzero_tune.measure.clock import BLOCKS, Rotation, TimedCalls, take_sample, warm_up
 from layerzero_tune.measure.contention import MAX_ATTEMPTS, MAX_SHARE, ProcessorTime, others_share
-from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, JobOutcome
-from layerzero_tune.measure.correctness import Check, Trial, judge, tolerances
+from layerzero_tune.measure.contest import COMPILING_CALL, LOAD, Candidate, Contest, ContestOutcome, JobOutcome
+from layerzero_tune.measure.correctness import Check, judge, tolerances
+from layerzero_tune.measure.failures import Result, SpoiledProcessError, attempt
 from layerzero_tune.measure.full_speed import FullSpeed
 from layerzero_tune.measure.inputs import RandomTensors, check_measurable, rotating_inputs
+from layerzero_tune.measure.kept_memory import KEPT_BYTES, KeptMemory
 from layerzero_tune.measure.screening import finalists
+from layerzero_tune.measure.verification import later_fault, tolerances_on
+from layerzero_tune.measure.work import WIDEST_BYTES, call_elements
 from layerzero_tune.results.measurement import Status
 
 Progress = Callable[[int | None, str], None]
 """Called before each step with the candidate's index (None: the contest's own) and the step's name."""
 
-Result = TypeVar("Result")
 _NOTHING_SETTLED: Mapping[int, JobOutcome] = MappingProxyType({})
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 # With the time of the warm-up these are three, of which one may be disturbed.
 _MIN_SCREENINGS = 2
 # A candidate so many times slower than the best is settled by two looks; more would cost as much as all the others.
@@ -59,6 +58,7 @@ def measure_contest(
         ContextError: the point cannot be measured on the device: graph mode on a CPU, an unknown operation or dtype, a
             missing size, or a feature that the generated inputs lack.
         DeviceError: there is no such device.
+        SpoiledProcessError: a candidate left the process unfit: its device is lost, or its memory runs away.
     """
     import torch
 
@@ -99,6 +99,8 @@ class _ContestRun:
         self.chance = random.Random(contest.seed)
         self.functions: dict[int, KernelFunction] = {}
         self.first_call_ns: dict[int, float] = {}
+        copies = 2 * call_elements(self.context) * WIDEST_BYTES
+        self.memory = KeptMemory(KEPT_BYTES + self.policy.cache_bytes + copies)
         self.preparation_s = 0.0
         self.contention = 0.0
 
@@ -116,47 +118,97 @@ class _ContestRun:
         admitted = []
         for index, candidate in enumerate(self.candidates):
             if index not in self.outcomes:
-                refusal = _refusal(candidate, self.kernels, self.context)
-                if refusal is None:
+                refused = refusal(candidate, self.kernels, self.context)
+                if refused is None:
                     admitted.append(index)
                 else:
-                    self.outcomes[index] = refusal
+                    self.outcomes[index] = refused
         return sorted(admitted, key=lambda index: not self.candidates[index].is_default)
 
     def _check(self, entered: list[int], source: RandomTensors) -> None:
         """Load and check; the default, which comes first, says how accurate the others have to be."""
         self.progress(None, "reference")
-        check = _attempt(lambda: Check.prepare(self.operation, self.context, source, self.seed))
+        check = attempt(lambda: Check.prepare(self.operation, self.context, source, self.seed))
         if isinstance(check, JobOutcome):
             self.outcomes.update(dict.fromkeys(entered, check))
             return
         allowed: tuple[float, ...] | None = None
         for index in entered:
-            self.progress(index, "load and first call")
-            result = _attempt(partial(self._load_and_try, self.candidates[index], check))
-            if isinstance(result, JobOutcome):
-                self.outcomes[index] = result
+            self.progress(index, LOAD)
+            function = self._attempt(index, partial(self._load, self.candidates[index]), "compile_failed")
+            if function is None:
                 continue
-            function, trial = result
+            compiles = self.kernels[self.candidates[index].kernel_id].spec.compiles
+            self.progress(index, COMPILING_CALL if compiles else "first call")
+            run = partial(self.memory.count, index, partial(check.run, function))
+            trial = self._attempt(index, run, "compile_failed" if compiles else "failed")
+            if trial is None:
+                continue
             if allowed is None:
                 usable = self.candidates[index].is_default and not trial.fault
                 allowed = tolerances(trial if usable else check.written_out(), self.context.dtype)
             verdict = judge(trial, allowed)
-            status: Status = "wrong" if verdict.message else "ok"
-            self.outcomes[index] = JobOutcome(status, verdict.message, verdict.relative_error, verdict.tolerance)
-            if not verdict.message:
+            self.outcomes[index] = JobOutcome(
+                verdict.status, verdict.message, verdict.relative_error, verdict.tolerance
+            )
+            if verdict.status == "ok":
                 self.functions[index] = function
                 self.first_call_ns[index] = trial.call_ns
 
-    def _load_and_try(self, candidate: Candidate, check: Check) -> tuple[KernelFunction, Trial]:
+    def _load(self, candidate: Candidate) -> KernelFunction:
         kernel = self.kernels[candidate.kernel_id]
-        function = apply_transforms(kernel.load(self.context, candidate.configuration), kernel.spec, self.context)
-        return function, check.run(function)
+        return apply_transforms(kernel.load(self.context, candidate.configuration), kernel.spec, self.context)
+
+    def _attempt(self, index: int, action: Callable[[], Result], otherwise: Status = "failed") -> Result | None:
+        """What the candidate's action gives; None, and an outcome for the candidate, where it raises.
+
+        Raises:
+            SpoiledProcessError: the process is of no use any more.
+        """
+        result = attempt(action, otherwise)
+        self.progress(None, "between steps")  # what follows takes none of the candidate's time
+        leak = self.memory.excess(index)
+        if leak:
+            raise SpoiledProcessError(index, JobOutcome("out_of_memory", leak))
+        if not isinstance(result, JobOutcome):
+            return result
+        if result.status == "device_error":
+            raise SpoiledProcessError(index, result)
+        self.outcomes[index] = result
+        self.functions.pop(index, None)
+        return None
+
+    def _verify(self, indices: Iterable[int], source: RandomTensors) -> None:
+        """Check candidates that were right at first again, on fresh inputs."""
+        entered = sorted(self.functions.keys() & set(indices))
+        if not entered:
+            return
+        self.progress(None, "reference")
+        check = attempt(lambda: Check.prepare(self.operation, self.context, source, self.chance.getrandbits(32)))
+        if isinstance(check, JobOutcome):
+            for index in entered:
+                self.outcomes[index] = check
+                del self.functions[index]
+            return
+        allowed = None
+        for index in entered:
+            if self.candidates[index].is_default:
+                self.progress(index, "verification")
+                allowed = self._attempt(index, partial(tolerances_on, check, self.functions[index]))
+        if allowed is None:
+            allowed = tolerances_on(check, None)
+        for index, function in tuple(self.functions.items()):
+            if index not in entered:
+                continue
+            fault = self._step(index, "verification", partial(later_fault, check, function, allowed))
+            if fault:
+                self.outcomes[index] = JobOutcome("flaky", fault)
+                del self.functions[index]
 
     def _time_undisturbed(self, source: RandomTensors) -> None:
         """Time the candidates, again where other processes took much of the machine meanwhile."""
         self.progress(None, "inputs")
-        sets = _attempt(lambda: rotating_inputs(self.operation, self.context, self.policy, source))
+        sets = attempt(lambda: rotating_inputs(self.operation, self.context, self.policy, source))
         if isinstance(sets, JobOutcome):
             self.outcomes.update(dict.fromkeys(self.functions, sets))
             return
@@ -164,13 +216,14 @@ class _ContestRun:
             self.full_speed = FullSpeed(self.bench.speed, lambda: self.progress(None, "waiting for the machine"))
             start = ProcessorTime.now()
             self.full_speed.wait()
-            self._time(Rotation(sets))
+            self._time(Rotation(sets), source)
             others = others_share(start, ProcessorTime.now()) if self.bench.is_shared else 0.0
             self.contention = max(others, self.full_speed.lost)
             if others <= MAX_SHARE:
-                return
+                break
+        self._verify(self.functions, source)
 
-    def _time(self, rotation: Rotation) -> None:
+    def _time(self, rotation: Rotation, source: RandomTensors) -> None:
         self.timed = {}
         for index in tuple(self.functions):
             function = self.functions[index]
@@ -190,7 +243,9 @@ class _ContestRun:
         # The default and the anchors tie contests together, whatever the screening says of them.
         always = frozenset(i for i in self.functions if self.candidates[i].is_default or self.candidates[i].is_anchor)
         without_rounds = any(self.candidates[index].is_default for index in slow)
-        samples = {} if without_rounds else self._final_rounds(call_ns, entered | (always - slow))
+        entered = frozenset() if without_rounds else entered | (always - slow)
+        self._verify(entered, source)
+        samples = self._final_rounds(call_ns, entered & self.functions.keys())
         for index in self.functions:
             self.outcomes[index] = replace(
                 self.outcomes[index],
@@ -244,43 +299,9 @@ class _ContestRun:
         if index not in self.functions:
             return None
         self.progress(index, name)
-        result = _attempt(action)
-        if isinstance(result, JobOutcome):
-            self.outcomes[index] = result
-            del self.functions[index]
-            return None
-        return result
+        return self._attempt(index, partial(self.memory.count, index, action))
 
     def _shuffled(self, indices: Iterable[int]) -> list[int]:
         order = sorted(indices)
         self.chance.shuffle(order)
         return order
-
-
-def _refusal(candidate: Candidate, kernels: Mapping[str, Kernel], context: SelectionContext) -> JobOutcome | None:
-    """Why the candidate cannot run, from declarations alone."""
-    kernel = kernels.get(candidate.kernel_id)
-    if kernel is None:
-        return JobOutcome("unavailable", f"no kernel {candidate.kernel_id!r} is registered")
-    spec = kernel.spec
-    if context.operation not in spec.operations:
-        return JobOutcome("refused", f"computes {', '.join(spec.operations)}, not {context.operation}")
-    if refused := rejections(spec.limits, context):
-        return JobOutcome("refused", "; ".join(map(str, refused)))
-    if missing := missing_requirement(spec.requires):
-        return JobOutcome("unavailable", missing)
-    return None
-
-
-def _attempt(action: Callable[[], Result]) -> Result | JobOutcome:
-    try:
-        return action()
-    except Exception as error:  # noqa: BLE001 - a kernel may raise anything; it is recorded as the job's outcome
-        return _failure(error)
-
-
-def _failure(error: Exception) -> JobOutcome:
-    lines = str(error).strip().splitlines()
-    message = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    exhausted = isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
-    return JobOutcome("out_of_memory" if exhausted else "failed", message)

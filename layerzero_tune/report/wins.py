@@ -37,7 +37,7 @@ def kernel_wins(rows: Iterable[Measurement]) -> tuple[KernelWins, ...]:
     for (operation, static_key), verdicts in judge(rows).items():
         dtype = str(static_key[1])
         for verdict in verdicts:
-            for kernel_id, _ in verdict.standings:
+            for kernel_id in {kernel_id for kernel_id, _ in verdict.standings}:
                 points[operation, dtype, kernel_id] = points.get((operation, dtype, kernel_id), 0) + 1
             winner = verdict.default if verdict.default in verdict.tied else verdict.best
             key = (operation, dtype, winner[0])

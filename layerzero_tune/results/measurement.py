@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_tune.measure.contention import MAX_SHARE
@@ -14,8 +14,23 @@ from layerzero_tune.measure.contention import MAX_SHARE
 TIME_BITS = 20
 _SPLITTER = float(2 ** (53 - TIME_BITS) + 1)
 
-Status = Literal["ok", "refused", "unavailable", "failed", "wrong", "out_of_memory", "timeout", "died"]
-STATUSES: tuple[Status, ...] = ("ok", "refused", "unavailable", "failed", "wrong", "out_of_memory", "timeout", "died")
+Status = Literal[
+    "ok",
+    "refused",
+    "unavailable",
+    "compile_failed",
+    "failed",
+    "wrong",
+    "wrote_to_inputs",
+    "flaky",
+    "out_of_memory",
+    "timeout",
+    "died",
+    "device_error",
+]
+STATUSES: tuple[Status, ...] = get_args(Status)
+# Those that may have cost the process that measured.
+LOSSES: tuple[Status, ...] = ("out_of_memory", "timeout", "died", "device_error")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,8 +41,10 @@ class Measurement:
         contest_id: content hash of the contest; only times within one contest are compared.
         job_id: content hash of point, candidate, kernel source, device, versions that matter and measurement policy.
         context: the point (a context with its mode), without a device.
-        status: "ok", or why there is no time: refused by limits, unavailable library, failed with an exception, a wrong
-            result, out of memory, over its time limit, or its process died.
+        status: "ok", or why there is no time: refused by limits, an unavailable library, an exception while it was
+            loaded or compiled or (failed) when it ran, a wrong result, inputs that it wrote to, results that were right
+            at first and wrong later (flaky), no memory or memory that it keeps, a step over its time limit, the death
+            of its process, or an error that leaves the device unusable to the process.
         message: one line on a status other than "ok", else empty.
         is_default: whether the kernel is the operation's default.
         relative_error: relative L2 error against the float64 reference, None if not checked.
@@ -67,6 +84,11 @@ class Measurement:
     def is_contended(self) -> bool:
         """Whether other processes took more of the machine than a contest bears, although it was timed again."""
         return self.contention > MAX_SHARE
+
+    @property
+    def is_search(self) -> bool:
+        """Whether it is of a contest that searches a kernel's configurations, as `Contest.is_search` says."""
+        return self.policy.get("rounds") == 0
 
     @classmethod
     def of_stored(cls, columns: Sequence[str], values: Sequence[Any]) -> Self:

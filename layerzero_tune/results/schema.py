@@ -17,7 +17,9 @@ from layerzero_tune.identity import canonical_json
 from layerzero_tune.results.measurement import STATUSES, Measurement
 
 # Raise this with every change that an older reader would misread, a new field of `SelectionContext` included.
-SCHEMA_VERSION = 1
+# 2: further statuses.
+SCHEMA_VERSION = 2
+_READABLE_VERSIONS = (1, SCHEMA_VERSION)
 SCHEMA_KEY = b"layerzero.schema"
 
 _WORD = pa.dictionary(pa.int32(), pa.string())
@@ -182,8 +184,10 @@ def _check_version(metadata: Mapping[bytes, bytes]) -> None:
             f"written with schema version {written}, this release reads up to {SCHEMA_VERSION}; "
             "use the release that wrote it, or a newer one"
         )
-    if written != str(SCHEMA_VERSION):
-        raise DamagedFileError(f"its schema version is {written or 'missing'}, expected {SCHEMA_VERSION}")
+    if written not in map(str, _READABLE_VERSIONS):
+        raise DamagedFileError(
+            f"its schema version is {written or 'missing'}, expected one of {', '.join(map(str, _READABLE_VERSIONS))}"
+        )
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:

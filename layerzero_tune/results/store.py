@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -95,6 +95,27 @@ class ResultsStore:
         if not self.directory.exists():
             return frozenset()
         return frozenset().union(*self._visit(self._contests_of).values())
+
+    def contest(self, contest_id: str, seen: dict[str, frozenset[str]]) -> tuple[Measurement, ...]:
+        """The rows of a finished contest, none where there is no such contest or its file is damaged.
+
+        `seen` keeps what compacted files hold from one call to the next.
+
+        Raises:
+            ResultsError: as for `read`.
+        """
+        name = f"contest-{contest_id}.parquet"
+        if (self.directory / name).exists():
+            with suppress(FileNotFoundError):  # compacted meanwhile
+                return tuple(self._decode(name, Decoder(), []))
+        names = self._names() if self.directory.exists() else frozenset()
+        for part in sorted(name for name in names if not _CONTEST_FILE.fullmatch(name)):
+            if part not in seen:
+                with suppress(FileNotFoundError):
+                    seen[part] = self._contests_of(part)
+        if not any(contest_id in seen.get(name, ()) for name in names):
+            return ()
+        return tuple(row for row in self.read().rows if row.contest_id == contest_id)
 
     def compact(self) -> tuple[Path, ...]:
         """Merge contest files and small parts into parts of at most about `PART_BYTES`; the parts written, in order.

@@ -11,6 +11,7 @@ from layerzero_runtime.operations import operation_named
 from layerzero_tune.compile.pipeline import Key
 from layerzero_tune.measure.contest import Contest
 from layerzero_tune.results.measurement import Measurement
+from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.contest_time import ContestClock
 from layerzero_tune.search.device import MeasuringDevice
 from layerzero_tune.search.key_agenda import KeyAgenda, Planned, Ranked
@@ -19,7 +20,7 @@ from layerzero_tune.workload.lines import WorkloadLine
 
 # Share of the time left that the keys may spend on reaching bounds before all else, each as much as any other. Over a
 # recorded half hour of 1,925 contests with budgets of 2, 4 and 8 minutes the mean regret of two held-out fifths is 8.9,
-# 5.6 and 3.2% with this share; 13.1, 6.1 and 3.0% without a limit; 9.9, 5.3 and 4.1% with a quarter.
+# 5.6 and 3.2% with this share; 13.4, 6.1 and 3.0% without a limit; 9.9, 5.3 and 4.1% with a quarter.
 BOUNDS_SHARE = 0.6
 
 
@@ -47,17 +48,19 @@ class Agenda:
         *,
         refine: bool,
     ) -> None:
+        self.done = set(held)
+        self.searched = Searched(row for rows in held.values() for row in rows)
         self._clock = ContestClock()
         self._measured = 0
-        self._held = len(held)
-        self._keys = _key_agendas(device, self._clock, lines, offered, held, refine)
+        self._aside: set[str] = set()
+        self._keys = _key_agendas(device, self._clock, lines, offered, held, self.searched, refine)
         for rows in held.values():
             key, sizes = cell_of(rows[0].context)
-            if key in self._keys:
+            if key in self._keys and not rows[0].is_search:
                 self._keys[key].take_in(sizes, rows)
         for contests in offered.values():
             for contest in contests:
-                if contest.contest_id in held:
+                if contest.contest_id in held and not contest.is_search:
                     key, sizes = cell_of(contest.context)
                     self._keys[key].note_last(sizes, _latest(device, contest, held))
         for agenda in self._keys.values():
@@ -74,19 +77,45 @@ class Agenda:
                 agenda.renew()
         return None
 
-    def learn(self, planned: Planned, rows: Sequence[Measurement], taken_s: float | None = None) -> None:
-        """Take in the rows of a contest, and how long it took where a clock was measured."""
-        key, sizes = cell_of(planned.contest.context)
+    def learn(
+        self,
+        planned: Planned,
+        rows: Sequence[Measurement],
+        taken_s: float | None = None,
+        contest: Contest | None = None,
+    ) -> None:
+        """Take in the rows of a contest, and how long it took where a clock was measured. `contest` is the one they are
+        of where it is not the planned one, but one that a search has led to."""
+        contest = contest or planned.contest
+        key, sizes = cell_of(contest.context)
         agenda = self._keys[key]
         if taken_s is not None:
             self._clock.learn(planned.seconds / self._clock.correction, taken_s)
         self._measured += 1
-        self._held += 1
+        self.done.add(contest.contest_id)
+        self.searched.add(rows)
+        if contest.is_search:
+            return
         agenda.strike(sizes, planned.contest)
         agenda.take_in(sizes, rows, self._measured)
-        agenda.note_last(sizes, planned.contest)
+        agenda.note_last(sizes, contest)
         if agenda.regret.is_due:
             agenda.renew()
+
+    def strike(self, planned: Planned) -> None:
+        """Take off what others have measured meanwhile."""
+        key, sizes = cell_of(planned.contest.context)
+        self._keys[key].strike(sizes, planned.contest)
+
+    def set_aside(self, planned: Planned) -> None:
+        """Leave to another run what that has begun, as long as there is something else."""
+        self._aside.add(planned.contest.contest_id)
+
+    def bring_back(self) -> int:
+        """Have all that was set aside on the agenda again; how much that is."""
+        count = len(self._aside)
+        self._aside.clear()
+        return count
 
     def forecast(self, within_s: float = math.inf) -> tuple[Planned, ...]:
         """What a run of so many seconds would measure if each contest said what is expected of it. This agenda is used
@@ -103,7 +132,7 @@ class Agenda:
     @property
     def held(self) -> int:
         """Contests that have been taken in, those of the results included."""
-        return self._held
+        return len(self.done)
 
     @property
     def left(self) -> int:
@@ -129,6 +158,8 @@ class Agenda:
         share_s = BOUNDS_SHARE * within_s / len(self._keys)
         dear: list[Ranked] = []
         for item in agenda.ranking:
+            if item.planned.contest.contest_id in self._aside:
+                continue
             if item.planned.seconds > within_s or (apart and item.not_before > self._measured):
                 continue
             if item.is_bound and item.planned.seconds > share_s:
@@ -158,6 +189,7 @@ def _key_agendas(
     lines: Iterable[WorkloadLine],
     offered: Mapping[SelectionContext, Sequence[Contest]],
     held: Collection[str],
+    searched: Searched,
     refine: bool,
 ) -> dict[Key, KeyAgenda]:
     """By key, in the order of the lines; points without any contest are no demand."""
@@ -179,5 +211,5 @@ def _key_agendas(
         operation = operation_named(key[0])
         free = [operation.axes.index(axis) for axis in operation.axes_of(examples[key])]
         regret = KeyRegret(operation, free, weights)
-        agendas[key] = KeyAgenda(device, clock, operation, regret, waiting.get(key, {}), refine=refine)
+        agendas[key] = KeyAgenda(device, clock, operation, regret, waiting.get(key, {}), searched, refine=refine)
     return agendas

@@ -13,13 +13,15 @@ from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.libraries import library_version
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.tables.staleness import kernel_source_hash
-from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, MeasurementPolicy
-from layerzero_tune.results.measurement import Measurement
+from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, JobOutcome, MeasurementPolicy
+from layerzero_tune.results.measurement import LOSSES, Measurement
+from layerzero_tune.search.configurations.point import contest_at
+from layerzero_tune.search.configurations.search_policy import DEFAULT_POLICY, SearchPolicy
+from layerzero_tune.search.configurations.searched import Searched
+from layerzero_tune.search.device_lock import alone_on
 from layerzero_tune.search.jobs import JobIdentity, contest_of, legal_candidates
 from layerzero_tune.worker.process import WorkerProcess
 
-# The longest step of one candidate: a call takes seconds at most, compiling a kernel may take minutes.
-STEP_TIMEOUT_S = 600.0
 # How often a contest is measured that leaves a doubt each time: on a machine that is never quiet a run takes so many
 # times as long.
 MAX_TAKES = 3
@@ -34,8 +36,11 @@ class MeasuringDevice(Protocol):
     def spec(self) -> DeviceSpec:
         """The device that the measurements are of."""
 
-    def contests(self, context: SelectionContext) -> tuple[Contest, ...]:
-        """The contests that the device offers for a point; empty if it has no candidate there."""
+    def contests(self, context: SelectionContext, searched: Searched) -> tuple[Contest, ...]:
+        """The contests that the device offers for a point; empty if it has no candidate there.
+
+        Where configurations are searched, the next ones follow from what the searches have given so far.
+        """
 
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
         """The rows of a finished contest, and its outcome."""
@@ -47,25 +52,44 @@ class MeasuringDevice(Protocol):
 class LiveDevice:
     """A device of this machine, measured in a worker process."""
 
-    def __init__(self, spec: DeviceSpec, registry: Registry, policy: MeasurementPolicy, worker: WorkerProcess) -> None:
+    def __init__(
+        self,
+        spec: DeviceSpec,
+        registry: Registry,
+        policy: MeasurementPolicy,
+        worker: WorkerProcess,
+        search_policy: SearchPolicy = DEFAULT_POLICY,
+    ) -> None:
         self.spec = spec
         self._registry = registry
         self._kernels: Mapping[str, Kernel] = {kernel.kernel_id: kernel for kernel in registry}
         self._identity = JobIdentity(spec, policy)
         self._worker = worker
+        self._search_policy = search_policy
+        self._lost: dict[str, JobOutcome] = {}
 
-    def contests(self, context: SelectionContext) -> tuple[Contest, ...]:
+    def contests(self, context: SelectionContext, searched: Searched) -> tuple[Contest, ...]:
         candidates = self.candidates(context)
-        return (self.contest(context, candidates),) if candidates else ()
+        if not candidates:
+            return ()
+        return (contest_at(context, candidates, self._kernels, self._identity, searched, self._search_policy),)
 
     def candidates(self, context: SelectionContext) -> tuple[Candidate, ...]:
         return legal_candidates(self._registry, context.with_device(self.spec))
 
-    def contest(self, context: SelectionContext, candidates: Iterable[Candidate], repeat: int = 0) -> Contest:
-        return contest_of(context, candidates, self._kernels, self._identity, repeat)
+    def contest(self, context: SelectionContext, candidates: Iterable[Candidate]) -> Contest:
+        return contest_of(context, candidates, self._kernels, self._identity)
 
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
-        outcome = self._worker.run(contest, STEP_TIMEOUT_S)
+        """The rows of a finished contest, and its outcome; waits while another run measures on the device.
+
+        A job that cost processes before keeps the outcome that it got then: to repeat it would cost as many again.
+        """
+        known = {i: self._lost[job_id] for i, job_id in enumerate(contest.job_ids) if job_id in self._lost}
+        with alone_on(self.spec):
+            outcome = self._worker.run(contest, known=known)
+        jobs = zip(contest.job_ids, outcome.outcomes, strict=True)
+        self._lost.update((job_id, job) for job_id, job in jobs if job.status in LOSSES)
         return rows_of(contest, outcome, self._kernels, self.spec), outcome
 
     def again(self, contest: Contest) -> Contest | None:
@@ -128,7 +152,7 @@ class RecordedDevice:
         """The recorded points."""
         return tuple(self._by_context)
 
-    def contests(self, context: SelectionContext) -> tuple[Contest, ...]:
+    def contests(self, context: SelectionContext, searched: Searched) -> tuple[Contest, ...]:
         return tuple(_recorded(self._contests[contest_id]) for contest_id in self._by_context.get(context, ()))
 
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:

@@ -57,9 +57,8 @@ def contest_of(
     candidates: Iterable[Candidate],
     kernels: Mapping[str, Kernel],
     identity: JobIdentity,
-    repeat: int = 0,
 ) -> Contest:
     """The contest of these candidates at the point."""
     entered = tuple(candidates)
     job_ids = tuple(identity.of(context, kernels[candidate.kernel_id], candidate) for candidate in entered)
-    return Contest(context, entered, job_ids, identity.policy, repeat)
+    return Contest(context, entered, job_ids, identity.policy)

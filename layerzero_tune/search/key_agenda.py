@@ -13,6 +13,7 @@ from layerzero_tune.compile.regret import RegretModel
 from layerzero_tune.measure.contest import Contest
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.search.between import Between, points_between
+from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.contest_time import (
     CallTimes,
     ContestClock,
@@ -80,6 +81,7 @@ class KeyAgenda:
         operation: the key's operation.
         regret: the regret that is left under the key.
         waiting: contests of the workload that were not measured, by sizes.
+        searched: what searches of configurations have given.
         refine: whether points are added between those of the workload, once these are measured.
     """
 
@@ -90,6 +92,7 @@ class KeyAgenda:
         operation: Operation,
         regret: KeyRegret,
         waiting: Mapping[Sizes, Sequence[Contest]],
+        searched: Searched,
         *,
         refine: bool,
     ) -> None:
@@ -98,6 +101,7 @@ class KeyAgenda:
         self._clock = clock
         self._operation = operation
         self._waiting = {sizes: deque(contests) for sizes, contests in waiting.items()}
+        self._searched = searched
         self._refine = refine
         self._last: dict[Sizes, dict[SelectionContext, Contest]] = {}
         self._measured: dict[Sizes, tuple[SelectionContext, CallTimes]] = {}
@@ -181,7 +185,11 @@ class KeyAgenda:
 
     def _doubtful_between(self, model: RegretModel) -> Iterable[tuple[Between, Contest]]:
         for point in points_between(self._operation, model):
-            contests = self._device.contests(point.context) if self.regret.regret(point.sizes) >= ENOUGH else ()
+            contests = (
+                self._device.contests(point.context, self._searched)
+                if self.regret.regret(point.sizes) >= ENOUGH
+                else ()
+            )
             if contests:
                 yield point, contests[0]
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Protocol
 
 from layerzero_runtime.context import SelectionContext
-from layerzero_tune.measure.contest import Contest, ContestOutcome
+from layerzero_tune.measure.contest import Contest
+from layerzero_tune.results.leases import Leases
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import Results, ResultsStore
 from layerzero_tune.search.agenda import Agenda
 from layerzero_tune.search.budget import BudgetSpentError, Deadline
+from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.device import MeasuringDevice
 from layerzero_tune.search.key_agenda import Planned
 from layerzero_tune.workload.lines import WorkloadLine
@@ -23,6 +27,9 @@ from layerzero_tune.workload.lines import WorkloadLine
 # per contest.
 CLOSING_S = 1.0
 CLOSING_PER_CONTEST_S = 0.002
+# How often a run looks whether another one has finished what it waits for.
+_LOOK_S = 0.5
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class TuningPlan:
 
     Attributes:
         lines: the points with at least one contest, and their weights.
-        offered: the contests of each point.
+        offered: the contests of each point; that of a search of configurations stands for all that follow there.
         held: the rows that the store holds, by contest.
         without_candidates: points at which nothing can be measured.
         quarantined: damaged files that were set aside, whose contests count as missing.
@@ -113,7 +120,8 @@ def plan_tuning(device: MeasuringDevice, lines: Sequence[WorkloadLine], store: R
     held: dict[str, list[Measurement]] = {}
     for row in stored.rows:
         held.setdefault(row.contest_id, []).append(row)
-    offered = {line.context: device.contests(line.context) for line in lines}
+    searched = Searched(row for rows in held.values() for row in rows)
+    offered = {line.context: device.contests(line.context, searched) for line in lines}
     return TuningPlan(
         lines=tuple(line for line in lines if offered[line.context]),
         offered=offered,
@@ -145,31 +153,91 @@ def tune(
     Raises:
         ResultsError: the store cannot be written.
     """
-    watcher = watcher or Unwatched()
-    while True:
-        closing_s = CLOSING_S + CLOSING_PER_CONTEST_S * agenda.held
-        planned = agenda.next(math.inf if deadline is None else deadline.left_s() - closing_s)
-        if planned is None:
-            break
-        watcher.begins(planned)
-        start = perf_counter()
-        try:
-            rows, outcome = _measured(device, planned.contest, deadline, closing_s)
-        except BudgetSpentError:
-            break
-        store.append(rows)
-        # A replay takes no time that says anything.
-        taken_s = perf_counter() - start - outcome.preparation_s if outcome.outcomes else None
-        agenda.learn(planned, rows, taken_s)
-        watcher.finished(FinishedContest(planned, rows, outcome.preparation_s, agenda.left))
+    run = _Run(device, agenda, store, watcher or Unwatched(), deadline)
+    with suppress(BudgetSpentError):
+        run.measure_all()
     store.compact()
     return TuningEnd(agenda.waiting(), *agenda.expected_regret())
 
 
-def _measured(
-    device: MeasuringDevice, contest: Contest, deadline: Deadline | None, closing_s: float
-) -> tuple[tuple[Measurement, ...], ContestOutcome]:
-    if deadline is None:
-        return device.measure(contest)
-    with deadline.enforced(early_s=closing_s):
-        return device.measure(contest)
+class _Run:
+    def __init__(
+        self,
+        device: MeasuringDevice,
+        agenda: Agenda,
+        store: ResultsStore,
+        watcher: Watcher,
+        deadline: Deadline | None,
+    ) -> None:
+        self._device, self._agenda, self._store = device, agenda, store
+        self._watcher, self._deadline = watcher, deadline
+        self._leases = Leases(store.directory)
+        self._seen: dict[str, frozenset[str]] = {}
+
+    def measure_all(self) -> None:
+        """Until the agenda or the time is at an end.
+
+        Raises:
+            BudgetSpentError: the deadline came in the middle of a contest.
+        """
+        has_said_so = False
+        while True:
+            left_s = math.inf if self._deadline is None else self._deadline.left_s() - self._closing_s
+            planned = self._agenda.next(left_s)
+            if planned is not None:
+                if not self._is_done(planned):
+                    self._agenda.set_aside(planned)
+                continue
+            others = self._agenda.bring_back()
+            if not others or left_s <= 0.0:
+                break
+            if not has_said_so:  # nothing is left but what is in flight in another run
+                folder = self._store.directory
+                _logger.warning("another run measures %d contests into %s: waiting for it", others, folder)
+                has_said_so = True
+            sleep(_LOOK_S)
+        self._leases.clear()
+
+    @property
+    def _closing_s(self) -> float:
+        return CLOSING_S + CLOSING_PER_CONTEST_S * self._agenda.held
+
+    def _is_done(self, planned: Planned) -> bool:
+        """Measure a contest, unless another run into the folder has done so; of a search all contests at its point.
+        False where another run is about to."""
+        while (contest := self._next_of(planned)) is not None:
+            with self._leases.take(contest.contest_id) as is_ours:
+                if not is_ours:
+                    return False
+                # Now that nobody else can be about to store it.
+                rows: Sequence[Measurement] = self._store.contest(contest.contest_id, self._seen)
+                if rows:
+                    self._agenda.learn(planned, rows, contest=contest)
+                else:
+                    self._measure(planned, contest)
+            if not planned.contest.is_search:
+                return True
+        self._agenda.strike(planned)
+        return True
+
+    def _next_of(self, planned: Planned) -> Contest | None:
+        """The planned contest, if it is still missing; for that of a search, which begins with what its neighbours have
+        given by now, whatever its point offers until the search is over."""
+        offered: Sequence[Contest] = (planned.contest,)
+        if planned.contest.is_search:
+            offered = self._device.contests(planned.contest.context, self._agenda.searched)
+        return next((contest for contest in offered if contest.contest_id not in self._agenda.done), None)
+
+    def _measure(self, planned: Planned, contest: Contest) -> None:
+        step = replace(planned, contest=contest)
+        self._watcher.begins(step)
+        start = perf_counter()
+        deadline = self._deadline
+        with nullcontext() if deadline is None else deadline.enforced(early_s=self._closing_s):
+            rows, outcome = self._device.measure(contest)
+        self._store.append(rows)
+        # A replay takes no time that says anything, and a search more than the first of its contests.
+        is_timed = outcome.outcomes and not planned.contest.is_search
+        taken_s = perf_counter() - start - outcome.preparation_s if is_timed else None
+        self._agenda.learn(planned, rows, taken_s, contest)
+        self._watcher.finished(FinishedContest(step, rows, outcome.preparation_s, self._agenda.left))

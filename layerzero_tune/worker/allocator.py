@@ -17,6 +17,39 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _TOP_PAD_BYTES = 64 * 1024 * 1024
 
 
+# Share of the memory that is available when the worker starts: the rest is the tuner's and other processes'.
+_USABLE_SHARE = 0.8
+
+
+def limit_memory() -> None:
+    """Have allocations fail where they would take more memory than the machine has available now.
+
+    What a kernel asks for too much is then refused to it, as an error that is recorded; without a limit, Linux lets it
+    have pages until it kills some process. Where the system does not say how much there is, nothing changes.
+    """
+    if sys.platform != "linux":
+        return
+    import resource
+
+    available = _kilobytes("/proc/meminfo", "MemAvailable")
+    held = _kilobytes("/proc/self/status", "VmData")  # what the limit counts
+    if available is None or held is None:
+        return
+    limit = 1024 * (held + int(_USABLE_SHARE * available))
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    if most == resource.RLIM_INFINITY or limit < most:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
+
+
+def _kilobytes(path: str, name: str) -> int | None:
+    """The figure of this name in a file of lines such as "MemAvailable:  20123456 kB"."""
+    with open(path, encoding="ascii", errors="replace") as file:
+        for line in file:
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1])
+    return None
+
+
 def retain_memory() -> bool:
     """Have this process keep all memory that it frees; call it before anything large is allocated.
 

@@ -17,12 +17,17 @@ from multiprocessing.connection import Connection
 
 from layerzero_runtime.errors import LayerZeroError
 from layerzero_runtime.kernel import Kernel
-from layerzero_tune.measure.contest import ContestOutcome
 from layerzero_tune.measure.cpu import measure_contest
-from layerzero_tune.worker.allocator import retain_memory
+from layerzero_tune.measure.failures import SpoiledProcessError
+from layerzero_tune.measure.kept_memory import allocated_bytes
+from layerzero_tune.worker.allocator import limit_memory, retain_memory
 from layerzero_tune.worker.kernels import load_kernels, with_loads_remembered
 from layerzero_tune.worker.progress_board import ProgressBoard
-from layerzero_tune.worker.protocol import Ready, Refusal, Reply, Request
+from layerzero_tune.worker.protocol import Finished, Loss, Ready, Refusal, Reply, Request
+
+# What kernels may keep over all contests (compiled code, and too little to be noticed in one of them) before a fresh
+# process measures the next: memory runs out later, if ever, and heaps of equal size are alike.
+_KEPT_BYTES = 1024 * 1024 * 1024
 
 
 def die_with_tuner(lifeline: int) -> None:
@@ -44,10 +49,16 @@ def die_with_tuner(lifeline: int) -> None:
 
 
 def answer(
-    request: Request, kernels: Mapping[str, Kernel], device: str, board: ProgressBoard
-) -> ContestOutcome | Refusal:
+    request: Request, kernels: Mapping[str, Kernel], device: str, board: ProgressBoard, allowed_bytes: float
+) -> Finished | Loss | Refusal:
+    """What comes of a contest; it is the last where more than `allowed_bytes` of memory are left in use after it."""
     try:
-        return measure_contest(request.contest, kernels, device=device, settled=request.settled, progress=board.report)
+        outcome = measure_contest(
+            request.contest, kernels, device=device, settled=request.settled, progress=board.report
+        )
+        return Finished(outcome, is_last=allocated_bytes() > allowed_bytes)
+    except SpoiledProcessError as error:
+        return Loss(error.candidate, error.outcome)
     except LayerZeroError as error:
         return Refusal(error)
     except Exception:  # noqa: BLE001 - raised again in the tuner, which can tell the user
@@ -61,6 +72,7 @@ def main(arguments: list[str]) -> None:
     socket, board, lifeline = descriptors
     die_with_tuner(lifeline)
     retain_memory()
+    limit_memory()
     with Connection(socket) as tuner:
         try:
             import torch  # noqa: F401 - now, so that no candidate's time limit pays for it
@@ -74,12 +86,16 @@ def main(arguments: list[str]) -> None:
 
 def _serve(tuner: Connection[Reply, Request], kernels: Mapping[str, Kernel], device: str, board: ProgressBoard) -> None:
     tuner.send(Ready())
+    allowed_bytes = allocated_bytes() + _KEPT_BYTES
     while True:
         try:
             request = tuner.recv()
         except EOFError:
             return
-        tuner.send(answer(request, kernels, device, board))
+        reply = answer(request, kernels, device, board, allowed_bytes)
+        tuner.send(reply)
+        if isinstance(reply, Loss) or (isinstance(reply, Finished) and reply.is_last):
+            return
 
 
 if __name__ == "__main__":

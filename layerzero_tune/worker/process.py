@@ -8,35 +8,35 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from types import TracebackType
+from pathlib import Path
+from types import MappingProxyType, TracebackType
 from typing import IO, Self
 
 from layerzero_runtime.errors import LayerZeroError
+from layerzero_runtime.serving.recovery import says_out_of_memory
 from layerzero_tune.measure.contest import Contest, ContestOutcome, JobOutcome
 from layerzero_tune.results.measurement import Status
 from layerzero_tune.worker.progress_board import ProgressBoard, Step
-from layerzero_tune.worker.protocol import Ready, Refusal, Reply, Request
+from layerzero_tune.worker.protocol import Finished, Loss, Ready, Refusal, Reply, Request
+from layerzero_tune.worker.time_limits import TimeLimits
 
 # Importing torch takes 1 to 10 s, and a minute from a cold network disk.
 START_TIMEOUT_S = 120.0
 # How often the tuner looks whether a silent worker still makes steps.
 _LOOK_S = 0.25
 _MESSAGE_LENGTH = 160
-
-
-@dataclass(frozen=True)
-class _Loss:
-    """A worker that died or was killed for its silence, and the step that it was at (None: before the first)."""
-
-    status: Status
-    message: str
-    step: Step | None
+_VMSTAT = "/proc/vmstat"
+# A candidate's first loss may be the machine's fault, or an earlier kernel's in the same process.
+_CHANCES = 2
+DEFAULT_LIMITS = TimeLimits()
+_LEFT_OUT = JobOutcome("refused", "left out while another candidate is measured alone")
 
 
 @dataclass(frozen=True)
@@ -48,39 +48,53 @@ class _Child:
     board: ProgressBoard
     lifeline: int
     output: IO[bytes]
+    oom_kills: int
 
-    def wait_for_reply(self, timeout_s: float) -> Reply | _Loss:
-        """The next reply, or what became of the worker that gives none; `timeout_s` is the longest step."""
-        step, since = self.board.read(), time.monotonic()
+    def wait_for_reply(self, limit_s: Callable[[Step], float]) -> Reply:
+        """The next reply, or what became of the worker that gives none; `limit_s` says how long a step may take."""
+        step, now, watched_s = self.board.read(), time.monotonic(), 0.0
         before = step.number
         while True:
             closed = False
             try:
-                if self.connection.poll(min(_LOOK_S, timeout_s)):
+                if self.connection.poll(_LOOK_S):
                     return self.connection.recv()
             except (EOFError, ConnectionError):
                 closed = True
                 with suppress(subprocess.TimeoutExpired):
                     self.process.wait(_LOOK_S)
             if self.process.poll() is not None and (closed or not self.connection.poll()):
-                return self._lost("died", _end_of(self.process.returncode), before)
+                return self._died(before)
+            # While this process was stopped, the worker may have been as well: such a time counts as one look.
+            passed_s, now = time.monotonic() - now, time.monotonic()
+            watched_s += min(passed_s, 2 * _LOOK_S)
             if self.board.read() != step:
-                step, since = self.board.read(), time.monotonic()
-            elif time.monotonic() - since > timeout_s:
-                return self._lost("timeout", f"no progress for {timeout_s:g} s", before)
+                step, watched_s = self.board.read(), 0.0
+            elif watched_s > limit_s(step):
+                silence = f"no progress for {limit_s(step):g} s"
+                loss = self._lost("timeout", silence, self._last_words(), before)
+                return replace(loss, is_final=step.may_compile)
 
-    def _lost(self, status: Status, reason: str, before: int) -> _Loss:
+    def _died(self, before: int) -> Loss:
+        end, words = _end_of(self.process.returncode), self._last_words()
+        if self.process.returncode == -signal.SIGKILL and oom_kills() > self.oom_kills:
+            return self._lost("out_of_memory", f"{end}, the system being out of memory,", words, before)
+        # A library that cannot go on without memory says so and aborts.
+        refused = self.process.returncode < 0 and says_out_of_memory(words)
+        return self._lost("out_of_memory" if refused else "died", end, words, before)
+
+    def _lost(self, status: Status, reason: str, words: str, before: int) -> Loss:
         step = self.board.read()
         if step.number == before:
-            return _Loss(status, f"{reason}{self._last_words()}", None)
-        return _Loss(status, f"{reason} at {step.name}{self._last_words()}", step)
+            return Loss(None, JobOutcome(status, f"{reason}{words}"))
+        return Loss(step.candidate, JobOutcome(status, f"{reason} at {step.name}{words}"))
 
     def _last_words(self) -> str:
         """The last line that the worker printed, such as the C library's reason for an abort."""
         end = self.output.seek(0, os.SEEK_END)
         self.output.seek(max(0, end - 4096))
         lines = self.output.read().decode(errors="replace").strip().splitlines()
-        return f"; last output: {lines[-1][:_MESSAGE_LENGTH]}" if lines else ""
+        return f"; last output: {lines[-1].strip()[:_MESSAGE_LENGTH]}" if lines else ""
 
     def forget_output(self) -> None:
         self.output.seek(0)  # the worker writes at the same offset, which it shares
@@ -143,58 +157,79 @@ class WorkerProcess:
             self._child.kill()
             self._child = None
 
-    def run(self, contest: Contest, timeout_s: float) -> ContestOutcome:
+    def run(
+        self,
+        contest: Contest,
+        limits: TimeLimits | None = None,
+        known: Mapping[int, JobOutcome] = MappingProxyType({}),
+    ) -> ContestOutcome:
         """Measure a contest, whatever its kernels do to the process.
 
-        `timeout_s` limits each step of a candidate (loading it with the first call, which may compile; warming up; one
-        sample), not the contest. The candidate at whose step the process dies or falls silent gets the outcome "died"
-        or "timeout", and the contest is begun again without it in a fresh process.
+        Candidates whose outcomes are `known`, by index, are not touched. `limits` (default: `DEFAULT_LIMITS`) are those
+        of each step of a candidate (loading it, its first call, warming up, one sample), not of the contest. The
+        candidate at whose step the process is lost (it dies, falls silent, leaks memory, or its device is lost to it)
+        is measured again alone, in a fresh process: where it comes through, the whole contest is begun again with it.
+        Its second loss, alone or not, is final: it gets the outcome, and the contest is begun again without it.
+
+        A silence is given the same second chance as a death: a machine that stood still looks like a kernel that hangs,
+        and to be sure costs seconds. Where code may be compiled it would cost minutes, and is final at once.
 
         Raises:
             LayerZeroError: the worker cannot start, or the contest cannot be measured at all (its own subclasses).
         """
-        settled: dict[int, JobOutcome] = {}
-        retried = False
+        limits = limits or DEFAULT_LIMITS
+        settled = dict(known)
+        losses: Counter[int | None] = Counter()
+        alone: int | None = None
         while True:
+            others = () if alone is None else range(len(contest.candidates))
+            left_out = {index: _LEFT_OUT for index in others if index != alone}
             try:
-                reply = self._ask(contest, settled, timeout_s)
+                reply = self._ask(contest, left_out | settled, limits)
             except BaseException:  # Ctrl-C, mostly: a worker in the middle of a contest is of no use to the next
                 self.close()
                 raise
             if isinstance(reply, Refusal):
                 raise reply.error
-            if isinstance(reply, ContestOutcome):
-                return reply
-            assert isinstance(reply, _Loss)
+            if isinstance(reply, Finished):
+                if reply.is_last:
+                    self.close()
+                if alone is None:
+                    return reply.outcome
+                alone = None
+                continue
+            assert isinstance(reply, Loss)
             self.close()
-            lost = JobOutcome(reply.status, reply.message)
-            if reply.step is not None and reply.step.candidate is not None:
-                settled[reply.step.candidate] = lost
-            elif not retried:  # between two candidates: the damage may be an earlier contest's
-                retried = True
+            lost = reply.candidate
+            losses[lost] += 1
+            if losses[lost] < _CHANCES and not reply.is_final:
+                alone = lost  # at no candidate's step the damage may be an earlier contest's: all of it again
+            elif lost is not None:
+                settled[lost] = reply.outcome
+                alone = None
             else:
-                everyone = range(len(contest.candidates))
-                outcomes = tuple(settled.get(index, lost) for index in everyone)
+                outcomes = tuple(settled.get(index, reply.outcome) for index in range(len(contest.candidates)))
                 return ContestOutcome(outcomes, datetime.now(UTC).isoformat(timespec="seconds"))
 
-    def _ask(self, contest: Contest, settled: Mapping[int, JobOutcome], timeout_s: float) -> Reply | _Loss:
+    def _ask(self, contest: Contest, settled: Mapping[int, JobOutcome], limits: TimeLimits) -> Reply:
         self.start()
         child = self._child
         assert child is not None
         if not self._ready:
-            greeting = child.wait_for_reply(START_TIMEOUT_S)
+            greeting = child.wait_for_reply(lambda step: START_TIMEOUT_S)
             if isinstance(greeting, Refusal):
                 self.close()  # it is ending
                 return greeting
             if not isinstance(greeting, Ready):
-                raise LayerZeroError(f"the worker process did not start: {getattr(greeting, 'message', greeting)}")
+                reason = greeting.outcome.message if isinstance(greeting, Loss) else greeting
+                raise LayerZeroError(f"the worker process did not start: {reason}")
             self._ready = True
         child.forget_output()
         try:
             child.connection.send(Request(contest, settled))
         except ConnectionError:
-            return _Loss("died", "ended before the contest began", None)
-        return child.wait_for_reply(timeout_s)
+            return Loss(None, JobOutcome("died", "ended before the contest began"))
+        return child.wait_for_reply(lambda step: limits.of(step, contest.context))
 
 
 def _spawn(device: str, kernel_modules: tuple[str, ...]) -> _Child:
@@ -203,6 +238,7 @@ def _spawn(device: str, kernel_modules: tuple[str, ...]) -> _Child:
     board = ProgressBoard.create()
     output = tempfile.TemporaryFile()  # noqa: SIM115 - `_Child.kill` closes it
     descriptors = (there.fileno(), board.descriptor, lifeline_there)
+    killed_before = oom_kills()
     process = subprocess.Popen(
         [sys.executable, "-m", "layerzero_tune.worker.main", *map(str, descriptors), device, *kernel_modules],
         stdin=subprocess.DEVNULL,
@@ -215,7 +251,17 @@ def _spawn(device: str, kernel_modules: tuple[str, ...]) -> _Child:
     )
     there.close()
     os.close(lifeline_there)
-    return _Child(process, here, board, lifeline_here, output)
+    return _Child(process, here, board, lifeline_here, output, killed_before)
+
+
+def oom_kills() -> int:
+    """How many processes the system has killed since boot because its memory, or a container's, was used up; 0 where it
+    does not tell (Linux does: proc(5), /proc/vmstat)."""
+    try:
+        lines = Path(_VMSTAT).read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
 
 
 def _end_of(returncode: int) -> str:

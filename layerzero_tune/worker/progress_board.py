@@ -12,6 +12,8 @@ import struct
 import tempfile
 from dataclasses import dataclass
 
+from layerzero_tune.measure.contest import COMPILING_CALL, LOAD
+
 _LAYOUT = struct.Struct("<QQ48s")  # steps begun, candidate + 1 (0: none), name of the step
 
 
@@ -22,6 +24,11 @@ class Step:
     number: int
     candidate: int | None
     name: str
+
+    @property
+    def may_compile(self) -> bool:
+        """Whether the step may compile code, which takes longer than any call."""
+        return self.name in (LOAD, COMPILING_CALL)
 
 
 class ProgressBoard:

@@ -23,10 +23,28 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Finished:
+    """What a contest gave. `is_last`: the process ends with it, and another has to measure the next."""
+
+    outcome: ContestOutcome
+    is_last: bool = False
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The process died, was killed for its silence, or is of no use any more and ends: the candidate at whose step that
+    came about (None: at none), and what that makes of it. `is_final`: to try again would not be worth the time."""
+
+    candidate: int | None
+    outcome: JobOutcome
+    is_final: bool = False
+
+
+@dataclass(frozen=True)
 class Refusal:
     """The worker cannot do what was asked: `error` is raised in the tuner."""
 
     error: LayerZeroError
 
 
-Reply = Ready | ContestOutcome | Refusal
+Reply = Ready | Finished | Loss | Refusal

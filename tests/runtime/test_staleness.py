@@ -66,6 +66,10 @@ def test_code_and_constants_count_declarations_and_comments_do_not(tmp_path: Pat
         "docstring": ADAPTER.replace("An adapter.", "The same adapter."),
         "comment": ADAPTER.replace("_SPEC =", "# A comment.\n_SPEC ="),
         "import": ADAPTER.replace("from layerzero", "import math\n\nfrom layerzero"),
+        "space": ADAPTER.replace("import Kernel,", "import ConfigurationSpace, Kernel,").replace(
+            "KERNELS = (Kernel(_SPEC, load),)",
+            '_SPACE = ConfigurationSpace({"block": (64, 128)})\nKERNELS = (Kernel(_SPEC, load, _SPACE),)',
+        ),
     }
     for name, source in harmless.items():
         assert source != ADAPTER

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -19,9 +20,12 @@ from layerzero_tune.command_line.main import main
 
 EXECUTABLE = str(Path(sys.executable).with_name("layerzero-tune"))
 ROOT = Path(__file__).parents[2]
+# Tests do not wait for a run of the same user that measures on this machine.
+RUNTIME_FOLDER = TemporaryDirectory(prefix="layerzero-tests-")
 # Modules of kernels that the tests name are imported from the project's root; no table but the test's own is found.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in (TABLES_VARIABLE, "COLUMNS")} | {
-    "PYTHONPATH": str(ROOT)
+    "PYTHONPATH": str(ROOT),
+    "XDG_RUNTIME_DIR": RUNTIME_FOLDER.name,
 }
 
 

@@ -7,11 +7,16 @@ from pathlib import Path
 import pytest
 
 from layerzero_tune.results.store import ResultsStore
-from tests.tune.command import CommandsHere
+from tests.tune.command import RUNTIME_FOLDER, CommandsHere
 from tests.tune.measurements import make_contest
 from tests.tune.recordings import record
 from tests.tune.shipped_tables import OTHER_DEVICE, write_norm_table
 from tests.tune.synthetic_results import DEVICE
+
+
+@pytest.fixture(autouse=True)
+def runtime_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", RUNTIME_FOLDER.name)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from layerzero_tune.measure import cpu
 from layerzero_tune.measure.clock import Rotation, WallClock, take_sample, time_calls, warm_up
 from layerzero_tune.measure.contest import Candidate, ContestOutcome, MeasurementPolicy
 from layerzero_tune.measure.cpu import measure_contest
+from layerzero_tune.measure.failures import SpoiledProcessError
 from layerzero_tune.measure.inputs import MAX_BYTES, MAX_SETS, RandomTensors, rotating_inputs
 from layerzero_tune.measure.screening import finalists
 from tests.tune import torture_kernels as torture
@@ -44,10 +45,13 @@ def measure(*names: str, **changes: Any) -> ContestOutcome:
         ("other_shape", "wrong", r"output 0 has shape \(31, 64\), required \(32, 64\)"),
         ("other_dtype", "wrong", "output 0 has dtype float64, required float32"),
         ("nan_at_the_end", "wrong", "output 0 is NaN or infinite in 1 of 2048 values checked"),
-        ("in_place", "wrong", "writes to its input x"),
+        ("in_place", "wrote_to_inputs", "writes to its input x"),
         ("two_outputs", "wrong", "gives 2 outputs, required 1"),
         ("no_tensor", "wrong", "output 0 is a float, required a tensor"),
         ("raises", "failed", "RuntimeError: tile size 48 is not supported"),
+        ("cannot_load", "compile_failed", "RuntimeError: ptxas: unknown target"),
+        ("cannot_compile", "compile_failed", "RuntimeError: tile size 48 is not supported"),
+        ("wrong_at_every_tenth", "flaky", r"right at first, wrong later: relative error 1\.00e-01 above .*"),
         ("gpu_only", "refused", r"PLATFORM_NOT_ONE_OF: platform is 'cpu'.*'cuda'.*"),
         ("narrow", "refused", "HIDDEN_SIZE_NOT_AT_MOST: hidden_size is 64, required <= 16"),
         ("attention", "refused", "computes attention.full, attention.cross, not norm.rms"),
@@ -90,6 +94,39 @@ def test_out_of_memory_is_told_from_other_failures() -> None:
     assert "memory" in outcome.message
 
 
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [
+        ("leaks", "out_of_memory", r"its calls kept \d+ MiB, allowed 64 MiB: it leaks memory"),
+        ("loses_device", "device_error", "RuntimeError: CUDA error: an illegal memory access was encountered"),
+    ],
+)
+def test_a_kernel_that_spoils_the_process_ends_the_contest(name: str, status: str, message: str) -> None:
+    with pytest.raises(SpoiledProcessError) as spoiled:
+        measure("right", name, "right_too")
+    torture.kept.clear()
+    assert spoiled.value.candidate == 1
+    assert spoiled.value.outcome.status == status
+    assert re.fullmatch(message, spoiled.value.outcome.message)
+
+
+def test_what_a_kernel_keeps_for_each_input_is_no_leak() -> None:
+    copies: dict[int, torch.Tensor] = {}
+
+    def caching(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
+        copies.setdefault(x.data_ptr(), x.clone())
+        return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight + offset, eps)
+
+    kernel = torture.kernel("caching", caching)
+    large = replace(RMS, rows=1024, hidden_size=1024)
+    outcome = measure_contest(
+        contest("torture.caching", context=large, policy=replace(BRIEF, warmup_ms=300.0, cache_bytes=1 << 28)),
+        {kernel.kernel_id: kernel},
+    )
+    assert sum(copy.numel() * 4 for copy in copies.values()) > 1 << 26
+    assert outcome.outcomes[0].status == "ok"
+
+
 def test_inputs_that_do_not_fit_into_memory_cost_the_contest_and_not_the_run() -> None:
     enormous = replace(RMS, rows=1 << 30, hidden_size=1 << 20)
     refused, *others = measure("narrow", "right", "right_too", context=enormous).outcomes
@@ -130,7 +167,8 @@ def test_a_hopeless_candidate_is_not_screened_again(monkeypatch: pytest.MonkeyPa
     steps: list[tuple[int | None, str]] = []
     names = ("torture.right", "torture.slow", "torture.right_too")
     jobs = measure_contest(contest(*names), KERNELS, progress=lambda *step: steps.append(step)).outcomes
-    assert [name for index, name in steps if index == 1] == ["load and first call", "prepare", "warm-up"]
+    expected = ["load", "first call", "prepare", "warm-up", "verification"]
+    assert [name for index, name in steps if index == 1] == expected
     assert [name for index, name in steps if index == 2].count("screening") >= 2
     assert jobs[1].screen_ns is not None
     assert jobs[1].screen_ns > 3e6
@@ -170,9 +208,16 @@ def test_steps_are_reported_before_they_are_taken() -> None:
     steps: list[tuple[int | None, str]] = []
     measure_contest(contest("torture.right", "torture.raises"), KERNELS, progress=lambda *step: steps.append(step))
     assert steps[0] == (None, "reference")
-    assert (1, "load and first call") in steps
-    assert [name for index, name in steps if index == 1] == ["load and first call"]
-    assert [name for index, name in steps if index == 0][-4:] == ["round 1", "round 2", "round 3", "round 4"]
+    assert (1, "load") in steps
+    assert [name for index, name in steps if index == 1] == ["load", "first call"]
+    assert [name for index, name in steps if index == 0][-6:] == [
+        "round 1",
+        "round 2",
+        "round 3",
+        "round 4",
+        "verification",
+        "verification",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -189,12 +189,17 @@ class TestDamage:
         pq.write_table(table.set_column(index, table.schema.field(index), words), damaged)
         assert store.read().rows == rows_of(0, 1, 3, 4)
 
+    def test_results_of_the_schema_before_are_read(self, store: ResultsStore, damaged: Path) -> None:
+        before = to_table(make_contest(2)).replace_schema_metadata({SCHEMA_KEY: b"1"})
+        pq.write_table(before, damaged)
+        assert store.read().rows == rows_of(0, 1, 2, 3, 4)
+
     def test_newer_schema_is_named_and_left_alone(self, store: ResultsStore, damaged: Path) -> None:
-        newer = to_table(make_contest(2)).replace_schema_metadata({SCHEMA_KEY: b"2"})
+        newer = to_table(make_contest(2)).replace_schema_metadata({SCHEMA_KEY: b"3"})
         pq.write_table(newer.append_column("humidity", pa.array([0.5] * len(newer))), damaged)
         before = damaged.read_bytes()
         for use in (store.read, store.compact):
-            with pytest.raises(ResultsError, match=f"{damaged.name}.*schema version 2"):
+            with pytest.raises(ResultsError, match=f"{damaged.name}.*schema version 3"):
                 use()
         assert damaged.read_bytes() == before
         assert len(list(store.directory.glob("*.parquet"))) == 5

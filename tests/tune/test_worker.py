@@ -17,14 +17,17 @@ import pytest
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ContextError, LayerZeroError, SpecError
-from layerzero_tune.measure.contest import JobOutcome
+from layerzero_tune.measure.contest import COMPILING_CALL, LOAD, JobOutcome
 from layerzero_tune.worker import WorkerProcess
 from layerzero_tune.worker.kernels import load_kernels, with_loads_remembered
 from layerzero_tune.worker.progress_board import ProgressBoard, Step
-from tests.tune.contests import BRIEF, RMS, contest
+from layerzero_tune.worker.time_limits import TimeLimits
+from tests.tune.contests import ATTENTION, BRIEF, RMS, contest
 
 TORTURE = "tests.tune.torture_kernels"
-TIMEOUT_S = 20.0
+LOSSY = "tests.tune.lossy_kernels"
+LIMITS = TimeLimits(shortest_s=20.0)
+BRIEF_LIMITS = TimeLimits(shortest_s=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +36,12 @@ def worker() -> Iterator[WorkerProcess]:
         yield process
 
 
-def statuses(worker: WorkerProcess, *names: str, timeout_s: float = TIMEOUT_S) -> list[str]:
-    return [job.status for job in run(worker, *names, timeout_s=timeout_s)]
+def statuses(worker: WorkerProcess, *names: str, limits: TimeLimits = LIMITS) -> list[str]:
+    return [job.status for job in run(worker, *names, limits=limits)]
 
 
-def run(worker: WorkerProcess, *names: str, timeout_s: float = TIMEOUT_S) -> tuple[JobOutcome, ...]:
-    return worker.run(contest(*(f"torture.{name}" for name in names)), timeout_s).outcomes
+def run(worker: WorkerProcess, *names: str, limits: TimeLimits = LIMITS) -> tuple[JobOutcome, ...]:
+    return worker.run(contest(*(f"torture.{name}" for name in names)), limits).outcomes
 
 
 def wait_until_gone(pid: int, timeout_s: float = 10.0) -> bool:
@@ -59,19 +62,61 @@ def test_contests_follow_each_other_in_one_process(worker: WorkerProcess) -> Non
 
 
 def test_a_crash_costs_one_measurement(worker: WorkerProcess) -> None:
-    default, dead, other, exited, killed = run(worker, "right", "segfaults", "right_too", "exits", "killed")
-    assert [default.status, other.status] == ["ok", "ok"]
+    default, dead, other = run(worker, "right", "segfaults", "right_too")
+    assert [default.status, dead.status, other.status] == ["ok", "died", "ok"]
     assert default.samples_ns
-    assert dead.status == exited.status == killed.status == "died"
-    assert dead.message == "killed by SIGSEGV at load and first call; last output: about to read address 0"
-    assert exited.message == "exited with code 3 at load and first call"
-    assert killed.message == "killed by SIGKILL at load and first call"
+    assert dead.message == "killed by SIGSEGV at first call; last output: about to read address 0"
     assert dead.samples_ns == ()
+
+
+def test_kernels_whose_process_is_lost_once_get_their_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORTURE_FOLDER", str(tmp_path))
+    with WorkerProcess((TORTURE, LOSSY)) as process:
+        default, died, hung = run(process, "right", "dies_once", "hangs_once", limits=TimeLimits(shortest_s=2.0))
+    assert [default.status, died.status, hung.status] == ["ok", "ok", "ok"]
+    assert len(default.samples_ns) == BRIEF.rounds
+    assert died.screen_ns is not None
+    assert hung.screen_ns is not None
+
+
+def test_a_second_death_is_final_where_a_kernel_comes_through_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORTURE_FOLDER", str(tmp_path))
+    with WorkerProcess((TORTURE, LOSSY)) as process:
+        company, dead, other = run(process, "company", "dies_beside_others", "right")
+    assert [company.status, dead.status, other.status] == ["ok", "died", "ok"]
+    assert company.samples_ns
+    notes = [path.name.rpartition("-")[0] for path in tmp_path.iterdir()]
+    assert sorted(notes) == ["dies_beside_others", "dies_beside_others", "dies_beside_others-alone"]
+
+
+def test_a_worker_that_the_system_killed_for_its_memory_did_not_just_die(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = tmp_path / "vmstat"
+    counter.write_text("oom_kill_disable 7\noom_kill 3\n")
+    monkeypatch.setattr("layerzero_tune.worker.process._VMSTAT", str(counter))
+    monkeypatch.setenv("TORTURE_FOLDER", str(tmp_path))
+    with WorkerProcess((TORTURE, LOSSY)) as process:
+        default, killed_by_system = run(process, "right", "oom_killed")
+    assert [default.status, killed_by_system.status] == ["ok", "out_of_memory"]
+    assert killed_by_system.message == "killed by SIGKILL, the system being out of memory, at first call"
+
+
+def test_memory_that_is_left_in_use_ends_the_process_after_the_contest() -> None:
+    with WorkerProcess((TORTURE, LOSSY)) as process:
+        run(process, "right")
+        before = process.pid
+        assert statuses(process, "right", "keeps_much") == ["ok", "ok"]
+        assert process.pid is None
+        run(process, "right")
+        assert process.pid not in (None, before)
 
 
 def test_the_last_words_are_those_of_the_contest(worker: WorkerProcess) -> None:
     run(worker, "speaks")
-    assert run(worker, "killed")[0].message == "killed by SIGKILL at load and first call"
+    assert run(worker, "killed")[0].message == "killed by SIGKILL at first call"
 
 
 def test_the_default_may_die_too(worker: WorkerProcess) -> None:
@@ -80,11 +125,58 @@ def test_the_default_may_die_too(worker: WorkerProcess) -> None:
 
 def test_a_hang_is_ended_even_while_it_holds_the_interpreter(worker: WorkerProcess) -> None:
     start = time.monotonic()
-    default, hung = run(worker, "right", "hangs", timeout_s=1.0)
+    default, hung = run(worker, "right", "hangs", limits=BRIEF_LIMITS)
     assert default.status == "ok"
     assert hung.status == "timeout"
-    assert hung.message == "no progress for 1 s at load and first call"
+    assert hung.message == "no progress for 1 s at first call"
     assert time.monotonic() - start < 60
+
+
+def test_the_limit_follows_from_the_work() -> None:
+    limits = TimeLimits(shortest_s=5.0, longest_s=600.0, compile_s=300.0)
+
+    def limit(name: str, context: SelectionContext, candidate: int | None = 1) -> float:
+        return limits.of(Step(1, candidate, name), context)
+
+    large = replace(RMS, rows=1 << 14, hidden_size=1 << 14)
+    assert limit("round 1", RMS) == 5.0
+    assert limit("round 1", large) == pytest.approx(10 * 2 * 8 * 2**28 / 1e9, rel=0.01)
+    assert limit("round 1", replace(large, rows=1 << 24)) == 600.0
+    long = replace(ATTENTION, seq_len_q=4096, seq_len_k=4096, num_heads=4)
+    assert limit("warm-up", long) == pytest.approx(10 * 4 * 2 * 4 * 4096**2 * 16 / 1e9, rel=0.1)
+    for name in (LOAD, COMPILING_CALL):
+        assert limit(name, RMS) == 300.0
+    assert limit("reference", RMS, None) == 600.0
+
+
+def test_a_compilation_that_hangs_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORTURE_FOLDER", str(tmp_path))
+    with WorkerProcess((TORTURE, LOSSY)) as process:
+        default, hung = run(process, "right", "compiles_for_ever", limits=TimeLimits(compile_s=1.0))
+    assert [default.status, hung.status] == ["ok", "timeout"]
+    assert hung.message == "no progress for 1 s at load"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_tuner_that_was_stopped_with_its_worker_blames_no_kernel(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", STOPPED_TUNER],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TORTURE_FOLDER": str(tmp_path)},
+    ) as tuner:
+        assert tuner.stdout is not None
+        worker_pid = int(tuner.stdout.readline())
+        while tuner.poll() is None and not list(tmp_path.iterdir()):
+            time.sleep(0.01)
+        time.sleep(0.8)  # until it has seen that the kernel runs
+        tuner.send_signal(signal.SIGSTOP)
+        os.kill(worker_pid, signal.SIGSTOP)
+        time.sleep(5.0)
+        tuner.send_signal(signal.SIGCONT)
+        time.sleep(0.3)  # it finds that nothing has happened for seconds
+        os.kill(worker_pid, signal.SIGCONT)
+        assert tuner.stdout.read().split() == ["ok", str(worker_pid)]
 
 
 def test_the_limit_is_on_steps_and_not_on_the_contest(worker: WorkerProcess) -> None:
@@ -92,14 +184,14 @@ def test_the_limit_is_on_steps_and_not_on_the_contest(worker: WorkerProcess) -> 
     run(worker, "right")
     many = contest("torture.ten_times_slower", "torture.right", policy=replace(BRIEF, rounds=40))
     start = time.monotonic()
-    assert [job.status for job in worker.run(many, 0.5).outcomes] == ["ok", "ok"]
+    assert [job.status for job in worker.run(many, TimeLimits(shortest_s=0.5)).outcomes] == ["ok", "ok"]
     assert time.monotonic() - start > 1.0
 
 
 def test_errors_of_the_contest_itself_are_raised_and_the_worker_goes_on(worker: WorkerProcess) -> None:
     graph = contest("torture.right", context=replace(RMS, mode="graph"))
     with pytest.raises(ContextError, match="CPUs have 'eager' only"):
-        worker.run(graph, TIMEOUT_S)
+        worker.run(graph)
     assert statuses(worker, "right") == ["ok"]
 
 
@@ -122,23 +214,34 @@ def test_ctrl_c_ends_the_worker_and_reaches_the_caller() -> None:
             assert pid is not None
             threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
             with pytest.raises(KeyboardInterrupt):
-                run(process, "hangs", timeout_s=60.0)
+                run(process, "hangs", limits=TimeLimits(shortest_s=60.0))
             assert wait_until_gone(pid)
             assert statuses(process, "right") == ["ok"]
     finally:
         signal.signal(signal.SIGINT, before)
 
 
+STOPPED_TUNER = """
+from layerzero_tune.worker import WorkerProcess
+from layerzero_tune.worker.time_limits import TimeLimits
+from tests.tune.contests import contest
+with WorkerProcess(("tests.tune.torture_kernels", "tests.tune.lossy_kernels")) as worker:
+    worker.run(contest("torture.right"))
+    print(worker.pid, flush=True)
+    print(worker.run(contest("torture.pauses"), TimeLimits(shortest_s=3.0)).outcomes[0].status, worker.pid)
+"""
+
 TUNER = """
 import sys
 import time
 from layerzero_tune.worker import WorkerProcess
+from layerzero_tune.worker.time_limits import TimeLimits
 from tests.tune.contests import contest
 worker = WorkerProcess(("tests.tune.torture_kernels",))
-worker.run(contest("torture.right"), 60.0)
+worker.run(contest("torture.right"))
 print(worker.pid, flush=True)
 if sys.argv[1] == "measuring":
-    worker.run(contest("torture.right", "torture.hangs"), 600.0)
+    worker.run(contest("torture.right", "torture.hangs"), TimeLimits(shortest_s=600.0))
 time.sleep(600.0)
 """
 

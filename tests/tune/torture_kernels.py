@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from layerzero_runtime.context import SelectionContext
@@ -15,7 +16,7 @@ from layerzero_runtime.kernel import Configuration, Kernel, KernelFunction, Kern
 Body = Callable[..., Any]
 
 
-def _rms_norm(x: Any, weight: Any, eps: float, offset: float) -> Any:
+def rms_norm(x: Any, weight: Any, eps: float, offset: float) -> Any:
     import torch
 
     return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight + offset, eps)
@@ -31,28 +32,28 @@ def _attention(query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: floa
 
 def _slow(x: Any, weight: Any, eps: float, offset: float) -> Any:
     time.sleep(0.003)
-    return _rms_norm(x, weight, eps, offset)
+    return rms_norm(x, weight, eps, offset)
 
 
 def _ten_times_slower(x: Any, weight: Any, eps: float, offset: float) -> Any:
     time.sleep(0.03)
-    return _rms_norm(x, weight, eps, offset)
+    return rms_norm(x, weight, eps, offset)
 
 
 def _inaccurate(x: Any, weight: Any, eps: float, offset: float) -> Any:
-    return _rms_norm(x, weight, eps, offset) * 1.01
+    return rms_norm(x, weight, eps, offset) * 1.01
 
 
 def _other_shape(x: Any, weight: Any, eps: float, offset: float) -> Any:
-    return _rms_norm(x, weight, eps, offset)[:-1]
+    return rms_norm(x, weight, eps, offset)[:-1]
 
 
 def _other_dtype(x: Any, weight: Any, eps: float, offset: float) -> Any:
-    return _rms_norm(x, weight, eps, offset).double()
+    return rms_norm(x, weight, eps, offset).double()
 
 
 def _nan_at_the_end(x: Any, weight: Any, eps: float, offset: float) -> Any:
-    output = _rms_norm(x, weight, eps, offset)
+    output = rms_norm(x, weight, eps, offset)
     output[-1, -1] = float("nan")
     return output
 
@@ -62,11 +63,11 @@ def _writes_nothing(x: Any, weight: Any, eps: float, offset: float) -> Any:
 
 
 def _in_place(x: Any, weight: Any, eps: float, offset: float) -> Any:
-    return x.copy_(_rms_norm(x, weight, eps, offset))
+    return x.copy_(rms_norm(x, weight, eps, offset))
 
 
 def _two_outputs(x: Any, weight: Any, eps: float, offset: float) -> Any:
-    return _rms_norm(x, weight, eps, offset), x
+    return rms_norm(x, weight, eps, offset), x
 
 
 def _no_tensor(x: Any, weight: Any, eps: float, offset: float) -> Any:
@@ -101,7 +102,45 @@ def _exits(x: Any, weight: Any, eps: float, offset: float) -> Any:
 def _speaks(x: Any, weight: Any, eps: float, offset: float) -> Any:
     os.write(1, b"\0\0\0\4abcd")
     print("noise")
-    return _rms_norm(x, weight, eps, offset)
+    return rms_norm(x, weight, eps, offset)
+
+
+kept: list[Any] = []
+
+
+def _leaks(x: Any, weight: Any, eps: float, offset: float) -> Any:
+    kept.append(x.new_empty(1 << 20))
+    return rms_norm(x, weight, eps, offset)
+
+
+def _leaks_at_once(x: Any, weight: Any, eps: float, offset: float) -> Any:
+    while True:
+        kept.append(x.new_empty(1 << 28))
+
+
+def _loses_device(x: Any, weight: Any, eps: float, offset: float) -> Any:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def _aborts_without_memory(x: Any, weight: Any, eps: float, offset: float) -> Any:
+    print("terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc", flush=True)
+    os.abort()
+
+
+def _load_raises(context: SelectionContext, configuration: Configuration) -> KernelFunction:
+    raise RuntimeError("ptxas: unknown target\nsee the log")
+
+
+def wrong_at_every(number: int) -> Body:
+    """A right kernel but for every `number`-th call, counted over the process."""
+    calls = 0
+
+    def body(x: Any, weight: Any, eps: float, offset: float) -> Any:
+        nonlocal calls
+        calls += 1
+        return rms_norm(x, weight, eps, offset) * (1 if calls % number else 1.1)
+
+    return body
 
 
 def fails_at_call(number: int) -> Body:
@@ -113,7 +152,7 @@ def fails_at_call(number: int) -> Body:
         calls += 1
         if calls >= number:
             raise ValueError(f"call {calls}")
-        return _rms_norm(x, weight, eps, offset)
+        return rms_norm(x, weight, eps, offset)
 
     return body
 
@@ -132,8 +171,8 @@ def kernel(name: str, body: Body, operation: str = "norm.rms", **spec: Any) -> K
     return Kernel(KernelSpec(kernel_id=f"torture.{name}", **{**limits, **spec}), load)
 
 
-RIGHT = kernel("right", _rms_norm)
-RIGHT_TOO = kernel("right_too", _rms_norm)
+RIGHT = kernel("right", rms_norm)
+RIGHT_TOO = kernel("right_too", rms_norm)
 SLOW = kernel("slow", _slow)
 TEN_TIMES_SLOWER = kernel("ten_times_slower", _ten_times_slower)
 INACCURATE = kernel("inaccurate", _inaccurate)
@@ -150,10 +189,17 @@ SEGFAULTS = kernel("segfaults", _segfaults)
 HANGS = kernel("hangs", _hangs)
 KILLED = kernel("killed", _killed)
 EXITS = kernel("exits", _exits)
+LEAKS = kernel("leaks", _leaks)
+LEAKS_AT_ONCE = kernel("leaks_at_once", _leaks_at_once)
+LOSES_DEVICE = kernel("loses_device", _loses_device)
+ABORTS_WITHOUT_MEMORY = kernel("aborts_without_memory", _aborts_without_memory)
+CANNOT_LOAD = replace(kernel("cannot_load", rms_norm), load=_load_raises)
+CANNOT_COMPILE = kernel("cannot_compile", _raises, compiles=True)
+WRONG_AT_EVERY_TENTH = kernel("wrong_at_every_tenth", wrong_at_every(10))
 SPEAKS = kernel("speaks", _speaks)
-GPU_ONLY = kernel("gpu_only", _rms_norm, platforms=("cuda",))
-NARROW = kernel("narrow", _rms_norm, max_hidden_size=16)
-NEEDS_COMPILER = kernel("needs_compiler", _rms_norm, requires=("cxx_compiler",))
+GPU_ONLY = kernel("gpu_only", rms_norm, platforms=("cuda",))
+NARROW = kernel("narrow", rms_norm, max_hidden_size=16)
+NEEDS_COMPILER = kernel("needs_compiler", rms_norm, requires=("cxx_compiler",))
 ATTENTION = kernel("attention", _attention, "attention")
 ATTENTION_CONTIGUOUS = kernel("attention_contiguous", _attention, "attention", requires_contiguous=True)
 

@@ -1,0 +1,1 @@
+"""Which configurations of a kernel to measure at a point."""

@@ -1,0 +1,75 @@
+"""Which configurations to measure next, and which have come out best, given what is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import islice
+
+from layerzero_runtime.kernel import Configuration
+from layerzero_tune.search.configurations.search_policy import DEFAULT_POLICY, SearchPolicy
+from layerzero_tune.search.configurations.trial import Trial, text_of
+
+
+def next_batch(
+    valid: Sequence[Configuration],
+    trials: Sequence[Trial],
+    seeds: Sequence[Configuration] = (),
+    policy: SearchPolicy = DEFAULT_POLICY,
+    bound_ns: float | None = None,
+) -> tuple[Configuration, ...]:
+    """The valid configurations to measure together next; none once the search is over.
+
+    It follows from the arguments alone: a search goes on wherever its trials are read from. What has a trial is never
+    proposed again, whether it failed or not.
+
+    Args:
+        valid: all configurations to choose from, in a fixed order.
+        trials: what is known, in the order of its measurement.
+        seeds: configurations to begin with, the most promising first; those that are not valid here are left out.
+        bound_ns: the shortest time of a call that the device allows, in ns, where it is known.
+    """
+    known = {text_of(trial.configuration): trial for trial in trials}
+    left = {text: configuration for configuration in valid if (text := text_of(configuration)) not in known}
+    spent = len(valid) - len(left)
+    is_enumerated = len(valid) <= policy.enumerated
+    count = min(policy.batch, len(left), (len(valid) if is_enumerated else policy.measurements) - spent)
+    if count <= 0 or _reaches(bound_ns, trials, policy.bound_margin):
+        return ()
+    first = {text: left[text] for text in map(text_of, seeds) if text in left}
+    if is_enumerated:
+        return tuple(islice((first | left).values(), count))
+    from layerzero_tune.search.configurations.tpe import propose  # Optuna takes a second to import
+
+    return propose(valid, trials, tuple(first.values()), count, policy.seed)
+
+
+def best_trials(trials: Sequence[Trial], count: int) -> tuple[Configuration, ...]:
+    """At most `count` configurations, the fastest first."""
+    return tuple(trial.configuration for _, _, trial in _ranked(trials)[:count])
+
+
+def finalists(trials: Sequence[Trial], policy: SearchPolicy = DEFAULT_POLICY) -> tuple[Configuration, ...]:
+    """The configurations that are worth measuring beside all other kernels, by the screening: within the policy's
+    margin of the fastest, the kernel's own choice included, which has a log ratio of 0.
+
+    Half of them are the fastest. The others are the fastest of the earliest contests, with which the best of the points
+    around began: where many do equally well, neighbouring points so have some in common, and a table needs fewer.
+    """
+    ranked = _ranked(trials)
+    limit = min((ratio for ratio, _, _ in ranked), default=0.0)
+    limit = min(limit, 0.0) + math.log1p(policy.finalist_margin)
+    close = [trial for ratio, _, trial in ranked if ratio <= limit]
+    fastest = policy.finalists // 2
+    others = sorted(close[fastest:], key=lambda trial: trial.batch)
+    return tuple(trial.configuration for trial in (*close[:fastest], *others[: policy.finalists - fastest]))
+
+
+def _ranked(trials: Sequence[Trial]) -> list[tuple[float, str, Trial]]:
+    timed = [(trial.log_ratio, text_of(trial.configuration), trial) for trial in trials if trial.log_ratio is not None]
+    return sorted(timed, key=lambda found: found[:2])
+
+
+def _reaches(bound_ns: float | None, trials: Sequence[Trial], margin: float) -> bool:
+    times = [trial.time_ns for trial in trials if trial.time_ns is not None]
+    return bound_ns is not None and bool(times) and min(times) <= bound_ns * (1.0 + margin)

@@ -1,0 +1,51 @@
+"""The rows that searches of configurations have given, by kernel and point, and the points around one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.operation import StaticKey
+from layerzero_runtime.operations import operation_named
+from layerzero_tune.results.measurement import Measurement
+
+_Group = tuple[str, str, StaticKey]  # kernel id, operation, static key
+
+
+class Searched:
+    """Grows while a run measures; rows of contests with final rounds are left out."""
+
+    def __init__(self, rows: Iterable[Measurement] = ()) -> None:
+        self._points: dict[_Group, dict[SelectionContext, list[Measurement]]] = {}
+        self.add(rows)
+
+    def add(self, rows: Iterable[Measurement]) -> None:
+        for row in rows:
+            if row.is_search:
+                points = self._points.setdefault(_group(row.kernel_id, row.context), {})
+                points.setdefault(row.context, []).append(row)
+
+    def rows(self, kernel_id: str, context: SelectionContext) -> Sequence[Measurement]:
+        """The kernel's rows at the point."""
+        return self._points.get(_group(kernel_id, context), {}).get(context, ())
+
+    def around(self, kernel_id: str, context: SelectionContext) -> list[tuple[float, Sequence[Measurement]]]:
+        """The kernel's rows at each other point of the static key, after how far it is: the nearest point first, in
+        octaves of its sizes."""
+        operation = operation_named(context.operation)
+        place = _place(operation.sizes(context))
+        others = [
+            (math.dist(place, _place(operation.sizes(other))), operation.sizes(other), rows)
+            for other, rows in self._points.get(_group(kernel_id, context), {}).items()
+            if other != context
+        ]
+        return [(octaves, rows) for octaves, _, rows in sorted(others, key=lambda found: found[:2])]
+
+
+def _group(kernel_id: str, context: SelectionContext) -> _Group:
+    return kernel_id, context.operation, operation_named(context.operation).static_key(context)
+
+
+def _place(sizes: Sequence[int]) -> tuple[float, ...]:
+    return tuple(map(math.log2, sizes))

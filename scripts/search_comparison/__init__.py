@@ -1,0 +1,1 @@
+"""Strategies of searching configurations, compared over recorded spaces."""
