@@ -8,7 +8,7 @@ echo "== the device and its kernels"
 layerzero-tune doctor
 
 echo "== measuring"
-layerzero-tune run --device cpu --preset quick --out "$out/results"
+layerzero-tune run --device cpu --preset quick --budget 4m --out "$out/results"
 
 echo "== compiling"
 layerzero-tune compile "$out/results" --out "$out/tables"

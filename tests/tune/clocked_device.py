@@ -15,10 +15,10 @@ from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.configurations.search_policy import SearchPolicy
 from layerzero_tune.search.device import LiveDevice, rows_of
-from layerzero_tune.search.tuning import plan_tuning, tune
 from layerzero_tune.worker.process import WorkerProcess
 from tests.tune.configured_kernels import MANY, OWN_PASSES, PASSES
 from tests.tune.synthetic_results import DEVICE
+from tests.tune.tuning_runs import Seen, run_at
 
 POLICY = MeasurementPolicy()
 SEARCH = SearchPolicy(measurements=40, near_measurements=16)
@@ -64,6 +64,6 @@ class ClockedDevice(LiveDevice):
 
 def run(device: ClockedDevice, store: ResultsStore, *contexts: SelectionContext) -> list[Contest]:
     """The contests that a run measures."""
-    found: list[Contest] = []
-    tune(device, plan_tuning(device, contexts, store), store, lambda finished: found.append(finished.contest))
-    return found
+    seen = Seen()
+    run_at(device, contexts, store.directory, seen)
+    return [finished.contest for finished in seen.finished_contests]

@@ -22,11 +22,11 @@ from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.configurations.trial import text_of, trials_of
 from layerzero_tune.search.device import RecordedDevice, rows_of
 from layerzero_tune.search.jobs import JobIdentity, contest_of, legal_candidates
-from layerzero_tune.search.tuning import FinishedContest, plan_tuning, tune
 from tests.tune.clocked_device import KERNELS, POLICY, SEARCH, ClockedDevice, cost, run
 from tests.tune.command import tune as tune_command
 from tests.tune.configured_kernels import MANY, OWN_PASSES, PASSES
 from tests.tune.synthetic_results import DEVICE, full, norm
+from tests.tune.tuning_runs import Seen, planned_at, run_at
 
 PLAIN = norm(8)
 
@@ -71,15 +71,15 @@ def test_a_run_that_was_stopped_anywhere_goes_on_with_the_same_contests(tmp_path
     for stop in (1, 6, len(whole) - 1):
         store = ResultsStore(tmp_path / str(stop))
         device = ClockedDevice(["torch.rms_norm", MANY.kernel_id])
-        measured: list[Contest] = []
 
-        def interrupt(finished: FinishedContest, measured: list[Contest] = measured, stop: int = stop) -> None:
-            measured.append(finished.contest)
-            if len(measured) == stop:
+        def interrupt(seen: Seen, stop: int = stop) -> None:
+            if len(seen.finished_contests) == stop:
                 raise KeyboardInterrupt
 
+        seen = Seen(interrupt)
         with pytest.raises(KeyboardInterrupt):
-            tune(device, plan_tuning(device, [PLAIN], store), store, interrupt)
+            run_at(device, [PLAIN], store.directory, seen)
+        measured = [finished.contest for finished in seen.finished_contests]
         assert measured + run(device, store, PLAIN) == whole
 
 
@@ -112,7 +112,7 @@ def test_points_of_one_run_begin_with_what_the_points_before_them_gave(tmp_path:
     """A plan is made before anything is known; what is searched follows from what is known when it is measured."""
     device = ClockedDevice(["torch.rms_norm", MANY.kernel_id])
     measured = run(device, ResultsStore(tmp_path), norm(64), norm(65))
-    second = [contest for contest in measured if contest.context == norm(65)]
+    second = [contest for contest in measured if contest.context == measured[-1].context]
     assert sum(len(contest.candidates) - 1 for contest in second[:-1]) == SEARCH.near_measurements
     best = {"passes": 4, "order": "a", "tile": 64}
     assert configurations(measured[-1], MANY.kernel_id)[1] == configurations(second[0], MANY.kernel_id)[1] == best
@@ -158,25 +158,20 @@ def test_a_disturbed_search_is_not_measured_again_and_the_contest_that_follows_i
 
 def test_a_run_says_how_many_contests_are_left_at_least(tmp_path: Path) -> None:
     device, store = ClockedDevice(["torch.rms_norm", PASSES.kernel_id]), ResultsStore(tmp_path)
-    left: list[int] = []
-    tune(device, plan_tuning(device, [norm(8), norm(9)], store), store, lambda finished: left.append(finished.left))
-    assert left == [2, 2, 1, 1, 1, 0]
+    seen = Seen()
+    run_at(device, [norm(8), norm(9)], store.directory, seen)
+    assert [finished.left for finished in seen.finished_contests] == [2, 2, 1, 1, 1, 0]
 
 
 def test_a_recorded_search_is_replayed_whole(tmp_path: Path) -> None:
     recorded = ResultsStore(tmp_path / "recorded")
     run(ClockedDevice(["torch.rms_norm", PASSES.kernel_id]), recorded, *map(norm, range(8, 14)))
     device, replayed = RecordedDevice(recorded.read().rows), ResultsStore(tmp_path / "replayed")
-    seen: list[str] = []
-    tune(
-        device,
-        plan_tuning(device, device.contexts, replayed),
-        replayed,
-        lambda finished: seen.append(finished.contest.contest_id),
-    )
-    assert sorted(seen) == sorted(recorded.contest_ids())
+    seen = Seen()
+    run_at(device, device.contexts, replayed.directory, seen)
+    assert sorted(finished.contest.contest_id for finished in seen.finished_contests) == sorted(recorded.contest_ids())
     assert replayed.read().rows == recorded.read().rows
-    assert plan_tuning(device, device.contexts, replayed).contests == ()
+    assert planned_at(device, device.contexts, replayed).missing == ()
 
 
 def test_a_search_ends_where_the_memory_can_give_no_more() -> None:

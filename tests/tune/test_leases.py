@@ -26,11 +26,12 @@ from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.device import LiveDevice, RecordedDevice
 from layerzero_tune.search.device_lock import alone_on
-from layerzero_tune.search.tuning import plan_tuning, tune
+from layerzero_tune.search.tuning import tune
 from layerzero_tune.worker import WorkerProcess
 from tests.tune.command import start
 from tests.tune.recordings import recorded_rows
 from tests.tune.synthetic_results import DEVICE, contest_rows, norm
+from tests.tune.tuning_runs import Seen, agenda_at
 
 HOLDER = """
 import sys, time
@@ -157,15 +158,23 @@ def test_a_contest_is_measured_alone_on_its_device(tmp_path: Path, monkeypatch: 
 def test_a_contest_that_another_run_has_stored_is_not_measured_again(tmp_path: Path) -> None:
     rows = [row for size in (1, 2, 3) for row in contest_rows(norm(size), {"torch.rms_norm": 1000.0})]
     device, store = RecordedDevice(rows), ResultsStore(tmp_path)
-    plan = plan_tuning(device, device.contexts, store)
-    first, second, third = plan.contests
+    agenda = agenda_at(device, device.contexts, store)
+    planned = agenda.next()
+    assert planned is not None
+    first = planned.contest
+    second, third = (
+        contest
+        for context in device.contexts
+        for contest in device.contests(context, Searched())
+        if contest.contest_id != first.contest_id
+    )
     other = ResultsStore(tmp_path)
     other.append(device.measure(second)[0])
     other.append(device.measure(third)[0])
     other.compact()
-    measured: list[str] = []
-    tune(device, plan, store, lambda finished: measured.append(finished.contest.contest_id))
-    assert measured == [first.contest_id]
+    seen = Seen()
+    tune(device, agenda, store, seen)
+    assert [finished.contest for finished in seen.finished_contests] == [first]
     assert len(store.contest_ids()) == 3
 
 
