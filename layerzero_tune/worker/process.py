@@ -211,19 +211,33 @@ class WorkerProcess:
                 outcomes = tuple(settled.get(index, reply.outcome) for index in range(len(contest.candidates)))
                 return ContestOutcome(outcomes, datetime.now(UTC).isoformat(timespec="seconds"))
 
+    def _start_ready(self) -> Refusal | None:
+        """Have a process that takes requests; why not, where it says so. One that is lost while it starts is replaced.
+
+        Raises:
+            LayerZeroError: it was lost again.
+        """
+        for _ in range(_CHANCES):
+            self.start()
+            assert self._child is not None
+            if self._ready:
+                return None
+            greeting = self._child.wait_for_reply(lambda step: START_TIMEOUT_S)
+            if isinstance(greeting, Ready):
+                self._ready = True
+                return None
+            self.close()  # it has ended, or is about to
+            if isinstance(greeting, Refusal):
+                return greeting
+        reason = greeting.outcome.message if isinstance(greeting, Loss) else greeting
+        raise LayerZeroError(f"the worker process did not start: {reason}")
+
     def _ask(self, contest: Contest, settled: Mapping[int, JobOutcome], limits: TimeLimits) -> Reply:
-        self.start()
+        refusal = self._start_ready()
+        if refusal is not None:
+            return refusal
         child = self._child
         assert child is not None
-        if not self._ready:
-            greeting = child.wait_for_reply(lambda step: START_TIMEOUT_S)
-            if isinstance(greeting, Refusal):
-                self.close()  # it is ending
-                return greeting
-            if not isinstance(greeting, Ready):
-                reason = greeting.outcome.message if isinstance(greeting, Loss) else greeting
-                raise LayerZeroError(f"the worker process did not start: {reason}")
-            self._ready = True
         child.forget_output()
         try:
             child.connection.send(Request(contest, settled))

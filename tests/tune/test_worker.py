@@ -331,3 +331,14 @@ def test_a_kernel_is_loaded_once_per_static_features() -> None:
     assert remembered.load(small, {"block": 2}) is not first
     assert remembered.load(replace(small, dtype="bfloat16", weight_dtype="bfloat16"), {})() == "bfloat16"
     assert loads == [("float32", 2), ("float32", 2), ("bfloat16", 2)]
+
+
+def test_a_process_that_is_killed_while_it_starts_is_replaced() -> None:
+    with WorkerProcess((TORTURE,)) as process:
+        process.start()
+        pid = process.pid
+        assert pid is not None
+        threading.Timer(0.2, os.kill, (pid, signal.SIGKILL)).start()  # importing torch takes longer
+        (job,) = process.run(contest("torture.right")).outcomes
+        assert process.pid != pid
+    assert job.status == "ok"
