@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from layerzero_runtime.serving.recovery import is_out_of_memory, is_sticky
 from layerzero_tune.measure.contest import JobOutcome
+from layerzero_tune.measure.cuda_clock import CaptureError
 from layerzero_tune.results.measurement import Status
 
 Result = TypeVar("Result")
@@ -32,6 +33,7 @@ def attempt(action: Callable[[], Result], otherwise: Status = "failed") -> Resul
 def _outcome_of(error: Exception, otherwise: Status) -> JobOutcome:
     lines = str(error).strip().splitlines()
     message = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    if is_sticky(error):
+    # A call that no graph can hold leaves the device as it was, although CUDA words it as an error of its own.
+    if is_sticky(error) and not isinstance(error, CaptureError):
         return JobOutcome("device_error", message)
     return JobOutcome("out_of_memory" if is_out_of_memory(error) else otherwise, message)

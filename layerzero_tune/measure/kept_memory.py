@@ -52,7 +52,7 @@ class KeptMemory:
     """By candidate, the bytes that its calls have kept. What its load keeps, such as compiled code, is not to be
     counted."""
 
-    def __init__(self, allowed: int) -> None:
+    def __init__(self, allowed: float) -> None:
         """`allowed` bytes are none of its business."""
         self._allowed = allowed
         self._kept: Counter[int] = Counter()
@@ -74,4 +74,4 @@ class KeptMemory:
         kept = self._kept[candidate]
         if kept <= self._allowed:
             return ""
-        return f"its calls kept {kept >> 20} MiB, allowed {self._allowed >> 20} MiB: it leaks memory"
+        return f"its calls kept {kept >> 20} MiB, allowed {self._allowed / 2**20:.0f} MiB: it leaks memory"
