@@ -111,9 +111,10 @@ def test_the_table_serves_the_default_where_a_gain_is_a_matter_of_luck() -> None
 
 
 @given(st.dictionaries(st.integers(1, 4096), st.floats(0.2, 5.0), min_size=1, max_size=12))
-def test_it_never_adds_a_choice_that_is_not_proved(ratios: dict[int, float]) -> None:
+def test_it_adds_no_choice_that_is_neither_proved_nor_likely(ratios: dict[int, float]) -> None:
     before = verdicts({number: lean(ratio) for number, ratio in ratios.items()})
     for was, now in zip(before, settled(before), strict=True):
+        likely = {choice for choice in was.tied if was.standings[choice].log_ratio < 0.0}
         assert now.acceptable
-        assert all(choice == DEFAULT or was.gains(choice) for choice in now.acceptable)
-        assert was.acceptable != {DEFAULT} or now.acceptable == {DEFAULT}
+        assert all(choice == DEFAULT or was.gains(choice) or choice in likely for choice in now.acceptable)
+        assert was.acceptable != {DEFAULT} or DEFAULT in now.acceptable
