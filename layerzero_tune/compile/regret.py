@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -103,7 +103,7 @@ class RegretModel:
         place = place_of(sizes, self.free)
         offsets = [[there - here for there in line] for line, here in zip(self._lines, place, strict=True)]
         distances = list(map(math.hypot, *offsets))
-        usual = math.log2(REACH) * math.sqrt(len(self.free))
+        usual = reach_over(self.free)
         near = [cell for cell, distance in enumerate(distances) if distance < usual]
         for choice in others:
             held = [cell for cell in near if choice in self._standings[cell]]
@@ -154,7 +154,7 @@ class RegretModel:
         own = found.pop(choice, None)
         if own is None:
             return math.inf
-        return max((expected_loss(own, other) for other in found.values()), default=0.0)
+        return largest_loss(own, found.values())
 
     def best(self, sizes: Sizes) -> Choice:
         """The choice that is expected to be fastest at these sizes."""
@@ -202,7 +202,7 @@ class RegretModel:
     @cached_property
     def _pairs(self) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
         """The pairs of measured cells within reach of each other, and their distances."""
-        reach = math.log2(REACH) * math.sqrt(len(self.free))
+        reach = reach_over(self.free)
         places = list(zip(*self._lines, strict=True))
         pairs = [
             (first, second, distance)
@@ -227,6 +227,11 @@ def place_of(sizes: Sizes, free: Sequence[int]) -> Place:
     return tuple(math.log2(sizes[axis]) for axis in free)
 
 
+def reach_over(free: Sequence[int]) -> float:
+    """How far a cell speaks for other sizes, in octaves."""
+    return math.log2(REACH) * math.sqrt(len(free))
+
+
 def vouches(cell: Place, place: Place) -> bool:
     """Whether a measured cell lies within a factor of `VOUCHED` of a place on every axis."""
     reach = math.log2(VOUCHED) + LOG_RESOLUTION
@@ -237,7 +242,12 @@ def _variance(standing: Standing) -> float:
     return ((standing.high - standing.low) / _INTERVAL) ** 2 if standing.rounds else 0.0
 
 
-def expected_loss(own: Estimate, other: Estimate) -> float:
+def largest_loss(own: Estimate, others: Iterable[Estimate]) -> float:
+    """The largest loss to any one of the others that is to be expected, 0 without any."""
+    return max((_expected_loss(own, other) for other in others), default=0.0)
+
+
+def _expected_loss(own: Estimate, other: Estimate) -> float:
     """E[max(0, own - other)] of two normal variables."""
     mean = own.log_ratio - other.log_ratio
     deviation = math.hypot(own.doubt, other.doubt)

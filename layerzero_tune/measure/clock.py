@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from time import perf_counter_ns
 from typing import Protocol
 
@@ -39,17 +40,24 @@ def time_calls(function: KernelFunction, arguments: Sequence[Arguments]) -> floa
 
     Of a call's time, some 10 ns are the loop's own: the list of arguments is built before.
     """
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with collector_off():
         start = perf_counter_ns()
         for call in arguments:
             function(*call)
         end = perf_counter_ns()
+    return (end - start) / len(arguments)
+
+
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """Without the garbage collector, which would fall on any call; afterwards it is on again if it was."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if collecting:
             gc.enable()
-    return (end - start) / len(arguments)
 
 
 class Clock(Protocol):

@@ -1,4 +1,4 @@
-"""A contest on the CPU: admission, correctness, then the clock."""
+"""A contest in this process: admission, correctness, then the clock."""
 
 from __future__ import annotations
 

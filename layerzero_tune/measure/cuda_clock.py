@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from dataclasses import dataclass
 from time import perf_counter_ns
 
 from layerzero_runtime.errors import LayerZeroError
 from layerzero_runtime.kernel import KernelFunction
-from layerzero_tune.measure.clock import Rotation, TimedCalls
+from layerzero_tune.measure.clock import Rotation, TimedCalls, collector_off
 
 # A graph holds calls of about this time: so many that what a replay takes beside them (some us) is lost in it.
 GRAPH_MS = 1.0
@@ -37,18 +36,13 @@ class EagerClock:
 
         def time_calls(calls: int) -> float:
             arguments = rotation.take(calls)
-            collecting = gc.isenabled()
-            gc.disable()
-            try:
+            with collector_off():
                 synchronize(self.index)
                 start = perf_counter_ns()
                 for call in arguments:
                     function(*call)
                 synchronize(self.index)
                 end = perf_counter_ns()
-            finally:
-                if collecting:
-                    gc.enable()
             return (end - start) / calls
 
         return time_calls

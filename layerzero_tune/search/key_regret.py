@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerzero_runtime.operation import Operation, Sizes
-from layerzero_tune.compile.distrust import is_disturbed
+from layerzero_tune.compile.distrust import disturbed_contests
 from layerzero_tune.compile.judge import Verdict, judge
-from layerzero_tune.compile.regret import REACH, VOUCHED, Estimate, RegretModel, expected_loss, place_of
+from layerzero_tune.compile.regret import VOUCHED, Estimate, RegretModel, largest_loss, place_of, reach_over
 from layerzero_tune.measure.statistics import LOG_RESOLUTION
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.search.doubt import leaves_doubt
@@ -118,7 +118,7 @@ class KeyRegret:
 
     def _near_new(self) -> Mask:
         """The demanded sizes of which the model says something else because of the new contests."""
-        reach = 2.0 * np.maximum(_reach(self.free), self._nearest_distances)
+        reach = 2.0 * np.maximum(reach_over(self.free), self._nearest_distances)
         near = np.zeros(len(self.demand), dtype=np.bool_)
         for sizes in self._new:
             near |= self._distances(sizes) <= reach
@@ -196,27 +196,23 @@ class KeyRegret:
         served = min(found, key=lambda choice: (found[choice].log_ratio, choice)) if is_covered else default
         if served not in found:
             return UNKNOWN
-        return max(
-            (expected_loss(found[served], other) for choice, other in found.items() if choice != served), default=0.0
-        )
+        return largest_loss(found[served], (other for choice, other in found.items() if choice != served))
 
     def _verdict_regret(self, verdict: Verdict) -> float:
         """What the choice that an entry may give here loses to any other, beside what other contests may say."""
-        contests = _timed(self._rows[verdict.sizes])
-        trusted = sum(not is_disturbed(rows) for rows in contests)
+        rows = self._rows[verdict.sizes]
+        trusted = len({row.contest_id for row in rows if row.status == "ok"} - disturbed_contests(rows))
         deviation = CONTEST_DEVIATION / math.sqrt(trusted) if trusted else DISTURBED_DEVIATION
         served = min(verdict.acceptable, key=lambda choice: (_log_ratio(verdict, choice), choice))
         own = Estimate(_log_ratio(verdict, served), 0.0, deviation)
         if not math.isfinite(own.log_ratio):
             return UNKNOWN
-        return max(
-            (
-                expected_loss(own, Estimate(standing.log_ratio, 0.0, 0.0))
-                for choice, standing in verdict.standings.items()
-                if choice != served and standing.rounds
-            ),
-            default=0.0,
+        others = (
+            Estimate(standing.log_ratio, 0.0, 0.0)
+            for choice, standing in verdict.standings.items()
+            if choice != served and standing.rounds
         )
+        return largest_loss(own, others)
 
     def _covered(self) -> Mask:
         """Which demanded sizes the measured range holds and a measured cell vouches for."""
@@ -258,7 +254,7 @@ class KeyRegret:
         return np.maximum(self._reaches, vouched)
 
     def _shares(self, sizes: Sizes) -> Floats:
-        shares: Floats = np.maximum(0.0, 1.0 - self._distances(sizes) / _reach(self.free))
+        shares: Floats = np.maximum(0.0, 1.0 - self._distances(sizes) / reach_over(self.free))
         return shares
 
     def _distances(self, sizes: Sizes) -> Floats:
@@ -275,20 +271,6 @@ class KeyRegret:
 
     def _placed(self, cells: Iterable[Sizes]) -> Floats:
         return np.array([place_of(sizes, self.free) for sizes in cells], dtype=np.float64)
-
-
-def _reach(free: Sequence[int]) -> float:
-    """How far the regret model looks at least, in octaves."""
-    return math.log2(REACH) * math.sqrt(len(free))
-
-
-def _timed(rows: Iterable[Measurement]) -> list[list[Measurement]]:
-    """The rows with a time by contest."""
-    contests: dict[str, list[Measurement]] = {}
-    for row in rows:
-        if row.status == "ok":
-            contests.setdefault(row.contest_id, []).append(row)
-    return list(contests.values())
 
 
 def _log_ratio(verdict: Verdict, choice: tuple[str, str]) -> float:
