@@ -6,9 +6,11 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.region import Box
-from layerzero_tune.compile.regret import VOUCHED, place_of, vouches
+from layerzero_tune.compile.regret import VOUCHED, place_of, vouching
 from layerzero_tune.measure.statistics import LOG_RESOLUTION
 
 
@@ -36,15 +38,15 @@ def unmeasured_cells(cells: Sequence[Sizes], free: Sequence[int], max_product: i
     """
     lines = [_filled(sorted({cell[axis] for cell in cells})) for axis in free]
     before = [dict(zip(line, (line[0], *line), strict=False)) for line in lines]
-    places = [place_of(cell, free) for cell in cells]
+    places = np.array([place_of(cell, free) for cell in cells])
     found: list[Sizes] = []
     for crossing in itertools.product(*lines):
         nearest = math.prod(math.sqrt(size * low[size]) for size, low in zip(crossing, before, strict=True))
         if max_product is not None and nearest >= max_product:
             continue
-        at = tuple(math.log2(size) for size in crossing)
-        if not any(vouches(place, at) for place in places):
-            found.append(_with_tied(crossing, cells[0], free))
+        sizes = with_tied(crossing, cells[0], free)
+        if not vouching(places, place_of(sizes, free)).any():
+            found.append(sizes)
     return tuple(found)
 
 
@@ -60,10 +62,10 @@ def _filled(line: Sequence[int]) -> list[int]:
     return filled
 
 
-def _with_tied(crossing: Sizes, example: Sizes, free: Sequence[int]) -> Sizes:
-    """The sizes on all axes: a tied axis repeats the one before it."""
+def with_tied(values: Sequence[int], example: Sizes, free: Sequence[int]) -> Sizes:
+    """The sizes on all axes, of those on the free ones: a tied axis repeats the one before it."""
     sizes = list(example)
-    values = iter(crossing)
+    left = iter(values)
     for axis in range(len(sizes)):
-        sizes[axis] = next(values) if axis in free else sizes[axis - 1]
+        sizes[axis] = next(left) if axis in free else sizes[axis - 1]
     return tuple(sizes)

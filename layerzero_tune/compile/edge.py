@@ -1,101 +1,106 @@
-"""Placing the edge of a split: where the choices of both sides cost the same."""
+"""Placing the edge of a split: where what serves below it and what serves above it cost the same."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isqrt
+from typing import Self
 
-from layerzero_runtime.operation import Sizes
-from layerzero_tune.compile.cell import Cell
-from layerzero_tune.compile.judge import Choice
-from layerzero_tune.compile.region import product_of
+import numpy as np
+from numpy.typing import NDArray
+
+from layerzero_tune.compile.arrays import Floats, Mask, Rows
+from layerzero_tune.compile.ground import Ground
+from layerzero_tune.compile.region import Axes
 from layerzero_tune.compile.split import Place
 
-# The cells on either side that tell which choices meet at an edge over a product: those up to this factor away.
-_BESIDE = 4
-# How far from the middle of such an edge a cell still tells where they meet, with a weight that falls to 0.
-_REACH = 16.0
+# How many places on either side of a split tell where its sides meet.
+_BESIDE = 16
 
 
-def edge_at(cells: Sequence[Cell], place: Place) -> int:
-    """The last size (product over the axes) of the side below, from `place.low` to `place.high` - 1."""
-    at = _between_lines(cells, place) if len(place.axes) == 1 else _across(cells, place)
-    inside = min(max(at, math.log(place.low)), math.log(place.high))
-    return min(max(math.floor(math.exp(inside) + 1e-6), place.low), place.high - 1)
+@dataclass(frozen=True)
+class Meeting:
+    """The two sides of a split over some places, in the order of their sizes (products over the axes).
 
+    The split lies where the sides together lose least, which need not be where it was first sought: then each side was
+    one choice (alternating optimization: Carreira-Perpinan and Tavallali, 2018).
 
-def _between_lines(cells: Sequence[Cell], place: Place) -> float:
-    """Log of the size between two neighbouring grid lines at which an edge on one axis belongs."""
-    crossings = list(_crossings(cells, place))
-    if crossings:
-        return math.fsum(at * weight for at, weight in crossings) / math.fsum(weight for _, weight in crossings)
-    (axis,) = place.axes
-    low, high = ([cell for cell in cells if cell.sizes[axis] == size] for size in (place.low, place.high))
-    ahead, behind = _cheapest(low), _cheapest(high)
-    return _interpolated(place.low, place.high, _mean_lead(low, ahead, behind), _mean_lead(high, behind, ahead))
-
-
-def _across(cells: Sequence[Cell], place: Place) -> float:
-    """Log of the product at which an edge belongs that runs across the axes: the root of the weighted regression line
-    of one choice's lead over the other on the log of the product; half way where there is none."""
-    products = [product_of(cell.sizes, place.axes) for cell in cells]
-    below = [cell for cell, size in zip(cells, products, strict=True) if size <= place.low <= size * _BESIDE]
-    above = [cell for cell, size in zip(cells, products, strict=True) if place.high <= size <= place.high * _BESIDE]
-    best_low, best_high = _cheapest(below), _cheapest(above)
-    middle = (math.log(place.low) + math.log(place.high)) / 2.0
-    reach = (math.log(place.high) - math.log(place.low)) / 2.0 + math.log(_REACH)
-    points = [
-        (1.0 - abs(at) / reach, at, lead)
-        for cell, at in zip(cells, (math.log(size) - middle for size in products), strict=True)
-        if abs(at) < reach and (lead := cell.lead(best_low, best_high)) is not None
-    ]
-    total = math.fsum(weight for weight, _, _ in points)
-    if best_low == best_high or not total:
-        return middle
-    center = math.fsum(weight * at for weight, at, _ in points) / total
-    level = math.fsum(weight * lead for weight, _, lead in points) / total
-    variance = math.fsum(weight * (at - center) ** 2 for weight, at, _ in points)
-    covariance = math.fsum(weight * (at - center) * (lead - level) for weight, at, lead in points)
-    return middle + center - level * variance / covariance if covariance < 0.0 else middle
-
-
-def _crossings(cells: Sequence[Cell], place: Place) -> Iterator[tuple[float, float]]:
-    """(log of the size, weight) of the crossing in each column of cells in which no choice suits both sides.
-
-    Two cells that lie closer together along the axis say more: the weight falls with the square of the distance.
+    Attributes:
+        sizes: (places,) ascending.
+        losses: (2, places), where the side below serves a place, and where the one above does.
+        columns: (2, places), the choices that serve there.
+        leads: (places,), the log time that is expected to be lost below beside above; NaN where that is not known.
+        cuts: the least and the most places that may be below: between them nothing more is lost.
     """
-    (axis,) = place.axes
-    columns: dict[Sizes, list[Cell]] = {}
-    for cell in sorted(cells, key=lambda cell: cell.sizes[axis]):
-        columns.setdefault(cell.sizes[:axis] + cell.sizes[axis + 1 :], []).append(cell)
-    for _, column in sorted(columns.items()):
-        below = [cell for cell in column if cell.sizes[axis] <= place.low][-1:]
-        above = [cell for cell in column if cell.sizes[axis] > place.low][:1]
-        if below and above and below[0].acceptable.isdisjoint(above[0].acceptable):
-            first, last = below[0].sizes[axis], above[0].sizes[axis]
-            ahead, behind = _cheapest(below), _cheapest(above)
-            at = _interpolated(first, last, below[0].lead(ahead, behind), above[0].lead(behind, ahead))
-            yield at, (math.log(last) - math.log(first)) ** -2
+
+    axes: Axes
+    sizes: NDArray[np.int64]
+    losses: Floats
+    columns: NDArray[np.intp]
+    leads: Floats
+    cuts: tuple[int, int]
+
+    @classmethod
+    def of(cls, ground: Ground, rows: Rows, axes: Axes, below: Rows, above: Rows) -> Self:
+        """`below` and `above` are the columns of the choices that either side gives at each of these places."""
+        products = ground.products(rows, axes)
+        order = np.argsort(products, kind="stable")
+        rows, columns, sizes = rows[order], np.stack([below, above])[:, order], products[order]
+        losses = np.stack([ground.losses[rows, side] for side in columns])
+        held = np.cumsum(ground.measured[rows])
+        allowed: Mask = (sizes[1:] > sizes[:-1]) & ((held > 0) & (held < held[-1]) | ground.holes[rows].any())[:-1]
+        totals = np.cumsum(losses[0])[:-1] + (np.cumsum(losses[1])[-1] - np.cumsum(losses[1]))[:-1]
+        found = [(round(total, 12), cut + 1) for cut, total in enumerate(totals.tolist()) if allowed[cut]]
+        least = min(total for total, _ in found)
+        cuts = [cut for total, cut in found if total == least]
+        leads = ground.expected[rows, columns[0]] - ground.expected[rows, columns[1]]
+        return cls(axes, sizes, losses, columns, leads, (cuts[0], cuts[-1]))
+
+    @property
+    def place(self) -> Place:
+        """Between which sizes the edge lies."""
+        least, most = self.cuts
+        return Place(self.axes, int(self.sizes[least - 1]), int(self.sizes[most]))
+
+    @property
+    def beside(self) -> tuple[Sequence[int], Sequence[int]]:
+        """The columns of the choices that serve the places next to the edge, below and above it."""
+        low, high = self.sizes == self.place.low, self.sizes == self.place.high
+        below, above = self.columns[0], self.columns[1]
+        return sorted(set(below[low].tolist())), sorted(set(above[high].tolist()))
+
+    def loss(self, edge: int) -> float:
+        """What is lost in all with this edge."""
+        return round(math.fsum(np.where(self.sizes <= edge, self.losses[0], self.losses[1]).tolist()), 12)
+
+    def crossing(self) -> int:
+        """The last size at which the side below costs no more than the one above: the root of the regression line of
+        their difference on the log of the size, over the nearest places on either side where they differ, but not
+        beyond the two places; half way between these where it says nothing."""
+        place = self.place
+        half_way = isqrt(place.low * place.high)
+        differ = (self.columns[0] != self.columns[1]) & ~np.isnan(self.leads)
+        middle = sum(self.cuts) // 2
+        low: list[int] = np.flatnonzero(differ[:middle])[-_BESIDE:].tolist()
+        high: list[int] = np.flatnonzero(differ[middle:])[:_BESIDE].tolist()
+        near = [*low, *(middle + above for above in high)]
+        sizes = self.sizes[near].tolist()
+        leads = self.leads[near].tolist()
+        root = _root([(math.log(size / half_way), lead) for size, lead in zip(sizes, leads, strict=True)])
+        if root is None:
+            return half_way
+        inside = min(max(root, math.log(place.low / half_way)), math.log(place.high / half_way))
+        return min(max(round(half_way * math.exp(inside)), place.low), place.high - 1)
 
 
-def _interpolated(low: int, high: int, lead_low: float | None, lead_high: float | None) -> float:
-    """Log of the size at which two leads meet; half way where they say nothing.
-
-    A side whose choice does not lead, such as a default where the gain on it is not proved, ends at its cells.
-    """
-    share = 0.5
-    if lead_low is not None and lead_high is not None and max(lead_low, lead_high) > 0.0:
-        share = max(lead_low, 0.0) / (max(lead_low, 0.0) + max(lead_high, 0.0))
-    return math.log(low) + share * (math.log(high) - math.log(low))
-
-
-def _cheapest(cells: Sequence[Cell]) -> Choice:
-    """The choice that costs least over these cells."""
-    choices = sorted({choice for cell in cells for choice in cell.acceptable})
-    return min(choices, key=lambda choice: (round(math.fsum(cell.cost(choice) for cell in cells), 9), choice))
-
-
-def _mean_lead(cells: Sequence[Cell], ahead: Choice, behind: Choice) -> float | None:
-    """Mean log time by which one choice leads the other over these cells; None without any that has both."""
-    leads = [lead for cell in cells if (lead := cell.lead(ahead, behind)) is not None]
-    return math.fsum(leads) / len(leads) if leads else None
+def _root(points: Sequence[tuple[float, float]]) -> float | None:
+    """Where the regression line through the points rises through 0; None where it does not rise."""
+    if not points:
+        return None
+    middle = math.fsum(at for at, _ in points) / len(points)
+    level = math.fsum(lead for _, lead in points) / len(points)
+    variance = math.fsum((at - middle) ** 2 for at, _ in points)
+    covariance = math.fsum((at - middle) * (lead - level) for at, lead in points)
+    return middle - level * variance / covariance if covariance > 0.0 else None

@@ -14,6 +14,10 @@ from layerzero_tune.compile.region import Box
 _KEY_FIELDS = ("mode", "dtype", "platform", "sm", "instruction_set")
 
 
+# The kinds of limits on a size that a split can keep; others need a guard.
+RANGES = ("at_least", "at_most")
+
+
 @dataclass(frozen=True)
 class Legality:
     """What the limits of a kernel say about a bucket.
@@ -45,7 +49,7 @@ def legality(kernel: Kernel, operation: Operation, context: SelectionContext, bo
             if limit.reject(context) is not None:
                 return Legality(limit, (), ())
         elif limit.field in {*operation.monotone, *axes}:
-            if limit.kind in ("at_least", "at_most"):
+            if limit.kind in RANGES:
                 verdicts = limit.reject(low), limit.reject(high)
                 if all(verdicts):
                     return Legality(limit, (), ())
@@ -62,6 +66,12 @@ def legality(kernel: Kernel, operation: Operation, context: SelectionContext, bo
         else:
             guards.append(limit)
     return Legality(None, tuple(splits), tuple(guards))
+
+
+def size_limits(kernel: Kernel, operation: Operation) -> tuple[Limit, ...]:
+    """The kernel's limits on what the sizes of a call determine."""
+    fields = {*operation.monotone, *(axis.name for axis in operation.axes)}
+    return tuple(limit for limit in kernel.spec.limits if limit.field in fields)
 
 
 def _axis_of(operation: Operation, field: str, axes: dict[str, int], context: SelectionContext) -> int | None:

@@ -1,48 +1,49 @@
-"""Local linear regression: a plane through the values nearby, without a linear algebra library.
+"""Local linear regression: planes through the values nearby, at many places at once.
 
-Sums are exact (`math.fsum`) and the elimination is plain arithmetic, so equal input gives equal bits on every machine.
+Sums run in the order of the cells and the elimination is plain arithmetic, so equal input gives equal bits on every
+machine: numpy's own sums and products of matrices depend on the width of a processor's vectors.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from operator import mul
+import numpy as np
 
-Vector = tuple[float, ...]
+from layerzero_tune.compile.arrays import Floats
 
 
-def local_plane(
-    weights: Sequence[float], offsets: Sequence[Vector], values: Sequence[float], ridge: float
-) -> tuple[float, Vector]:
-    """The weighted least squares plane: its height at the origin of the offsets, and its slope along each axis.
+def local_planes(weights: Floats, offsets: Floats, values: Floats, ridge: Floats) -> tuple[Floats, Floats]:
+    """The weighted least squares planes: their heights at the places, (places,), and slopes, (places, axes).
 
-    The weights add up to 1. `ridge` is added to the variance of each axis (in squared units of an offset), which makes
-    the slopes small where the offsets hardly tell; it must be above 0, so that there is always a solution (Hoerl and
-    Kennard, 1970; locally weighted: Cleveland and Devlin, 1988).
+    `weights` (places, cells) add up to 1 over the cells, `offsets` (places, cells, axes) lead from the places to the
+    cells, `values` (cells,) are those at the cells. `ridge` (places,) is added to the variance of each axis (in squared
+    units of an offset), which makes the slopes small where the offsets hardly tell; it must be above 0, so that there
+    is always a solution (Hoerl and Kennard, 1970; locally weighted: Cleveland and Devlin, 1988).
     """
-    columns = list(zip(*offsets, strict=True))
-    axes = range(len(columns))
-    center = [dot(weights, column) for column in columns]
-    level = dot(weights, values)
-    steps = [[at - middle for at in column] for column, middle in zip(columns, center, strict=True)]
-    heights = [value - level for value in values]
+    axes = range(offsets.shape[2])
+    center = [total(weights * offsets[..., axis]) for axis in axes]
+    level = total(weights * values)
+    steps = [offsets[..., axis] - center[axis][:, None] for axis in axes]
+    heights = values - level[:, None]
     equations = [
         [
-            *(dot(weights, list(map(mul, steps[row], steps[column]))) + ridge * (row == column) for column in axes),
-            dot(weights, list(map(mul, steps[row], heights))),
+            *(total(weights * (steps[row] * steps[column])) + ridge * (row == column) for column in axes),
+            total(weights * (steps[row] * heights)),
         ]
         for row in axes
     ]
     slopes = _solved(equations)
-    return level - dot(slopes, center), slopes
+    at_place = level
+    for slope, middle in zip(slopes, center, strict=True):
+        at_place = at_place - slope * middle
+    return at_place, np.stack(slopes, axis=1)
 
 
-def dot(first: Sequence[float], second: Sequence[float]) -> float:
-    return math.fsum(map(mul, first, second))
+def total(values: Floats) -> Floats:
+    """The sums over the last axis, in its order."""
+    return np.cumsum(values, axis=-1)[..., -1]
 
 
-def _solved(equations: list[list[float]]) -> Vector:
+def _solved(equations: list[list[Floats]]) -> list[Floats]:
     """Gauss-Jordan elimination; a matrix of variances plus a ridge is positive definite and needs no pivoting."""
     axes = range(len(equations))
     for pivot in axes:
@@ -50,4 +51,4 @@ def _solved(equations: list[list[float]]) -> Vector:
             if row != pivot:
                 factor = equations[row][pivot] / equations[pivot][pivot]
                 equations[row] = [a - factor * b for a, b in zip(equations[row], equations[pivot], strict=True)]
-    return tuple(equations[axis][-1] / equations[axis][axis] for axis in axes)
+    return [equations[axis][-1] / equations[axis][axis] for axis in axes]

@@ -1,5 +1,4 @@
-"""The passes in order: results to verdicts, to what holds around them, to few configurations, to coverage, to trees, to
-a table's form."""
+"""The passes in order: results to verdicts, to regret models, to few configurations, to trees, to a table's form."""
 
 from __future__ import annotations
 
@@ -13,13 +12,13 @@ from layerzero_runtime.errors import ResultsError
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.operation import StaticKey
 from layerzero_runtime.operations import operation_named
-from layerzero_tune.compile.cell import Cell
 from layerzero_tune.compile.coverage import bounds_of, max_product_of, unmeasured_cells
+from layerzero_tune.compile.foreseen import foreseen_sizes
 from layerzero_tune.compile.form import Entry, TableForm
+from layerzero_tune.compile.ground import Ground
 from layerzero_tune.compile.judge import Verdict, judge
 from layerzero_tune.compile.leaf import LeafBuilder
-from layerzero_tune.compile.neighbourhood import settle
-from layerzero_tune.compile.portfolio import narrow
+from layerzero_tune.compile.portfolio import candidates
 from layerzero_tune.compile.region import Region
 from layerzero_tune.compile.regret import RegretModel
 from layerzero_tune.compile.tree import TreeGrower
@@ -65,7 +64,7 @@ def compile_rows(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> Comp
         )
     current = _current_rows(rows, by_id)
     models = {key: _model(key[0], verdicts) for key, verdicts in judge(current).items()}
-    entries = tuple(_entry(key, model, by_id, device) for key, model in models.items())
+    entries = tuple(entry_of(key, model, by_id, device) for key, model in models.items())
     if not entries:
         statuses = ", ".join(sorted({row.status for row in current}))
         raise ResultsError(
@@ -146,17 +145,23 @@ def _model(name: str, verdicts: Sequence[Verdict]) -> RegretModel:
     return RegretModel(tuple(verdicts), free)
 
 
-def _entry(key: Key, model: RegretModel, kernels: Mapping[str, Kernel], device: DeviceSpec) -> Entry:
+def entry_of(key: Key, model: RegretModel, kernels: Mapping[str, Kernel], device: DeviceSpec) -> Entry:
     name, static_key = key
     operation = operation_named(name)
     context: SelectionContext = model.verdicts[0].context.with_device(device)
     axes = tuple(axis.name for axis in operation.axes)
     sizes = [verdict.sizes for verdict in model.verdicts]
     bounds, max_product = bounds_of(sizes), max_product_of(sizes, model.free)
-    cells = [Cell(verdict.sizes, verdict) for verdict in narrow(settle(model))]
-    cells += [Cell(missing, None) for missing in unmeasured_cells(sizes, model.free, max_product)]
     default = model.verdicts[0].default
     measured = any(default in verdict.standings for verdict in model.verdicts)
-    grower = TreeGrower(LeafBuilder(operation, context, kernels, default, measured))
-    tree = grower.grow(cells, Region(bounds, model.free))
+    leaves = LeafBuilder(operation, context, kernels, default, measured)
+    holes = unmeasured_cells(sizes, model.free, max_product)
+    ground = Ground.of(
+        model,
+        candidates(model.verdicts),
+        foreseen_sizes(sizes, holes, model.free, bounds, max_product),
+        holes,
+        leaves.serving,
+    )
+    tree = TreeGrower(ground, leaves).grow(model.verdicts, Region(bounds, model.free))
     return Entry(name, static_key, axes, model.free, bounds, max_product, tree)

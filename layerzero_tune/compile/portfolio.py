@@ -18,6 +18,18 @@ from layerzero_tune.measure.statistics import LOG_RESOLUTION
 MAX_LOSS = 0.01
 
 
+def candidates(verdicts: Sequence[Verdict]) -> tuple[Choice, ...]:
+    """The choices that a table over these cells may give, ascending: the default, the portfolio, and what else
+    is among the best somewhere of the kernels with one configuration."""
+    tuned = _tuned_kernels(verdicts)
+    found = {choice for verdict in narrow(verdicts) for choice in verdict.acceptable}
+    found |= {choice for verdict in verdicts for choice in verdict.tied if choice[0] not in tuned}
+    default = verdicts[0].default
+    if any(default in verdict.standings for verdict in verdicts):
+        found.add(default)
+    return tuple(sorted(found))
+
+
 def narrow(verdicts: Sequence[Verdict]) -> tuple[Verdict, ...]:
     """The verdicts of one static key, with what is acceptable narrowed to a portfolio.
 

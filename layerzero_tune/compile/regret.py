@@ -12,17 +12,15 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from layerzero_runtime.operation import Sizes
+from layerzero_tune.compile.arrays import Floats, Mask, Rows
 from layerzero_tune.compile.judge import Choice, Standing, Verdict
-from layerzero_tune.compile.local_plane import Vector, dot, local_plane
+from layerzero_tune.compile.local_plane import local_planes, total
 from layerzero_tune.measure.statistics import LOG_RESOLUTION
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 # A cell speaks for sizes up to this factor away, with a weight that falls linearly in log distance (over several axes
 # the Euclidean one). Of the reaches and kernels tried on the committed results (5,789 cells predicted without
@@ -35,7 +33,7 @@ _RIDGE = 0.1
 _WIDENING = 1.5
 # How many downside deviations of the surroundings a mean gain must exceed to hold between the cells. On a Xeon with 2
 # cores, judged by 400 shapes outside the results: without this condition the table was slower than the default at 4.
-DEVIATIONS = 1.0
+DEVIATIONS = 0.5
 # A cell vouches for sizes within this factor on every axis: half of the widest step (16x) between neighbours of a grid.
 VOUCHED = 4.0
 # Log ratios change by this much per octave (root mean square) where too few cells lie close enough to show by how much:
@@ -46,7 +44,7 @@ _UNFORESEEN = 0.7
 # A 95% interval in standard deviations of a normal variable.
 _INTERVAL = 2 * 1.96
 
-Place = Vector  # logarithms to base 2 of the sizes on the free axes: distances are in octaves
+Place = tuple[float, ...]  # logarithms to base 2 of the sizes on the free axes: distances are in octaves
 
 
 @dataclass(frozen=True)
@@ -68,12 +66,20 @@ class Estimate:
     doubt: float
 
 
+class Estimates(NamedTuple):
+    """The same at many sizes, each (sizes,)."""
+
+    log_ratio: Floats
+    upper: Floats
+    doubt: Floats
+
+
 @dataclass(frozen=True)
 class RegretModel:
     """The verdicts of one static key as a model over all sizes; `free` gives the axes that distances are measured on.
 
-    All values are rounded to `LOG_RESOLUTION`, so that they are the same on every machine. Verdicts with another
-    reference than the model's take no part in estimates: their ratios are to another time.
+    All values are rounded to `LOG_RESOLUTION`, so that they are the same on every machine. Verdicts without a time
+    of the model's reference take no part in estimates: their ratios are to another time.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -96,52 +102,44 @@ class RegretModel:
 
     def estimates(self, choices: Collection[Choice], sizes: Sizes) -> dict[Choice, Estimate]:
         """What is expected of each of the choices at these sizes, but those without a time under this key."""
-        found = {choice: Estimate(0.0, 0.0, 0.0) for choice in choices if choice == self.reference}
-        others = [choice for choice in choices if choice != self.reference]
-        if not others:
-            return found
-        place = place_of(sizes, self.free)
-        offsets = [[there - here for there in line] for line, here in zip(self._lines, place, strict=True)]
-        distances = list(map(math.hypot, *offsets))
-        usual = reach_over(self.free)
-        near = [cell for cell, distance in enumerate(distances) if distance < usual]
-        for choice in others:
-            held = [cell for cell in near if choice in self._standings[cell]]
-            nearest = min((distances[cell] for cell in held), default=math.inf)
-            reach = usual
-            if _WIDENING * nearest > usual:
-                held = [cell for cell, standings in enumerate(self._standings) if choice in standings]
-                nearest = min((distances[cell] for cell in held), default=math.inf)
-                reach = max(usual, _WIDENING * nearest)
-                held = [cell for cell in held if distances[cell] < reach]
-            if held:
-                around = [
-                    _Neighbour(
-                        1.0 - distances[cell] / reach,
-                        tuple(line[cell] for line in offsets),
-                        self._standings[cell][choice],
-                    )
-                    for cell in held
-                ]
-                found[choice] = self._estimate(choice, around, nearest)
-        return found
+        found = self.estimates_at(choices, (sizes,))
+        return {choice: Estimate(*(float(values[0]) for values in estimates)) for choice, estimates in found.items()}
 
-    def _estimate(self, choice: Choice, around: Sequence[_Neighbour], nearest: float) -> Estimate:
-        """From the cells within reach, the nearest of which is that many octaves away."""
-        total = math.fsum(cell.share for cell in around)
-        weights = [cell.share / total for cell in around]
-        offsets = [cell.offset for cell in around]
-        ratios = [cell.standing.log_ratio for cell in around]
-        height, slopes = local_plane(weights, offsets, ratios, _RIDGE / total)
-        residuals = [ratio - height - dot(slopes, offset) for ratio, offset in zip(ratios, offsets, strict=True)]
-        downside = dot(weights, [max(residual, 0.0) ** 2 for residual in residuals])
-        spread = dot(weights, [residual**2 for residual in residuals])
-        noise = dot(weights, [_variance(cell.standing) for cell in around])
+    def estimates_at(self, choices: Collection[Choice], sizes: Sequence[Sizes]) -> dict[Choice, Estimates]:
+        """What is expected of each of the choices at each of many sizes, but choices without a time under this key."""
+        known = [choice for choice in choices if choice in self.choices]
+        if not known:
+            return {}
+        places = np.array([place_of(each, self.free) for each in sizes])
+        offsets = self._places[None, :, :] - places[:, None, :]
+        distances = np.sqrt(total(offsets * offsets))
+        nothing = np.zeros(len(sizes))
+        return {
+            choice: Estimates(nothing, nothing, nothing)
+            if choice == self.reference
+            else self._estimates(choice, offsets, distances)
+            for choice in known
+        }
+
+    def _estimates(self, choice: Choice, offsets: Floats, distances: Floats) -> Estimates:
+        """From offsets (sizes, cells, axes) and distances (sizes, cells) of the measured cells in octaves."""
+        columns, ratios, variances = self._held(choice)
+        offsets, distances = offsets[:, columns], distances[:, columns]
+        nearest = distances.min(axis=1)
+        reach = np.maximum(reach_over(self.free), _WIDENING * nearest)
+        shares = np.maximum(1.0 - distances / reach[:, None], 0.0)
+        sums = total(shares)
+        weights = shares / sums[:, None]
+        height, slopes = local_planes(weights, offsets, ratios, _RIDGE / sums)
+        residuals = ratios - height[:, None] - total(slopes[:, None, :] * offsets)
+        downside = total(weights * np.maximum(residuals, 0.0) ** 2)
+        spread = total(weights * residuals**2)
+        noise = total(weights * variances)
         change = (_UNFORESEEN * self._roughness(choice) * nearest) ** 2
-        return Estimate(
+        return Estimates(
             _rounded(height),
-            _rounded(height + DEVIATIONS * math.sqrt(downside)),
-            _rounded(math.sqrt(spread + noise + change)),
+            _rounded(height + DEVIATIONS * np.sqrt(downside)),
+            _rounded(np.sqrt(spread + noise + change)),
         )
 
     def expected_regret(self, choice: Choice, sizes: Sizes) -> float:
@@ -169,16 +167,35 @@ class RegretModel:
 
     @cached_property
     def _measured(self) -> tuple[Verdict, ...]:
-        return tuple(verdict for verdict in self.verdicts if verdict.reference == self.reference)
+        """The cells that hold the reference."""
+        return tuple(verdict for verdict in self.verdicts if self.reference in verdict.standings)
 
     @cached_property
     def _standings(self) -> tuple[Mapping[Choice, Standing], ...]:
-        return tuple(verdict.standings for verdict in self._measured)
+        """Of each measured cell, to the model's reference."""
+        return tuple(_rebased(verdict, self.reference) for verdict in self._measured)
 
     @cached_property
-    def _lines(self) -> tuple[Vector, ...]:
-        """Where the measured cells lie along each free axis."""
-        return tuple(zip(*(place_of(verdict.sizes, self.free) for verdict in self._measured), strict=True))
+    def _places(self) -> Floats:
+        """Where the measured cells lie on the free axes."""
+        return np.array([place_of(verdict.sizes, self.free) for verdict in self._measured])
+
+    def _held(self, choice: Choice) -> tuple[Rows, Floats, Floats]:
+        """The measured cells that have a time of the choice, its log ratios there and their variances."""
+        if choice not in self._columns:
+            held = [cell for cell, standings in enumerate(self._standings) if choice in standings]
+            standings = [self._standings[cell][choice] for cell in held]
+            self._columns[choice] = (
+                np.array(held, dtype=np.intp),
+                np.array([standing.log_ratio for standing in standings]),
+                np.array([_variance(standing) for standing in standings]),
+            )
+        return self._columns[choice]
+
+    @cached_property
+    def _columns(self) -> dict[Choice, tuple[Rows, Floats, Floats]]:
+        """Those that were asked for."""
+        return {}
 
     def _roughness(self, choice: Choice) -> float:
         """Root mean square change of the choice's log ratio per octave, over pairs of cells within reach of each other,
@@ -200,10 +217,10 @@ class RegretModel:
         return {}
 
     @cached_property
-    def _pairs(self) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
+    def _pairs(self) -> tuple[Rows, Rows, Floats]:
         """The pairs of measured cells within reach of each other, and their distances."""
         reach = reach_over(self.free)
-        places = list(zip(*self._lines, strict=True))
+        places = self._places.tolist()
         pairs = [
             (first, second, distance)
             for first, place in enumerate(places)
@@ -212,14 +229,6 @@ class RegretModel:
         ]
         first, second, distances = zip(*pairs, strict=True) if pairs else ((), (), ())
         return np.array(first, dtype=np.intp), np.array(second, dtype=np.intp), np.array(distances)
-
-
-class _Neighbour(NamedTuple):
-    """A measured cell as seen from some sizes: its share in what they are expected to take, before all are scaled."""
-
-    share: float
-    offset: Vector
-    standing: Standing
 
 
 def place_of(sizes: Sizes, free: Sequence[int]) -> Place:
@@ -232,10 +241,24 @@ def reach_over(free: Sequence[int]) -> float:
     return math.log2(REACH) * math.sqrt(len(free))
 
 
-def vouches(cell: Place, place: Place) -> bool:
-    """Whether a measured cell lies within a factor of `VOUCHED` of a place on every axis."""
-    reach = math.log2(VOUCHED) + LOG_RESOLUTION
-    return all(abs(a - b) <= reach for a, b in zip(cell, place, strict=True))
+def vouching(cells: Floats, place: Place | Floats) -> Mask:
+    """Which of the measured cells, (cells, axes), lie within a factor of `VOUCHED` of a place on every axis."""
+    near: Mask = np.abs(cells - np.asarray(place)).max(axis=1) <= math.log2(VOUCHED) + LOG_RESOLUTION
+    return near
+
+
+def _rebased(verdict: Verdict, reference: Choice) -> Mapping[Choice, Standing]:
+    """The verdict's standings to another reference: each ratio through that one's, with the doubt of both."""
+    if verdict.reference == reference:
+        return verdict.standings
+    base = verdict.standings[reference]
+    found = {reference: Standing(0.0, 0.0, 0.0, base.rounds)}
+    for choice, standing in verdict.standings.items():
+        if choice != reference:
+            ratio = standing.log_ratio - base.log_ratio
+            half = math.hypot(standing.high - standing.low, base.high - base.low) / 2.0
+            found[choice] = Standing(ratio, ratio - half, ratio + half, min(standing.rounds, base.rounds))
+    return found
 
 
 def _variance(standing: Standing) -> float:
@@ -255,8 +278,9 @@ def _expected_loss(own: Estimate, other: Estimate) -> float:
         return max(0.0, mean)
     z = mean / deviation
     density = math.exp(-z * z / 2.0) / math.sqrt(2.0 * math.pi)
-    return _rounded(mean * (1.0 + math.erf(z / math.sqrt(2.0))) / 2.0 + deviation * density)
+    loss = mean * (1.0 + math.erf(z / math.sqrt(2.0))) / 2.0 + deviation * density
+    return round(loss / LOG_RESOLUTION) * LOG_RESOLUTION
 
 
-def _rounded(logarithm: float) -> float:
-    return round(logarithm / LOG_RESOLUTION) * LOG_RESOLUTION
+def _rounded(logarithms: Floats) -> Floats:
+    return np.rint(logarithms / LOG_RESOLUTION) * LOG_RESOLUTION

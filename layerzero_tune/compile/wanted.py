@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from itertools import compress
+
+import numpy as np
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ContextError
@@ -13,7 +16,7 @@ from layerzero_tune.compile.coverage import unmeasured_cells
 from layerzero_tune.compile.emit import leaf_at
 from layerzero_tune.compile.form import Entry
 from layerzero_tune.compile.pipeline import Compilation, Key
-from layerzero_tune.compile.regret import VOUCHED, Place, RegretModel, place_of, vouches
+from layerzero_tune.compile.regret import VOUCHED, Place, RegretModel, place_of, vouching
 from layerzero_tune.identity import canonical_json
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.workload.lines import WorkloadLine
@@ -55,7 +58,7 @@ def _cell_of(context: SelectionContext) -> tuple[Key, Sizes]:
 
 
 def _cover(entry: Entry, model: RegretModel, tried: Collection[Sizes]) -> dict[Sizes, SelectionContext]:
-    """Calls that vouch for every hole of the entry, greedily the one that vouches for the most first.
+    """Calls that vouch for every hole of the entry, greedily the one that vouching for the most first.
 
     A new shape brings new grid lines, so holes are looked for again until there are none, or none that can be measured.
     """
@@ -70,9 +73,8 @@ def _cover(entry: Entry, model: RegretModel, tried: Collection[Sizes]) -> dict[S
         places = {sizes: place_of(sizes, entry.free) for sizes in calls if sizes not in tried and sizes not in chosen}
         before = len(chosen)
         while holes and places:
-            covers = {
-                sizes: [hole for hole, place in holes.items() if vouches(own, place)] for sizes, own in places.items()
-            }
+            at = np.array(list(holes.values()))
+            covers = {sizes: list(compress(holes, vouching(at, own))) for sizes, own in places.items()}
             best = max(covers, key=lambda sizes: (len(covers[sizes]), sizes))
             if not covers[best]:
                 break

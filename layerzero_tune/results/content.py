@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from json.encoder import encode_basestring_ascii
@@ -100,8 +101,9 @@ class _Texts:
                 return "null"
             return repr(float(value)) if isfinite(value) else json.dumps(float(value))
 
+        # Their bits, which cost a tenth of their digits: most of a row is times.
         def times(values: tuple[float, ...]) -> str:
-            return f"[{', '.join(map(repr, values))}]" if isfinite(sum(values)) else json.dumps(values)
+            return f'"{struct.pack(f"<{len(values)}d", *values).hex()}"'
 
         def mapping(value: Mapping[str, Any]) -> str:
             return word(texts.of_mapping(value))

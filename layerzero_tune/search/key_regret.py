@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from layerzero_runtime.operation import Operation, Sizes
+from layerzero_tune.compile.arrays import Floats, Mask
 from layerzero_tune.compile.distrust import disturbed_contests
 from layerzero_tune.compile.judge import Verdict, judge
-from layerzero_tune.compile.regret import VOUCHED, Estimate, RegretModel, largest_loss, place_of, reach_over
+from layerzero_tune.compile.regret import Estimate, RegretModel, largest_loss, place_of, reach_over, vouching
 from layerzero_tune.measure.statistics import LOG_RESOLUTION
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.search.doubt import leaves_doubt
@@ -29,9 +29,6 @@ DISTURBED_DEVIATION = 1.8 * CONTEST_DEVIATION
 # The regret is worked out again when a sixteenth of the key's contests is new: so many contests cost at most 16 times
 # what one working out costs. Until then each new contest takes its share from the regret around it.
 _RENEWED_PER = 16
-
-Floats = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 
 
 class KeyRegret:
@@ -224,14 +221,9 @@ class KeyRegret:
         slack = LOG_RESOLUTION
         inside = ((self._places >= low - slack) & (self._places <= high + slack)).all(axis=1)
         inside &= self._places.sum(axis=1) <= product + slack
-        vouched: Mask = np.array([self._vouched_by(place, places).any() for place in self._places])
+        vouched: Mask = np.array([vouching(places, place).any() for place in self._places])
         covered: Mask = inside & vouched
         return covered
-
-    def _vouched_by(self, place: Floats, others: Floats) -> Mask:
-        """Which of the others a contest at this place vouches for, and the other way round."""
-        near: Mask = np.abs(others - place).max(axis=1) <= math.log2(VOUCHED) + LOG_RESOLUTION
-        return near
 
     @property
     def _all_worths(self) -> Floats:
@@ -250,7 +242,7 @@ class KeyRegret:
     @cached_property
     def _vouching(self) -> Floats:
         """The same of sizes at which a table misses now: it serves all for which a contest vouches."""
-        vouched = np.stack([self._vouched_by(place, self._places) for place in self._places])
+        vouched = np.stack([vouching(self._places, place) for place in self._places])
         return np.maximum(self._reaches, vouched)
 
     def _shares(self, sizes: Sizes) -> Floats:

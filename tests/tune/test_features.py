@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from layerzero_runtime.context import SelectionContext
 from layerzero_tune.compile.judge import Choice, Verdict, judge
-from layerzero_tune.compile.local_plane import local_plane
+from layerzero_tune.compile.local_plane import local_planes
 from layerzero_tune.compile.regret import REACH
 from layerzero_tune.results.store import ResultsStore
 
@@ -41,13 +43,15 @@ def expected_best(tuned: Sequence[Verdict], at: Verdict, features: Features) -> 
         ]
         if not cells:
             continue
-        distances = [math.hypot(*offset) for offset, _ in cells]
-        reach = max(math.log2(REACH) * math.sqrt(3), 1.5 * min(distances))
-        weights = [max(1.0 - distance / reach, 0.0) for distance in distances]
-        total = math.fsum(weights)
-        shares = [weight / total for weight in weights]
-        offsets, values = zip(*cells, strict=True)
-        found[choice], _ = local_plane(shares, offsets, values, 0.1 / total)
+        offsets = np.array([offset for offset, _ in cells])[None]
+        distances = np.sqrt((offsets**2).sum(axis=2))
+        reach = max(math.log2(REACH) * math.sqrt(3), 1.5 * distances.min())
+        weights = np.maximum(1.0 - distances / reach, 0.0)
+        total = weights.sum(axis=1)
+        heights, _ = local_planes(
+            weights / total[:, None], offsets, np.array([ratio for _, ratio in cells]), 0.1 / total
+        )
+        found[choice] = float(heights[0])
     return min(found, key=lambda choice: (found[choice], choice))
 
 
