@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 
 from layerzero_runtime.errors import LayerZeroError
 from layerzero_runtime.kernel import Kernel
-from layerzero_tune.measure.cpu import measure_contest
+from layerzero_tune.measure.contest_run import measure_contest
 from layerzero_tune.measure.failures import SpoiledProcessError
 from layerzero_tune.measure.kept_memory import allocated_bytes
 from layerzero_tune.worker.allocator import limit_memory, retain_memory

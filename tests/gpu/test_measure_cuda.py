@@ -11,7 +11,7 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernel import Configuration, Kernel, KernelFunction
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_tune.measure.contest import MeasurementPolicy
-from layerzero_tune.measure.cpu import measure_contest
+from layerzero_tune.measure.contest_run import measure_contest
 from layerzero_tune.measure.gpu_state import GpuWatch
 from tests.tune.contests import contest
 
