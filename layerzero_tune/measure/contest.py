@@ -9,6 +9,7 @@ from typing import Any
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_tune.identity import content_hash
+from layerzero_tune.measure.gpu_state import GpuConditions
 from layerzero_tune.results.measurement import Status
 
 # Names of the steps of a candidate that may compile code.
@@ -102,9 +103,11 @@ class ContestOutcome:
         measured_at: UTC time at which it ended, ISO 8601.
         preparation_s: seconds that loading, compiling and checking its kernels took before the clock began.
         contention: as in `Measurement`.
+        gpu: the state of the GPU while its times were taken, None for a CPU.
     """
 
     outcomes: tuple[JobOutcome, ...]
     measured_at: str
     preparation_s: float = 0.0
     contention: float = 0.0
+    gpu: GpuConditions | None = None

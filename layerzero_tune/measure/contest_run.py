@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -23,8 +23,9 @@ from layerzero_tune.measure.contention import MAX_ATTEMPTS, MAX_SHARE, Processor
 from layerzero_tune.measure.contest import COMPILING_CALL, LOAD, Candidate, Contest, ContestOutcome, JobOutcome
 from layerzero_tune.measure.correctness import Check, judge, tolerances
 from layerzero_tune.measure.entrants import Entrants, Progress
-from layerzero_tune.measure.failures import attempt
+from layerzero_tune.measure.failures import Result, attempt
 from layerzero_tune.measure.full_speed import FullSpeed
+from layerzero_tune.measure.gpu_state import GpuConditions, GpuState
 from layerzero_tune.measure.inputs import RandomTensors, check_measurable, rotating_inputs
 from layerzero_tune.measure.kept_memory import KEPT_BYTES, KeptMemory
 from layerzero_tune.measure.screening import finalists
@@ -65,7 +66,7 @@ def measure_contest(
         run = _ContestRun(contest, kernels, bench, settled, progress)
         outcomes = run.run()
     ended = datetime.now(UTC).isoformat(timespec="seconds")
-    return ContestOutcome(outcomes, ended, run.preparation_s, run.contention)
+    return ContestOutcome(outcomes, ended, run.preparation_s, run.contention, run.gpu_conditions)
 
 
 class _ContestRun:
@@ -101,6 +102,7 @@ class _ContestRun:
         self.entrants = Entrants(settled, KeptMemory(kept), progress)
         self.preparation_s = 0.0
         self.contention = 0.0
+        self.gpu_states: list[GpuState] = []
 
     def run(self) -> tuple[JobOutcome, ...]:
         start = perf_counter()
@@ -195,6 +197,7 @@ class _ContestRun:
             self.full_speed = FullSpeed(self.bench.speed, lambda: self.progress(None, "waiting for the machine"))
             start = ProcessorTime.now()
             self.full_speed.wait()
+            self.gpu_states.clear()
             self._time(Rotation(sets), source)
             others = others_share(start, ProcessorTime.now()) if self.bench.is_shared else 0.0
             self.contention = max(others, self.full_speed.lost)
@@ -219,7 +222,7 @@ class _ContestRun:
         }
         slow = frozenset(index for index, time in call_ns.items() if time > self.policy.max_call_ms * 1e6)
         settled = slow | self._hopeless(call_ns)
-        screened = self.full_speed.take(lambda: self._screen(call_ns, settled))
+        screened = self._at_full_speed(lambda: self._screen(call_ns, settled))
         entered = finalists(screened, self.policy.screen_margin) - slow
         # The default and the anchors tie contests together, whatever the screening says of them.
         always = frozenset(
@@ -235,6 +238,18 @@ class _ContestRun:
                 screen_ns=statistics.median(screened[index]),
                 samples_ns=tuple(samples.get(index, ())),
             )
+
+    def _at_full_speed(self, part: Callable[[], Result]) -> Result:
+        """What the part gives at full speed; of a GPU, the state in which it was taken is kept."""
+        found = self.full_speed.take(part)
+        if self.bench.gpu is not None:
+            self.gpu_states.append(self.bench.gpu.last)
+        return found
+
+    @property
+    def gpu_conditions(self) -> GpuConditions | None:
+        """The state of the GPU over all parts that were kept, None for a CPU or where nothing was timed."""
+        return GpuConditions.of(self.gpu_states) if self.gpu_states else None
 
     def _hopeless(self, call_ns: Mapping[int, float]) -> frozenset[int]:
         """The candidates that were far from the best in their first call and while they warmed up."""
@@ -264,7 +279,7 @@ class _ContestRun:
         """Medians of the rounds in ns per call, by candidate: one per round for each that came through all of them."""
         samples: dict[int, list[float]] = {index: [] for index in entered}
         for number in range(1, self.policy.rounds + 1):
-            for index, time in self.full_speed.take(partial(self._round, number, call_ns, entered)).items():
+            for index, time in self._at_full_speed(partial(self._round, number, call_ns, entered)).items():
                 samples[index].append(time)
         return samples
 

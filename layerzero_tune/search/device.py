@@ -102,6 +102,7 @@ def rows_of(
 ) -> tuple[Measurement, ...]:
     """One row per candidate."""
     libraries = sorted({kernels[candidate.kernel_id].spec.library for candidate in contest.candidates})
+    gpu = None if outcome.gpu is None else outcome.gpu.to_dict()
     versions = {name: version for name in libraries if (version := library_version(name)) is not None}
     return tuple(
         Measurement(
@@ -123,6 +124,7 @@ def rows_of(
             policy=contest.policy.to_dict(),
             measured_at=outcome.measured_at,
             contention=outcome.contention,
+            gpu=gpu,
         )
         for candidate, job_id, job in zip(contest.candidates, contest.job_ids, outcome.outcomes, strict=True)
     )
