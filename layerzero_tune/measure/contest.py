@@ -84,7 +84,10 @@ class Contest:
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """What one candidate gave; times in ns per call, as in `Measurement`."""
+    """What one candidate gave; times in ns per call, as in `Measurement`.
+
+    `hung_compiling`: it took longer than compiling may, which it would do again at every point.
+    """
 
     status: Status
     message: str = ""
@@ -92,6 +95,7 @@ class JobOutcome:
     tolerance: float | None = None
     screen_ns: float | None = None
     samples_ns: tuple[float, ...] = ()
+    hung_compiling: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import chain, islice
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operation import Sizes
@@ -76,6 +77,12 @@ class Agenda:
             for agenda in self._keys.values():  # what the last contests said decides whether this is the end
                 agenda.renew()
         return None
+
+    def coming(self, count: int) -> list[Planned]:
+        """The contests that would come after the next one if no contest said anything new; fewer if there are fewer."""
+        first = (islice(agenda.ranking, count + 1) for agenda in self._keys.values())
+        ranked = sorted(chain.from_iterable(first), key=lambda item: item.rank)
+        return [item.planned for item in ranked[1 : count + 1]]
 
     def learn(
         self,

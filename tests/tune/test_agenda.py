@@ -40,6 +40,8 @@ class LandscapeDevice:
     def rows(self, context: SelectionContext) -> list[Measurement]:
         return contest_rows(context, self._times(context), noise=0.002)
 
+    expect = RecordedDevice.expect
+
     def contests(self, context: SelectionContext, searched: Searched) -> tuple[Contest, ...]:
         return RecordedDevice(self.rows(context)).contests(context, searched)
 
