@@ -34,7 +34,6 @@ from layerzero_tune.search.device import LiveDevice, MeasuringDevice, RecordedDe
 from layerzero_tune.search.tuning import agenda_of, plan_tuning, tune
 from layerzero_tune.worker.compilers import Compilers
 from layerzero_tune.worker.process import WorkerProcess
-from layerzero_tune.workload.errors import WorkloadError
 from layerzero_tune.workload.lines import WorkloadLine, read_workload
 from layerzero_tune.workload.presets import PRESETS, preset_workload
 
@@ -57,10 +56,7 @@ def run_command(
     deadline = None if budget_s is None else Deadline.after(budget_s)
     operations = operations_named(ops)
     recording = results_of(device)
-    if workload is not None:
-        lines: Sequence[WorkloadLine] = read_workload(workload)
-    elif recording is None:
-        lines = preset_workload(preset, operations)
+    lines: Sequence[WorkloadLine] = () if workload is None else read_workload(workload)
     run = _Run(ResultsStore(out), budget_s, deadline, dry_run, json)
     if recording is not None:
         recorded = RecordedDevice(ResultsStore(recording).read().rows)
@@ -69,8 +65,8 @@ def run_command(
         run(recorded, _of_operations(lines, operations))
         return
     spec = live_device(device)
-    if workload is None and spec.platform != "cpu":
-        raise WorkloadError(f"presets are for CPUs, the device is {spec.name}: name its shapes with --workload")
+    if workload is None:
+        lines = preset_workload(preset, operations, spec)
     modules = split_list(kernels)
     registry = registry_with(modules)
     with WorkerProcess(modules, torch_name(spec)) as worker, ExitStack() as stack:
