@@ -79,10 +79,13 @@ class Agenda:
         return None
 
     def coming(self, count: int) -> list[Planned]:
-        """The contests that would come after the next one if no contest said anything new; fewer if there are fewer."""
-        first = (islice(agenda.ranking, count + 1) for agenda in self._keys.values())
-        ranked = sorted(chain.from_iterable(first), key=lambda item: item.rank)
-        return [item.planned for item in ranked[1 : count + 1]]
+        """The contests that are likely to come after the next one: those that would if it said nothing new; fewer if
+        there are fewer."""
+        leading = [list(islice(agenda.ranking, count + 1)) for agenda in self._keys.values()]
+        present = min((items for items in leading if items), key=lambda items: items[0].rank, default=[])
+        following = [item.after_another() for item in present[1:]]
+        following += chain.from_iterable(items for items in leading if items is not present)
+        return [item.planned for item in sorted(following, key=lambda item: item.rank)[:count]]
 
     def learn(
         self,

@@ -284,8 +284,8 @@ print(len(hits), sum(hits))
 """
 
 
-def triton_jobs() -> list[CompileJob]:
-    rows = SelectionContext(operation="norm.rms", dtype="bfloat16", rows=4096, hidden_size=4096, device=H100)
+def triton_jobs(device: DeviceSpec = H100) -> list[CompileJob]:
+    rows = SelectionContext(operation="norm.rms", dtype="bfloat16", rows=4096, hidden_size=4096, device=device)
     decode = SelectionContext(
         operation="attention.cross",
         dtype="bfloat16",
@@ -295,7 +295,7 @@ def triton_jobs() -> list[CompileJob]:
         head_dim=128,
         seq_len_q=1,
         seq_len_k=4096,
-        device=H100,
+        device=device,
     )
     tiles = {"block_width": 1024, "rows_per_program": 1, "num_warps": 4, "num_stages": 2}
     return [
