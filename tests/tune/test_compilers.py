@@ -18,6 +18,7 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec, detect_device
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.registry import Registry
+from layerzero_tune.command_line import run
 from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, JobOutcome
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.configurations.searched import Searched
@@ -28,7 +29,7 @@ from layerzero_tune.worker.compilers import MAX_COMPILERS, Compilers, compiler_c
 from layerzero_tune.worker.process import WorkerProcess
 from layerzero_tune.worker.time_limits import TimeLimits
 from tests.tune import compiling_kernels as compiling
-from tests.tune.command import ROOT
+from tests.tune.command import ROOT, CommandsHere
 from tests.tune.contests import BRIEF, RMS, contest
 from tests.tune.torture_kernels import RIGHT
 from tests.tune.tuning_runs import run_at
@@ -320,3 +321,20 @@ def test_code_of_triton_is_found_by_the_process_that_needs_it_next(
     assert again.returncode == 0, again.stderr
     assert again.stdout.split() == [str(len(before))] * 2
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.cubin")} == before
+
+
+@pytest.mark.parametrize(("spec", "made"), [(H100, [()]), (detect_device("cpu"), [])])
+def test_a_run_compiles_ahead_on_a_gpu_alone(
+    command: CommandsHere, monkeypatch: pytest.MonkeyPatch, folder: Path, spec: DeviceSpec, made: list[tuple[str, ...]]
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def noted(modules: tuple[str, ...]) -> Compilers:
+        asked.append(modules)
+        return Compilers(modules)
+
+    monkeypatch.setattr(run, "live_device", lambda name: spec)
+    monkeypatch.setattr(run, "Compilers", noted)
+    ended = command("run", "--ops", "mlp.swiglu", "--preset", "quick", "--dry-run", "--json", "--out", folder / "out")
+    assert ended.status == 0, ended.errors
+    assert asked == made
