@@ -1,4 +1,4 @@
-"""Measuring devices: this machine's CPU, and a recorded one that replays results through the same pipeline."""
+"""Measuring devices: those of this machine, and a recorded one that replays results through the same pipeline."""
 
 from __future__ import annotations
 
