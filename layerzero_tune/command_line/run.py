@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -31,8 +32,8 @@ from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.budget import Deadline, parse_duration
 from layerzero_tune.search.device import LiveDevice, MeasuringDevice, RecordedDevice
 from layerzero_tune.search.tuning import agenda_of, plan_tuning, tune
+from layerzero_tune.worker.compilers import Compilers
 from layerzero_tune.worker.process import WorkerProcess
-from layerzero_tune.workload.errors import WorkloadError
 from layerzero_tune.workload.lines import WorkloadLine, read_workload
 from layerzero_tune.workload.presets import PRESETS, preset_workload
 
@@ -55,10 +56,7 @@ def run_command(
     deadline = None if budget_s is None else Deadline.after(budget_s)
     operations = operations_named(ops)
     recording = results_of(device)
-    if workload is not None:
-        lines: Sequence[WorkloadLine] = read_workload(workload)
-    elif recording is None:
-        lines = preset_workload(preset, operations)
+    lines: Sequence[WorkloadLine] = () if workload is None else read_workload(workload)
     run = _Run(ResultsStore(out), budget_s, deadline, dry_run, json)
     if recording is not None:
         recorded = RecordedDevice(ResultsStore(recording).read().rows)
@@ -67,12 +65,15 @@ def run_command(
         run(recorded, _of_operations(lines, operations))
         return
     spec = live_device(device)
-    if workload is None and spec.platform != "cpu":
-        raise WorkloadError(f"presets are for CPUs, the device is {spec.name}: name its shapes with --workload")
+    if workload is None:
+        lines = preset_workload(preset, operations, spec)
     modules = split_list(kernels)
     registry = registry_with(modules)
-    with WorkerProcess(modules, torch_name(spec)) as worker:
-        run(LiveDevice(spec, registry, MeasurementPolicy(), worker), _of_operations(lines, operations))
+    with WorkerProcess(modules, torch_name(spec)) as worker, ExitStack() as stack:
+        # On a CPU they would take the processors from what is timed: there the worker compiles, between its contests.
+        compilers = stack.enter_context(Compilers(modules)) if spec.platform == "cuda" else None
+        live = LiveDevice(spec, registry, MeasurementPolicy(), worker, compilers=compilers)
+        run(live, _of_operations(lines, operations))
 
 
 def _of_operations(lines: Sequence[WorkloadLine], operations: Sequence[str]) -> tuple[WorkloadLine, ...]:

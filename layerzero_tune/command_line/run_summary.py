@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -102,6 +103,8 @@ def print_summary(
         ],
     )
     _print_failures(rows)
+    if gpu := gpu_summary(rows):
+        notes.print(_gpu_text(gpu), soft_wrap=True)
     if end.skipped:
         skipped = ", ".join(f"{name} {len(found)}" for name, found in _by_operation(end.skipped).items())
         notes.print(
@@ -140,6 +143,36 @@ def _print_failures(rows: Sequence[Measurement]) -> None:
         )
 
 
+def gpu_summary(rows: Sequence[Measurement]) -> dict[str, Any]:
+    """What the contests say of the GPU's state: medians, extremes, and how many kept times although it was slowed down,
+    by reason; empty for a CPU, and where NVML did not answer."""
+    contests = {row.contest_id: row.gpu for row in rows if row.gpu is not None and row.gpu["clock_mhz"] is not None}
+    if not contests:
+        return {}
+    found = contests.values()
+
+    def told(name: str) -> list[float]:
+        return [gpu[name] for gpu in found if gpu[name] is not None]
+
+    return {
+        "clock_mhz": statistics.median(told("clock_mhz")),
+        "lowest_clock_mhz": min(told("lowest_clock_mhz")),
+        "highest_temperature_c": max(told("highest_temperature_c"), default=None),
+        "highest_power_w": max(told("highest_power_w"), default=None),
+        "slowed": dict(Counter(reason for gpu in found for reason in gpu["slowed"])),
+    }
+
+
+def _gpu_text(gpu: Mapping[str, Any]) -> str:
+    parts = [f"its clock was {gpu['clock_mhz']:.0f} MHz (median), {gpu['lowest_clock_mhz']:.0f} MHz at the lowest"]
+    if gpu["highest_temperature_c"] is not None:
+        parts.append(f"up to {gpu['highest_temperature_c']:.0f} C")
+    if gpu["highest_power_w"] is not None:
+        parts.append(f"up to {gpu['highest_power_w']:.0f} W")
+    slowed = ", ".join(f"{reason} in {count} contests" for reason, count in gpu["slowed"].items())
+    return f"the GPU: {', '.join(parts)}; slowed down in spite of waiting: {slowed or 'never'}"
+
+
 def json_summary(
     plan: TuningPlan, rows: Sequence[Measurement], progress: RunProgress, end: TuningEnd, elapsed_s: float
 ) -> dict[str, Any]:
@@ -152,6 +185,7 @@ def json_summary(
         "expected_regret": {"mean": end.regret, "largest": end.worst_regret},
         "measuring_s": elapsed_s - progress.preparing_s,
         "preparing_s": progress.preparing_s,
+        "gpu": gpu_summary(rows),
         "statuses": dict(Counter(row.status for row in rows)),
         "points_without_candidates": [context.to_dict() for context in plan.without_candidates],
     }

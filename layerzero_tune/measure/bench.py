@@ -23,6 +23,7 @@ class Bench:
         name: torch's name of the device.
         is_shared: whether other processes that use this machine's processors slow a contest down; the device time of a
             graph does not ask what they do.
+        gpu: the watch over the state of a GPU, None for a CPU.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Bench:
     clock: Clock
     speed: Speed
     is_shared: bool = True
+    gpu: GpuWatch | None = None
 
     @classmethod
     def of(cls, device: str, mode: str) -> Bench:
@@ -44,8 +46,8 @@ class Bench:
             index = spec.index or 0
             name, watch = f"cuda:{index}", _gpu_watch(index)
             if mode == "graph":
-                return cls(name, spec, GraphClock(index), watch, is_shared=False)
-            return cls(name, spec, EagerClock(index), watch)
+                return cls(name, spec, GraphClock(index), watch, is_shared=False, gpu=watch)
+            return cls(name, spec, EagerClock(index), watch, gpu=watch)
         if mode != "eager":
             raise ContextError(f"mode is {mode!r}: CPUs have 'eager' only; measure graphs on a CUDA device")
         return cls("cpu", spec, WallClock(), _parallel_speed())

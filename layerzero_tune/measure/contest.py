@@ -9,6 +9,7 @@ from typing import Any
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_tune.identity import content_hash
+from layerzero_tune.measure.gpu_state import GpuConditions
 from layerzero_tune.results.measurement import Status
 
 # Names of the steps of a candidate that may compile code.
@@ -83,7 +84,10 @@ class Contest:
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """What one candidate gave; times in ns per call, as in `Measurement`."""
+    """What one candidate gave; times in ns per call, as in `Measurement`.
+
+    `hung_compiling`: it took longer than compiling may, which it would do again at every point.
+    """
 
     status: Status
     message: str = ""
@@ -91,6 +95,7 @@ class JobOutcome:
     tolerance: float | None = None
     screen_ns: float | None = None
     samples_ns: tuple[float, ...] = ()
+    hung_compiling: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,11 @@ class ContestOutcome:
         measured_at: UTC time at which it ended, ISO 8601.
         preparation_s: seconds that loading, compiling and checking its kernels took before the clock began.
         contention: as in `Measurement`.
+        gpu: the state of the GPU while its times were taken, None for a CPU.
     """
 
     outcomes: tuple[JobOutcome, ...]
     measured_at: str
     preparation_s: float = 0.0
     contention: float = 0.0
+    gpu: GpuConditions | None = None

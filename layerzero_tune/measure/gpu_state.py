@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self, TypeVar
 
 from layerzero_runtime.devices.nvml import load_library
 from layerzero_runtime.devices.throttling import slowdown_reasons
 
-_CLOCK_SM = 1  # NVML_CLOCK_SM
+_CLOCK_SM, _CLOCK_MEMORY = 1, 2  # NVML_CLOCK_SM, NVML_CLOCK_MEM
 _TEMPERATURE_GPU = 0  # NVML_TEMPERATURE_GPU
+Number = TypeVar("Number", int, float)
 # What a slowed down GPU lacks at least, so that its samples count as disturbed although the clock has not fallen yet.
 LEAST_LOSS = 0.1
 
@@ -19,12 +23,16 @@ class GpuState:
     """What NVML says at one moment; None where it does not say.
 
     Attributes:
-        clock_mhz: of the multiprocessors, now and at most.
+        clock_mhz, max_clock_mhz: of the multiprocessors, now and at most.
+        memory_clock_mhz: of the memory.
+        temperature_c: of the GPU in degrees Celsius.
+        power_w: of the whole board in watts, on most products the mean of the last second.
         slowed: why the clocks are held down by power or heat; empty where they are not.
     """
 
     clock_mhz: int | None = None
     max_clock_mhz: int | None = None
+    memory_clock_mhz: int | None = None
     temperature_c: int | None = None
     power_w: float | None = None
     slowed: tuple[str, ...] = ()
@@ -39,13 +47,71 @@ class GpuState:
         return max(LEAST_LOSS, 1.0 - self.clock_mhz / self.max_clock_mhz)
 
 
+@dataclass(frozen=True)
+class GpuConditions:
+    """The states of a GPU over one contest: medians, and the worst. None where NVML does not say.
+
+    One state is read behind each round and the screening, all candidates of which share it; a contest's states differ
+    less than those of two contests. So they are kept for the contest, and not for each sample: whoever doubts a ratio
+    asks whether clocks fell or heat rose while it was taken, and the median and the worst answer that.
+
+    Attributes:
+        slowed: the reasons of all states: those that are kept although the GPU was slowed down.
+    """
+
+    clock_mhz: float | None
+    lowest_clock_mhz: int | None
+    memory_clock_mhz: float | None
+    lowest_memory_clock_mhz: int | None
+    temperature_c: float | None
+    highest_temperature_c: int | None
+    power_w: float | None
+    highest_power_w: float | None
+    slowed: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, states: Sequence[GpuState]) -> Self:
+        """Those of at least one state."""
+        clocks = _told(state.clock_mhz for state in states)
+        memory_clocks = _told(state.memory_clock_mhz for state in states)
+        temperatures = _told(state.temperature_c for state in states)
+        powers = _told(state.power_w for state in states)
+        return cls(
+            _median(clocks),
+            min(clocks, default=None),
+            _median(memory_clocks),
+            min(memory_clocks, default=None),
+            _median(temperatures),
+            max(temperatures, default=None),
+            _median(powers),
+            max(powers, default=None),
+            tuple(dict.fromkeys(reason for state in states for reason in state.slowed)),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values by name."""
+        return asdict(self) | {"slowed": list(self.slowed)}
+
+
+def _told(values: Iterable[Number | None]) -> list[Number]:
+    return [value for value in values if value is not None]
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return float(statistics.median(values)) if values else None
+
+
 class GpuWatch:
     """Reads the state of one GPU, given by its UUID as CUDA has it ("GPU-..."); NVML stays open for the process's life.
 
     Where NVML does not answer, every state is empty.
+
+    Attributes:
+        last: the state that was read last.
     """
 
     def __init__(self, uuid: str) -> None:
+        self.last = GpuState()
         self._handle = ctypes.c_void_p()
         self._library = load_library()
         if self._library is not None and not self._opens(self._library, uuid):
@@ -57,15 +123,17 @@ class GpuWatch:
 
     def read(self) -> GpuState:
         if self._library is None:
-            return GpuState()
+            return self.last
         power = self._number("nvmlDeviceGetPowerUsage")
-        return GpuState(
+        self.last = GpuState(
             clock_mhz=self._number("nvmlDeviceGetClockInfo", _CLOCK_SM),
             max_clock_mhz=self._number("nvmlDeviceGetMaxClockInfo", _CLOCK_SM),
+            memory_clock_mhz=self._number("nvmlDeviceGetClockInfo", _CLOCK_MEMORY),
             temperature_c=self._number("nvmlDeviceGetTemperature", _TEMPERATURE_GPU),
             power_w=None if power is None else power / 1000.0,
             slowed=slowdown_reasons(self._library, self._handle),
         )
+        return self.last
 
     def lost(self) -> float:
         """As in `GpuState`."""

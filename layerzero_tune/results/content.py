@@ -17,7 +17,9 @@ from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.schema import COLUMNS, JsonTexts
 
 Contest = list[Measurement]
-_COLUMNS_OF = attrgetter(*COLUMNS)
+# What is hashed of every row. `gpu` follows where there is one: rows from before that column keep their hash.
+_HASHED = tuple(name for name in COLUMNS if name != "gpu")
+_VALUES_OF = attrgetter(*_HASHED)
 
 
 def results_hash(rows: Iterable[Measurement]) -> str:
@@ -117,8 +119,11 @@ class _Texts:
             **dict.fromkeys(("relative_error", "tolerance", "screen_ns", "contention"), number),
             "samples_ns": times,
         }
-        self._printers = tuple(printers.get(name, word) for name in COLUMNS)
+        self._printers = tuple(printers.get(name, word) for name in _HASHED)
+        self._mapping = mapping
 
     def of_row(self, row: Measurement) -> str:
-        values = _COLUMNS_OF(row)
-        return f"[{', '.join([text(value) for text, value in zip(self._printers, values, strict=True)])}]"
+        parts = [text(value) for text, value in zip(self._printers, _VALUES_OF(row), strict=True)]
+        if row.gpu is not None:
+            parts.append(self._mapping(row.gpu))
+        return f"[{', '.join(parts)}]"

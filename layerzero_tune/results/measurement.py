@@ -59,6 +59,7 @@ class Measurement:
         measured_at: UTC time at which the contest ended, ISO 8601 with seconds.
         contention: share of the machine's processor time that other processes took while the contest was timed, or of
             its speed that was missing before or after.
+        gpu: `GpuConditions.to_dict()` of the contest, None for a CPU.
     """
 
     contest_id: str
@@ -79,6 +80,7 @@ class Measurement:
     policy: Mapping[str, Any]
     measured_at: str
     contention: float = 0.0
+    gpu: Mapping[str, Any] | None = None
 
     @property
     def is_contended(self) -> bool:

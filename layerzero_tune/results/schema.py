@@ -17,14 +17,16 @@ from layerzero_tune.identity import canonical_json
 from layerzero_tune.results.measurement import STATUSES, Measurement
 
 # Raise this with every change that an older reader would misread, a new field of `SelectionContext` included.
-# 2: further statuses.
-SCHEMA_VERSION = 2
-_READABLE_VERSIONS = (1, SCHEMA_VERSION)
+# 2: further statuses. 3: the column `gpu`.
+SCHEMA_VERSION = 3
+_READABLE_VERSIONS = (1, 2, SCHEMA_VERSION)
+# By column, the version that brought it; the rows of older files have nothing there.
+_ADDED = {"gpu": 3}
 SCHEMA_KEY = b"layerzero.schema"
 
 _WORD = pa.dictionary(pa.int32(), pa.string())
 _TIMES = pa.list_(pa.field("element", pa.float64(), nullable=False))
-_JSON = ("context", "configuration", "device", "versions", "policy")
+_JSON = ("context", "configuration", "device", "versions", "policy", "gpu")
 _TYPES: dict[str, pa.DataType] = {
     "job_id": pa.string(),
     "is_default": pa.bool_(),
@@ -34,7 +36,7 @@ _TYPES: dict[str, pa.DataType] = {
     "samples_ns": _TIMES,
     "contention": pa.float64(),
 }
-_NULLABLE = ("relative_error", "tolerance", "screen_ns")
+_NULLABLE = ("relative_error", "tolerance", "screen_ns", "gpu")
 COLUMNS = tuple(field.name for field in fields(Measurement))
 # Words repeat over many rows (a context over all candidates, a device over everything); job ids and times do not.
 _REPEATED = tuple(name for name in COLUMNS if name not in _TYPES)
@@ -81,7 +83,7 @@ def to_table(rows: Sequence[Measurement]) -> pa.Table:
         if name == "context":
             values = [texts.of_context(context) for context in values]
         elif name in _JSON:
-            values = [texts.of_mapping(mapping) for mapping in values]
+            values = [None if mapping is None else texts.of_mapping(mapping) for mapping in values]
         array = pa.array(values, pa.string() if name in _REPEATED else _TYPES[name])
         arrays.append(array.dictionary_encode() if name in _REPEATED else array)
     return pa.Table.from_arrays(arrays, schema=SCHEMA)
@@ -134,10 +136,13 @@ class Decoder:
 
     def _rows(self, table: pa.Table) -> list[Measurement]:
         table.validate(full=True)
-        columns = {name: _values(table.column(name)) for name in COLUMNS}
+        held = table.column_names
+        columns: dict[str, list[Any]] = {
+            name: _values(table.column(name)) if name in held else [None] * len(table) for name in COLUMNS
+        }
         columns["context"] = [self._context(text) for text in columns["context"]]
         for name in _JSON[1:]:
-            columns[name] = [self._mapping(text) for text in columns[name]]
+            columns[name] = [None if text is None else self._mapping(text) for text in columns[name]]
         unknown = set(columns["status"]) - set(STATUSES)
         if unknown:
             raise ValueError(f"status {sorted(unknown)[0]!r}, allowed: {', '.join(STATUSES)}")
@@ -158,7 +163,7 @@ class Decoder:
 
 
 def read_columns(data: bytes, names: Sequence[str]) -> pa.Table:
-    """Some columns of a file, after its schema version and types were checked.
+    """Those of some columns that a file of its schema version has, after version and types were checked.
 
     Raises:
         DamagedFileError: the bytes are not a whole Parquet file of this schema.
@@ -166,10 +171,10 @@ def read_columns(data: bytes, names: Sequence[str]) -> pa.Table:
     """
     try:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        _check_version(file.metadata.metadata or {})
-        if not file.schema_arrow.equals(SCHEMA):
+        schema = _schema_of(_version(file.metadata.metadata or {}))
+        if not file.schema_arrow.equals(schema):
             raise DamagedFileError(f"its columns are {', '.join(file.schema_arrow.names)}, not those of a measurement")
-        return file.read(columns=list(names), use_threads=False)
+        return file.read(columns=[name for name in names if name in schema.names], use_threads=False)
     # Arrow reports bytes that it cannot parse as OSError, too; nothing here touches a disk.
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, MemoryError | ResultsError):
@@ -177,7 +182,12 @@ def read_columns(data: bytes, names: Sequence[str]) -> pa.Table:
         raise DamagedFileError(" ".join(str(error).split())) from error
 
 
-def _check_version(metadata: Mapping[bytes, bytes]) -> None:
+def _schema_of(version: int) -> pa.Schema:
+    """The columns that files of a version have."""
+    return pa.schema([field for field in SCHEMA if _ADDED.get(field.name, 1) <= version])
+
+
+def _version(metadata: Mapping[bytes, bytes]) -> int:
     written = metadata.get(SCHEMA_KEY, b"").decode("ascii", "replace")
     if written.isdecimal() and int(written) > SCHEMA_VERSION:
         raise ResultsError(
@@ -188,6 +198,7 @@ def _check_version(metadata: Mapping[bytes, bytes]) -> None:
         raise DamagedFileError(
             f"its schema version is {written or 'missing'}, expected one of {', '.join(map(str, _READABLE_VERSIONS))}"
         )
+    return int(written)
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
@@ -196,7 +207,7 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
     for chunk in column.chunks:
         if isinstance(chunk, pa.DictionaryArray):
             words = chunk.dictionary.to_pylist()
-            values.extend(words[index] for index in chunk.indices.to_pylist())
+            values.extend(None if index is None else words[index] for index in chunk.indices.to_pylist())
         elif isinstance(chunk, pa.ListArray):
             numbers = chunk.values.to_numpy(zero_copy_only=False).tolist()
             ends = chunk.offsets.to_pylist()

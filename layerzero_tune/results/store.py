@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
-import re
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-from layerzero_runtime.errors import ResultsError
-from layerzero_tune.results.atomic import TEMPORARY_SUFFIX, write_atomically
+from layerzero_tune.results.atomic import write_atomically
 from layerzero_tune.results.content import Contest, results_hash, whole_contests
+from layerzero_tune.results.folder import ResultsFolder, contest_file_name, is_contest_file
 from layerzero_tune.results.measurement import Measurement
-from layerzero_tune.results.schema import DamagedFileError, Decoder, encode, read_columns
+from layerzero_tune.results.schema import Decoder, encode
 
 __all__ = ["Results", "ResultsStore", "results_hash"]
 
-QUARANTINE = "quarantine"
 PART_BYTES = 16 * 1024 * 1024
-# A temporary file this old belongs to a writer that was killed: writing one takes seconds at most.
-LEFTOVER_SECONDS = 3600.0
-
-_CONTEST_FILE = re.compile(r"contest-([A-Za-z0-9_][A-Za-z0-9_.-]*)\.parquet")
-_Loaded = TypeVar("_Loaded")
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +42,7 @@ class ResultsStore:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
+        self._folder = ResultsFolder(self.directory)
 
     def append(self, rows: Sequence[Measurement]) -> Path:
         """Write all rows of one finished contest and return its file; a contest that is already there stays as it is.
@@ -61,13 +51,13 @@ class ResultsStore:
             ValueError: no rows, rows of several contests, a job twice, or a contest id that cannot be a file name.
             ResultsError: the directory cannot be created or written.
         """
-        path = self.directory / _contest_file_name(rows)
+        path = self.directory / contest_file_name(_contest_id_of(rows))
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 write_atomically(path, encode(sorted(rows, key=lambda row: row.job_id)))
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise self._folder.unwritable(error) from error
         return path
 
     def read(self) -> Results:
@@ -80,7 +70,7 @@ class ResultsStore:
         decoder = Decoder()
         quarantined: list[Path] = []
         with _collector_paused():
-            files = self._visit(lambda name: self._decode(name, decoder, quarantined))
+            files = self._folder.visit(lambda name: self._folder.rows_of(name, decoder, quarantined))
         rows = (row for contest in whole_contests(files.values()) for row in contest)
         return Results(tuple(rows), tuple(quarantined))
 
@@ -94,7 +84,7 @@ class ResultsStore:
         """
         if not self.directory.exists():
             return frozenset()
-        return frozenset().union(*self._visit(self._contests_of).values())
+        return frozenset().union(*self._folder.visit(self._folder.contests_of).values())
 
     def contest(self, contest_id: str, seen: dict[str, frozenset[str]]) -> tuple[Measurement, ...]:
         """The rows of a finished contest, none where there is no such contest or its file is damaged.
@@ -104,15 +94,15 @@ class ResultsStore:
         Raises:
             ResultsError: as for `read`.
         """
-        name = f"contest-{contest_id}.parquet"
+        name = contest_file_name(contest_id)
         if (self.directory / name).exists():
             with suppress(FileNotFoundError):  # compacted meanwhile
-                return tuple(self._decode(name, Decoder(), []))
-        names = self._names() if self.directory.exists() else frozenset()
-        for part in sorted(name for name in names if not _CONTEST_FILE.fullmatch(name)):
+                return tuple(self._folder.rows_of(name, Decoder(), []))
+        names = self._folder.names() if self.directory.exists() else frozenset()
+        for part in sorted(name for name in names if not is_contest_file(name)):
             if part not in seen:
                 with suppress(FileNotFoundError):
-                    seen[part] = self._contests_of(part)
+                    seen[part] = self._folder.contests_of(part)
         if not any(contest_id in seen.get(name, ()) for name in names):
             return ()
         return tuple(row for row in self.read().rows if row.contest_id == contest_id)
@@ -129,11 +119,11 @@ class ResultsStore:
         if not self.directory.exists():
             return ()
         try:
-            self._remove_leftovers()
-            sources = self._rows_by_file([name for name in self._names() if self._is_source(name)])
+            self._folder.remove_leftovers()
+            sources = self._rows_by_file([name for name in self._folder.names() if self._is_source(name)])
             return () if len(sources) < 2 else self._rewrite(sources, ())
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise self._folder.unwritable(error) from error
 
     def absorb(self, contests: Sequence[Contest]) -> tuple[Path, ...]:
         """Write contests and all that is held already as parts; the parts written, in order.
@@ -146,10 +136,10 @@ class ResultsStore:
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
-            return self._rewrite(self._rows_by_file(self._names()), contests)
+            self._folder.remove_leftovers()
+            return self._rewrite(self._rows_by_file(self._folder.names()), contests)
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise self._folder.unwritable(error) from error
 
     def _rows_by_file(self, names: Iterable[str]) -> dict[str, list[Measurement]]:
         """The rows of these files, but for damaged ones, which are set aside, and those that have just been merged."""
@@ -158,7 +148,7 @@ class ResultsStore:
         for name in sorted(names):
             quarantined: list[Path] = []
             try:
-                rows = self._decode(name, decoder, quarantined)
+                rows = self._folder.rows_of(name, decoder, quarantined)
             except FileNotFoundError:  # another process has just merged it
                 continue
             if not quarantined:
@@ -177,118 +167,12 @@ class ResultsStore:
         return tuple(written)
 
     def _is_source(self, name: str) -> bool:
-        if _CONTEST_FILE.fullmatch(name):
+        if is_contest_file(name):
             return True
         try:
             return (self.directory / name).stat().st_size < PART_BYTES // 2
         except FileNotFoundError:
             return False
-
-    def _visit(self, load: Callable[[str], _Loaded]) -> dict[str, _Loaded]:
-        """What `load` gives for every file, as one snapshot.
-
-        A compaction may run meanwhile, and a listing made while names change can miss both the old files and the new.
-        So list again until nothing has vanished and no new part has appeared; new contests alone end the wait.
-        """
-        loaded: dict[str, _Loaded] = {}
-        before: frozenset[str] | None = None
-        while True:
-            names = self._names()
-            if before is not None and before <= names and all(map(_CONTEST_FILE.fullmatch, names - before)):
-                return loaded
-            for name in sorted(names - loaded.keys()):
-                try:
-                    loaded[name] = load(name)
-                except FileNotFoundError:  # merged or set aside since it was listed; the next listing will tell
-                    continue
-            before = names
-
-    def _names(self) -> frozenset[str]:
-        try:
-            with os.scandir(self.directory) as entries:
-                return frozenset(
-                    entry.name
-                    for entry in entries
-                    if entry.name.endswith(".parquet") and not entry.name.startswith(".") and entry.is_file()
-                )
-        except FileNotFoundError:
-            raise ResultsError(
-                f"there are no results at {self.directory}: no such directory; measure some with "
-                f"`layerzero-tune run --out {self.directory}`, or check the path"
-            ) from None
-        except NotADirectoryError:
-            raise ResultsError(f"{self.directory} is a file; results are a directory of Parquet files") from None
-        except OSError as error:
-            raise self._unreadable(self.directory, error) from error
-
-    def _bytes_of(self, name: str) -> bytes:
-        path = self.directory / name
-        try:
-            return path.read_bytes()
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise self._unreadable(path, error) from error
-
-    def _decode(self, name: str, decoder: Decoder, quarantined: list[Path]) -> list[Measurement]:
-        data = self._bytes_of(name)
-        try:
-            return decoder.decode(data)
-        except DamagedFileError as error:
-            quarantined.append(self._set_aside(name, error))
-            return []
-        except ResultsError as error:
-            raise ResultsError(f"{self.directory / name}: {error}") from error
-
-    def _contests_of(self, name: str) -> frozenset[str]:
-        if match := _CONTEST_FILE.fullmatch(name):
-            return frozenset((match[1],))
-        data = self._bytes_of(name)
-        try:
-            column = read_columns(data, ["contest_id"]).column("contest_id")
-        except DamagedFileError as error:
-            _logger.warning("%s is damaged (%s); its contests count as missing", self.directory / name, error)
-            return frozenset()
-        except ResultsError as error:
-            raise ResultsError(f"{self.directory / name}: {error}") from error
-        return frozenset(column.unique().to_pylist())
-
-    def _set_aside(self, name: str, damage: DamagedFileError) -> Path:
-        """Move a damaged file out of the way, and return where it lies then."""
-        path = self.directory / name
-        target = self.directory / QUARANTINE / name
-        number = 1
-        while target.exists():
-            target = target.with_name(f"{name}.{number}")
-            number += 1
-        try:
-            target.parent.mkdir(exist_ok=True)
-            os.replace(path, target)
-        except OSError as error:
-            _logger.warning(
-                "%s is damaged (%s) and is skipped; it could not be moved to %s: %s", path, damage, target.parent, error
-            )
-            return path
-        _logger.warning("%s is damaged (%s); it was moved to %s, the other results are used", path, damage, target)
-        return target
-
-    def _remove_leftovers(self) -> None:
-        oldest = time.time() - LEFTOVER_SECONDS
-        for path in self.directory.glob(f".*.parquet.*{TEMPORARY_SUFFIX}"):
-            try:
-                if path.stat().st_mtime < oldest:
-                    path.unlink()
-            except FileNotFoundError:  # its writer has renamed it, or another process removed it
-                continue
-
-    def _unwritable(self, error: OSError) -> ResultsError:
-        return ResultsError(
-            f"cannot write results to {self.directory}: {error.strerror or error}; "
-            "choose another directory with --out, or make this one writable"
-        )
-
-    def _unreadable(self, path: Path, error: OSError) -> ResultsError:
-        return ResultsError(f"cannot read {path}: {error.strerror or error}; make it readable, or move it elsewhere")
 
 
 @contextmanager
@@ -303,16 +187,13 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _contest_file_name(rows: Sequence[Measurement]) -> str:
+def _contest_id_of(rows: Sequence[Measurement]) -> str:
     contest_ids = {row.contest_id for row in rows}
     if len(contest_ids) != 1:
         raise ValueError(f"append takes the rows of one contest, got rows of {len(contest_ids)}")
     if len({row.job_id for row in rows}) != len(rows):
         raise ValueError(f"a job occurs twice in contest {rows[0].contest_id}")
-    name = f"contest-{rows[0].contest_id}.parquet"
-    if not _CONTEST_FILE.fullmatch(name):
-        raise ValueError(f"contest_id {rows[0].contest_id!r} must consist of letters, digits, '_', '.' and '-'")
-    return name
+    return rows[0].contest_id
 
 
 def _parts(contests: list[Contest]) -> list[tuple[list[Measurement], bytes]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import chain, islice
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operation import Sizes
@@ -76,6 +77,15 @@ class Agenda:
             for agenda in self._keys.values():  # what the last contests said decides whether this is the end
                 agenda.renew()
         return None
+
+    def coming(self, count: int) -> list[Planned]:
+        """The contests that are likely to come after the next one: those that would if it said nothing new; fewer if
+        there are fewer."""
+        leading = [list(islice(agenda.ranking, count + 1)) for agenda in self._keys.values()]
+        present = min((items for items in leading if items), key=lambda items: items[0].rank, default=[])
+        following = [item.after_another() for item in present[1:]]
+        following += chain.from_iterable(items for items in leading if items is not present)
+        return [item.planned for item in sorted(following, key=lambda item: item.rank)[:count]]
 
     def learn(
         self,

@@ -1,9 +1,11 @@
-"""Measuring devices: this machine's CPU, and a recorded one that replays results through the same pipeline."""
+"""Measuring devices: those of this machine, and a recorded one that replays results through the same pipeline."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from time import perf_counter
 from typing import Protocol
 
 from layerzero_runtime.context import SelectionContext
@@ -20,6 +22,8 @@ from layerzero_tune.search.configurations.search_policy import DEFAULT_POLICY, S
 from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.device_lock import alone_on
 from layerzero_tune.search.jobs import JobIdentity, contest_of, legal_candidates
+from layerzero_tune.worker.compile_job import CompileJob, choice_of, compile_jobs
+from layerzero_tune.worker.compilers import Compilers
 from layerzero_tune.worker.process import WorkerProcess
 
 # How often a contest is measured that leaves a doubt each time: on a machine that is never quiet a run takes so many
@@ -48,9 +52,16 @@ class MeasuringDevice(Protocol):
     def again(self, contest: Contest) -> Contest | None:
         """The contest once more, for one that leaves a doubt; None if that is of no use."""
 
+    def expect(self, contests: Iterable[Contest]) -> None:
+        """Contests that are likely to follow the next one; a device that prepares none does not look at them."""
+
 
 class LiveDevice:
-    """A device of this machine, measured in a worker process."""
+    """A device of this machine, measured in a worker process.
+
+    With `compilers` the kernels of a contest are compiled at once before it begins, and meanwhile those of contests
+    that are expected, unless these would take processor time from what is timed.
+    """
 
     def __init__(
         self,
@@ -59,6 +70,7 @@ class LiveDevice:
         policy: MeasurementPolicy,
         worker: WorkerProcess,
         search_policy: SearchPolicy = DEFAULT_POLICY,
+        compilers: Compilers | None = None,
     ) -> None:
         self.spec = spec
         self._registry = registry
@@ -66,7 +78,10 @@ class LiveDevice:
         self._identity = JobIdentity(spec, policy)
         self._worker = worker
         self._search_policy = search_policy
+        self._compilers = compilers
+        self._expected: Iterable[Contest] = ()
         self._lost: dict[str, JobOutcome] = {}
+        self._hanging: dict[tuple[str, str], JobOutcome] = {}
 
     def contests(self, context: SelectionContext, searched: Searched) -> tuple[Contest, ...]:
         candidates = self.candidates(context)
@@ -83,14 +98,51 @@ class LiveDevice:
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
         """The rows of a finished contest, and its outcome; waits while another run measures on the device.
 
-        A job that cost processes before keeps the outcome that it got then: to repeat it would cost as many again.
+        A job that cost processes before keeps the outcome that it got then: to repeat it would cost as many again. So
+        does a kernel with a configuration whose compilation hung, at all points.
         """
-        known = {i: self._lost[job_id] for i, job_id in enumerate(contest.job_ids) if job_id in self._lost}
-        with alone_on(self.spec):
-            outcome = self._worker.run(contest, known=known)
-        jobs = zip(contest.job_ids, outcome.outcomes, strict=True)
-        self._lost.update((job_id, job) for job_id, job in jobs if job.status in LOSSES)
+        start = perf_counter()
+        if self._compilers is not None:
+            self._compile(self._compilers, contest)
+        compiled_s = perf_counter() - start
+        # Where the time of a call has the host's in it, nothing else may take the processors.
+        is_paused = self._compilers is not None and contest.context.mode != "graph"
+        with alone_on(self.spec), self._compilers.paused() if self._compilers and is_paused else nullcontext():
+            outcome = self._worker.run(contest, known=self._known(contest))
+        for job_id, candidate, job in zip(contest.job_ids, contest.candidates, outcome.outcomes, strict=True):
+            if job.status in LOSSES:
+                self._lost[job_id] = job
+            if job.hung_compiling:
+                self._hanging.setdefault(choice_of(candidate.kernel_id, candidate.configuration), job)
+        outcome = replace(outcome, preparation_s=outcome.preparation_s + compiled_s)
         return rows_of(contest, outcome, self._kernels, self.spec), outcome
+
+    def expect(self, contests: Iterable[Contest]) -> None:
+        self._expected = contests
+
+    def _known(self, contest: Contest) -> dict[int, JobOutcome]:
+        """Outcomes that a contest's candidates have already, by index."""
+        found = (
+            self._lost.get(job_id) or self._hanging.get(choice_of(candidate.kernel_id, candidate.configuration))
+            for job_id, candidate in zip(contest.job_ids, contest.candidates, strict=True)
+        )
+        return {index: outcome for index, outcome in enumerate(found) if outcome is not None}
+
+    def _compile(self, compilers: Compilers, contest: Contest) -> None:
+        """What the contest needs; then what others will need is begun."""
+        jobs = self._jobs(contest)
+        hanging = compilers.finish(jobs)
+        for job in jobs:
+            if job.key in hanging:
+                self._hanging.setdefault(choice_of(job.kernel_id, job.configuration), hanging[job.key])
+        for following in self._expected:
+            compilers.expect(self._jobs(following))
+        self._expected = ()
+
+    def _jobs(self, contest: Contest) -> list[CompileJob]:
+        known = self._known(contest)
+        jobs = compile_jobs(contest, self._kernels, self.spec)
+        return [job for index, job in jobs.items() if index not in known]
 
     def again(self, contest: Contest) -> Contest | None:
         following = contest.repeat + 1
@@ -102,6 +154,7 @@ def rows_of(
 ) -> tuple[Measurement, ...]:
     """One row per candidate."""
     libraries = sorted({kernels[candidate.kernel_id].spec.library for candidate in contest.candidates})
+    gpu = None if outcome.gpu is None else outcome.gpu.to_dict()
     versions = {name: version for name in libraries if (version := library_version(name)) is not None}
     return tuple(
         Measurement(
@@ -123,6 +176,7 @@ def rows_of(
             policy=contest.policy.to_dict(),
             measured_at=outcome.measured_at,
             contention=outcome.contention,
+            gpu=gpu,
         )
         for candidate, job_id, job in zip(contest.candidates, contest.job_ids, outcome.outcomes, strict=True)
     )
@@ -161,6 +215,9 @@ class RecordedDevice:
 
     def again(self, contest: Contest) -> Contest | None:
         return None
+
+    def expect(self, contests: Iterable[Contest]) -> None:
+        """Nothing: replaying compiles nothing."""
 
 
 def _recorded(rows: Sequence[Measurement]) -> Contest:

@@ -67,6 +67,11 @@ class Ranked:
         """Whether it comes before others because it reaches bounds."""
         return self.rank[: len(ANY_OTHER)] < ANY_OTHER
 
+    def after_another(self) -> Ranked:
+        """Ranked as it would be if one more contest of its key were measured."""
+        is_later = (self.rank[0], self.rank[1] + 1.0, *self.rank[2:])
+        return replace(self, rank=is_later) if self.is_bound else self
+
     def as_any_other(self) -> Ranked:
         """Ranked by what it is worth alone."""
         return replace(self, rank=(*ANY_OTHER, *self.rank[len(ANY_OTHER) :]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,8 @@ from layerzero_tune.workload.lines import WorkloadLine
 # per contest.
 CLOSING_S = 1.0
 CLOSING_PER_CONTEST_S = 0.002
+# So many contests ahead kernels are compiled: a search's contest has 8 to compile in seconds, and is timed in one.
+COMING = 2
 # How often a run looks whether another one has finished what it waits for.
 _LOOK_S = 0.5
 _logger = logging.getLogger(__name__)
@@ -228,11 +230,19 @@ class _Run:
             offered = self._device.contests(planned.contest.context, self._agenda.searched)
         return next((contest for contest in offered if contest.contest_id not in self._agenda.done), None)
 
+    def _coming(self) -> Iterator[Contest]:
+        """What is likely to be measured next, worked out where somebody asks."""
+        for planned in self._agenda.coming(COMING):
+            contest = self._next_of(planned)
+            if contest is not None:
+                yield contest
+
     def _measure(self, planned: Planned, contest: Contest) -> None:
         step = replace(planned, contest=contest)
         self._watcher.begins(step)
         start = perf_counter()
         deadline = self._deadline
+        self._device.expect(self._coming())
         with nullcontext() if deadline is None else deadline.enforced(early_s=self._closing_s):
             rows, outcome = self._device.measure(contest)
         self._store.append(rows)

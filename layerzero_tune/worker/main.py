@@ -8,8 +8,6 @@ output and error are the tuner's scratch file, so that nothing a kernel prints r
 from __future__ import annotations
 
 import os
-import select
-import signal
 import sys
 import traceback
 from collections.abc import Mapping
@@ -17,10 +15,11 @@ from multiprocessing.connection import Connection
 
 from layerzero_runtime.errors import LayerZeroError
 from layerzero_runtime.kernel import Kernel
-from layerzero_tune.measure.cpu import measure_contest
+from layerzero_tune.measure.contest_run import measure_contest
 from layerzero_tune.measure.failures import SpoiledProcessError
 from layerzero_tune.measure.kept_memory import allocated_bytes
 from layerzero_tune.worker.allocator import limit_memory, retain_memory
+from layerzero_tune.worker.child import die_with_tuner
 from layerzero_tune.worker.kernels import load_kernels, with_loads_remembered
 from layerzero_tune.worker.progress_board import ProgressBoard
 from layerzero_tune.worker.protocol import Finished, Loss, Ready, Refusal, Reply, Request
@@ -28,24 +27,6 @@ from layerzero_tune.worker.protocol import Finished, Loss, Ready, Refusal, Reply
 # What kernels may keep over all contests (compiled code, and too little to be noticed in one of them) before a fresh
 # process measures the next: memory runs out later, if ever, and heaps of equal size are alike.
 _KEPT_BYTES = 1024 * 1024 * 1024
-
-
-def die_with_tuner(lifeline: int) -> None:
-    """Have this process killed once the other end of the pipe `lifeline` closes, whatever it is doing then.
-
-    The kernel of the system sends the signal, so that even a call that never gives the interpreter back ends. (Linux's
-    parent-death signal would do so too, but it fires when the thread that started this process ends.) Elsewhere than on
-    Linux an orphan ends when it has finished its contest.
-    """
-    if sys.platform == "linux":
-        import fcntl
-
-        fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
-        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
-        closed_before, _, _ = select.select([lifeline], [], [], 0)
-        if closed_before:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def answer(

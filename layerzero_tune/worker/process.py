@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -13,7 +12,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -23,6 +21,7 @@ from layerzero_runtime.errors import LayerZeroError
 from layerzero_runtime.serving.recovery import says_out_of_memory
 from layerzero_tune.measure.contest import Contest, ContestOutcome, JobOutcome
 from layerzero_tune.results.measurement import Status
+from layerzero_tune.worker.child import Child
 from layerzero_tune.worker.progress_board import ProgressBoard, Step
 from layerzero_tune.worker.protocol import Finished, Loss, Ready, Refusal, Reply, Request
 from layerzero_tune.worker.time_limits import TimeLimits
@@ -43,12 +42,18 @@ _LEFT_OUT = JobOutcome("refused", "left out while another candidate is measured 
 class _Child:
     """A running worker with all that is to be released after it."""
 
-    process: subprocess.Popen[bytes]
-    connection: Connection[Request, Reply]
+    child: Child
     board: ProgressBoard
-    lifeline: int
     output: IO[bytes]
     oom_kills: int
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        return self.child.process
+
+    @property
+    def connection(self) -> Connection[Request, Reply]:
+        return self.child.connection
 
     def wait_for_reply(self, limit_s: Callable[[Step], float]) -> Reply:
         """The next reply, or what became of the worker that gives none; `limit_s` says how long a step may take."""
@@ -73,7 +78,8 @@ class _Child:
             elif watched_s > limit_s(step):
                 silence = f"no progress for {limit_s(step):g} s"
                 loss = self._lost("timeout", silence, self._last_words(), before)
-                return replace(loss, is_final=step.may_compile)
+                outcome = replace(loss.outcome, hung_compiling=step.may_compile)
+                return replace(loss, outcome=outcome, is_final=step.may_compile)
 
     def _died(self, before: int) -> Loss:
         end, words = _end_of(self.process.returncode), self._last_words()
@@ -102,14 +108,8 @@ class _Child:
 
     def kill(self) -> None:
         """End the worker and the processes that its kernels started (its process group)."""
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # all of them have ended
-            self.process.poll()
-        self.process.wait()
-        self.connection.close()
+        self.child.kill()
         self.board.close()
-        os.close(self.lifeline)
         self.output.close()
 
 
@@ -247,25 +247,13 @@ class WorkerProcess:
 
 
 def _spawn(device: str, kernel_modules: tuple[str, ...]) -> _Child:
-    here, there = Pipe(duplex=True)
-    lifeline_there, lifeline_here = os.pipe()
     board = ProgressBoard.create()
     output = tempfile.TemporaryFile()  # noqa: SIM115 - `_Child.kill` closes it
-    descriptors = (there.fileno(), board.descriptor, lifeline_there)
     killed_before = oom_kills()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "layerzero_tune.worker.main", *map(str, descriptors), device, *kernel_modules],
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=output,
-        pass_fds=descriptors,
-        start_new_session=True,
-        # What can be imported here can be imported there, as with multiprocessing's spawn.
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    child = Child.start(
+        "layerzero_tune.worker.main", (device, *kernel_modules), shared=(board.descriptor,), output=output
     )
-    there.close()
-    os.close(lifeline_there)
-    return _Child(process, here, board, lifeline_here, output, killed_before)
+    return _Child(child, board, output, killed_before)
 
 
 def oom_kills() -> int:

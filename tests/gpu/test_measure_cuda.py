@@ -11,7 +11,7 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernel import Configuration, Kernel, KernelFunction
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_tune.measure.contest import MeasurementPolicy
-from layerzero_tune.measure.cpu import measure_contest
+from layerzero_tune.measure.contest_run import measure_contest
 from layerzero_tune.measure.gpu_state import GpuWatch
 from tests.tune.contests import contest
 
@@ -66,6 +66,21 @@ def test_what_cannot_be_captured_says_so_and_the_others_get_their_times() -> Non
     eager = replace(point, context=SMALL)
     outcomes = measure_contest(eager, {**KERNELS, "test.looking": looking}, device="cuda:0").outcomes
     assert [job.status for job in outcomes] == ["ok", "ok"]
+
+
+def test_rows_have_the_state_of_the_gpu() -> None:
+    outcome = measure_contest(
+        contest(*NAMES, context=replace(LARGE, mode="graph"), policy=BRIEF), KERNELS, device="cuda:0"
+    )
+    gpu = outcome.gpu
+    assert gpu is not None
+    assert gpu.clock_mhz
+    assert gpu.lowest_clock_mhz
+    assert 100 <= gpu.lowest_clock_mhz <= gpu.clock_mhz
+    assert gpu.memory_clock_mhz
+    assert gpu.power_w
+    assert gpu.highest_power_w
+    assert gpu.power_w <= gpu.highest_power_w
 
 
 def test_the_state_of_the_gpu_is_read() -> None:

@@ -36,6 +36,7 @@ static Device devices[] = {
 static Device mig_device = {
     "NVIDIA H100 80GB HBM3 MIG 3g.40gb", "MIG-1d11a5f4-0000-5c1d-9a0d-1e4b7f0c1a01", 0, 9, 0, 0, 0, 0, 0, 0};
 static int open_sessions = 0;
+static unsigned looks = 0;
 
 static bool mode(const char* name) {
     const char* value = std::getenv("FAKE_NVML");
@@ -93,6 +94,25 @@ nvmlReturn_t nvmlDeviceGetMaxClockInfo(nvmlDevice_t device, unsigned type, unsig
     if (type != 1 && type != 2) return 2;
     *mhz = type == 2 ? device->memory_mhz : device->sm_mhz;
     return 0;
+}
+nvmlReturn_t nvmlDeviceGetHandleByUUID(const char* uuid, nvmlDevice_t* device) {
+    for (Device& found : devices)
+        if (!std::strcmp(found.uuid, uuid)) return *device = &found, 0;
+    return 6;
+}
+// A GPU at work: each look at the multiprocessors' clock finds it at the next of three levels, and power with it.
+nvmlReturn_t nvmlDeviceGetClockInfo(nvmlDevice_t device, unsigned type, unsigned* mhz) {
+    if (type != 1 && type != 2) return 2;
+    *mhz = type == 2 ? device->memory_mhz : device->sm_mhz - 15 * (++looks % 3);
+    return 0;
+}
+nvmlReturn_t nvmlDeviceGetPowerUsage(nvmlDevice_t, unsigned* milliwatts) {
+    *milliwatts = 600000 + 1500 * (looks % 3);
+    return 0;
+}
+nvmlReturn_t nvmlDeviceGetTemperature(nvmlDevice_t, unsigned sensor, unsigned* celsius) {
+    *celsius = 60 + looks % 3;
+    return sensor ? 2 : 0;
 }
 static nvmlReturn_t reasons(nvmlDevice_t device, unsigned long long* bits) {
     *bits = device != &devices[1] ? 1 : mode("hot") ? 0x20 | 0x04 : 1;  // 1: idle

@@ -19,7 +19,7 @@ from layerzero_runtime.device import detect_device
 from layerzero_runtime.errors import KernelExecutionError, NoKernelAvailableError
 from layerzero_runtime.selection.live_cache import LiveCache
 from layerzero_runtime.serving.prepared import PreparedKernels
-from layerzero_tune.measure import bench, cpu
+from layerzero_tune.measure import bench, contest_run
 from layerzero_tune.measure.clock import time_calls
 from layerzero_tune.measure.parallel_speed import ParallelSpeed
 from layerzero_tune.worker import WorkerProcess
@@ -155,7 +155,7 @@ def test_without_verification_a_wrong_value_is_the_callers() -> None:
     with beside_builtin(swiglu_kernel("test.sloppy", lambda gate, up: right(gate, up) * 2)):
         torch.testing.assert_close(lz.swiglu(gate, gate), right(gate, gate) * 2)
     torture = load_kernels(("tests.tune.torture_kernels",))
-    _, outcome = cpu.measure_contest(contest("torture.right", "torture.inaccurate"), torture).outcomes
+    _, outcome = contest_run.measure_contest(contest("torture.right", "torture.inaccurate"), torture).outcomes
     assert (outcome.status, outcome.samples_ns) == ("wrong", ())
 
 
@@ -200,10 +200,10 @@ def test_where_every_kernel_lacks_memory_the_first_error_is_the_callers_whole() 
 def test_a_machine_that_slows_down_is_measured_again_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processor time that others take, or the hypervisor, is the slowdown that a CPU shows."""
     shares = iter([0.6, 0.3, 0.01])
-    monkeypatch.setattr(cpu, "others_share", lambda start, end: next(shares))
+    monkeypatch.setattr(contest_run, "others_share", lambda start, end: next(shares))
     monkeypatch.setattr(bench, "_parallel_speed", lambda: ParallelSpeed(lambda: 1.0))
     steps: list[tuple[int | None, str]] = []
-    outcome = cpu.measure_contest(
+    outcome = contest_run.measure_contest(
         contest("torch.rms_norm", "torch.rms_norm.fused"),
         load_kernels(),
         progress=lambda candidate, step: steps.append((candidate, step)),

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 from layerzero_tune.results.store import ResultsStore
+from tests.runtime.conftest import nvml_library
 from tests.tune.command import RUNTIME_FOLDER, CommandsHere
 from tests.tune.measurements import make_contest
 from tests.tune.recordings import record
 from tests.tune.shipped_tables import OTHER_DEVICE, write_norm_table
 from tests.tune.synthetic_results import DEVICE
+
+__all__ = ["nvml_library"]
 
 
 @pytest.fixture(autouse=True)

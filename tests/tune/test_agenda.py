@@ -40,6 +40,8 @@ class LandscapeDevice:
     def rows(self, context: SelectionContext) -> list[Measurement]:
         return contest_rows(context, self._times(context), noise=0.002)
 
+    expect = RecordedDevice.expect
+
     def contests(self, context: SelectionContext, searched: Searched) -> tuple[Contest, ...]:
         return RecordedDevice(self.rows(context)).contests(context, searched)
 
@@ -111,6 +113,26 @@ def test_each_key_reaches_its_bounds_before_anything_else_and_all_keys_begin_fir
         )
         # Each contest reaches a bound that none has reached, one side of an axis or the largest product.
         assert reached <= 2 * len(bounds) + 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(points_of_several_keys(), st.integers(1, 4))
+def test_what_is_likely_to_come_is_none_of_what_is_measured_and_of_other_keys_while_these_have_not_begun(
+    points: list[SelectionContext], count: int
+) -> None:
+    device = LandscapeDevice(flat)
+    found = agenda(device, [WorkloadLine(context) for context in points])
+    keys, begun, left = {cell_of(point)[0] for point in points}, set(), len(points)
+    while (planned := found.next()) is not None:
+        coming = [other.contest.context for other in found.coming(count)]
+        left -= 1
+        assert len(coming) == len(set(coming)) == min(count, left)
+        assert planned.contest.context not in coming
+        begun.add(cell_of(planned.contest.context)[0])
+        fresh = keys - begun
+        assert {cell_of(context)[0] for context in coming[: len(fresh)]} <= fresh or not fresh
+        rows, _ = device.measure(planned.contest)
+        found.learn(planned, rows)
 
 
 @settings(max_examples=20, deadline=None)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from layerzero_tune.measure import bench, cpu, full_speed
+from layerzero_tune.measure import bench, contest_run, full_speed
 from layerzero_tune.measure.contention import MAX_ATTEMPTS, ProcessorTime, others_share
 from layerzero_tune.measure.full_speed import PATIENCE_S, FullSpeed
 from layerzero_tune.measure.parallel_speed import WINDOW_S, ParallelSpeed, parallel_loop
@@ -49,9 +49,9 @@ def test_a_disturbed_contest_is_timed_again(
         seen.append(shares[len(seen)])
         return seen[-1]
 
-    monkeypatch.setattr(cpu, "others_share", share)
+    monkeypatch.setattr(contest_run, "others_share", share)
     monkeypatch.setattr(bench, "_parallel_speed", lambda: ParallelSpeed(lambda: 1.0))
-    outcome = cpu.measure_contest(contest("torch.rms_norm", "torch.rms_norm.fused"), load_kernels())
+    outcome = contest_run.measure_contest(contest("torch.rms_norm", "torch.rms_norm.fused"), load_kernels())
     assert len(seen) == attempts
     assert outcome.contention == seen[-1]
     assert all(job.status == "ok" and job.screen_ns for job in outcome.outcomes)
@@ -149,9 +149,9 @@ def test_the_screening_and_every_round_of_a_contest_are_watched(monkeypatch: pyt
     machine = Machine([8.0, 8.0, 10.0, 8.0, 8.0, 8.0, 10.0, 8.0, 8.0, 8.0, 8.0])
     machine.speed.lost()
     steps: list[str] = []
-    monkeypatch.setattr(cpu, "others_share", lambda start, end: 0.0)
+    monkeypatch.setattr(contest_run, "others_share", lambda start, end: 0.0)
     monkeypatch.setattr(bench, "_parallel_speed", lambda: machine.speed)
-    outcome = cpu.measure_contest(
+    outcome = contest_run.measure_contest(
         contest("torch.rms_norm"), load_kernels(), progress=lambda candidate, step: steps.append(step)
     )
     assert machine.times == []
@@ -169,9 +169,9 @@ def test_a_contest_says_which_speed_it_lacked(monkeypatch: pytest.MonkeyPatch) -
     machine = Machine([8.0, *[10.0] * 7])
     machine.speed.lost()
     monkeypatch.setattr(full_speed, "others_share", lambda start, end: 0.5)
-    monkeypatch.setattr(cpu, "others_share", lambda start, end: 0.0)
+    monkeypatch.setattr(contest_run, "others_share", lambda start, end: 0.0)
     monkeypatch.setattr(bench, "_parallel_speed", lambda: machine.speed)
-    assert cpu.measure_contest(contest("torch.rms_norm"), load_kernels()).contention == pytest.approx(0.2)
+    assert contest_run.measure_contest(contest("torch.rms_norm"), load_kernels()).contention == pytest.approx(0.2)
 
 
 def test_the_loop_takes_a_time() -> None:

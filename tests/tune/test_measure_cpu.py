@@ -21,10 +21,10 @@ from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.libraries import missing_requirement
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.selection.transforms import apply_transforms
-from layerzero_tune.measure import cpu
+from layerzero_tune.measure import contest_run
 from layerzero_tune.measure.clock import Rotation, WallClock, take_sample, time_calls, warm_up
 from layerzero_tune.measure.contest import Candidate, ContestOutcome, MeasurementPolicy
-from layerzero_tune.measure.cpu import measure_contest
+from layerzero_tune.measure.contest_run import measure_contest
 from layerzero_tune.measure.failures import SpoiledProcessError
 from layerzero_tune.measure.inputs import MAX_BYTES, MAX_SETS, RandomTensors, rotating_inputs
 from layerzero_tune.measure.screening import finalists
@@ -163,7 +163,7 @@ def test_the_order_of_plain_differences_is_found_and_losers_are_screened_out() -
 
 def test_a_hopeless_candidate_is_not_screened_again(monkeypatch: pytest.MonkeyPatch) -> None:
     # A busy neighbour would have the contest timed again, with the same steps once more.
-    monkeypatch.setattr(cpu, "MAX_ATTEMPTS", 1)
+    monkeypatch.setattr(contest_run, "MAX_ATTEMPTS", 1)
     steps: list[tuple[int | None, str]] = []
     names = ("torture.right", "torture.slow", "torture.right_too")
     jobs = measure_contest(contest(*names), KERNELS, progress=lambda *step: steps.append(step)).outcomes

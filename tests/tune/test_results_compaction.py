@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from layerzero_tune.results import store as store_module
+from layerzero_tune.results.folder import ResultsFolder
 from layerzero_tune.results.schema import Decoder, encode
 from layerzero_tune.results.store import ResultsStore, results_hash
 from tests.tune.measurements import make_contest, rows_of
@@ -173,11 +174,13 @@ class TestConcurrency:
     def test_listing_that_a_compaction_overtakes(self, store: ResultsStore) -> None:
         """A listing may have passed the new part's place before it is written, and reach the contests' after."""
 
-        class Overtaken(ResultsStore):
-            def _names(self) -> frozenset[str]:
-                return super()._names() if store.compact() == () else frozenset()
+        class Overtaken(ResultsFolder):
+            def names(self) -> frozenset[str]:
+                return super().names() if store.compact() == () else frozenset()
 
-        assert Overtaken(store.directory).read().rows == rows_of(*range(5))
+        reader = ResultsStore(store.directory)
+        reader._folder = Overtaken(store.directory)
+        assert reader.read().rows == rows_of(*range(5))
 
     def test_killed_writers_lose_nothing_that_was_finished(
         self, directory: Path, processes: list[subprocess.Popen[str]]

@@ -41,7 +41,8 @@ class TestHash:
         store.compact()
         assert results_hash(store.read().rows) == before == results_hash(rows) == results_hash(reversed(rows))
 
-    def test_is_that_of_all_columns_as_json_in_ascending_order(self) -> None:
+    @pytest.mark.parametrize("gpu", [None, {"clock_mhz": 1965.0, "slowed": []}])
+    def test_is_that_of_all_columns_as_json_in_ascending_order(self, gpu: dict[str, Any] | None) -> None:
         """Tables name the results that they were compiled from by it, so it must not change."""
         numbers: dict[str, Any] = {
             "relative_error": None,
@@ -49,10 +50,16 @@ class TestHash:
             "screen_ns": float("inf"),
             "contention": 1 / 3,
         }
-        rows = [*rows_of(*range(5)), *make_contest(7, **numbers), *make_contest(8, contest_id='a"\u00e9')]
+        rows = [
+            *rows_of(*range(4)),
+            *make_contest(4, gpu=gpu),
+            *make_contest(7, **numbers),
+            *make_contest(8, contest_id='a"\u00e9'),
+        ]
         texts = []
         for row in rows:
-            values: list[Any] = [getattr(row, name) for name in COLUMNS]
+            # Rows from before the last column keep their hash, and so do all without a GPU.
+            values: list[Any] = [getattr(row, name) for name in COLUMNS if name != "gpu" or row.gpu is not None]
             for place, value in enumerate(values):
                 if isinstance(value, SelectionContext | dict):
                     values[place] = canonical_json(value if isinstance(value, dict) else value.to_dict())
@@ -71,6 +78,7 @@ class TestHash:
             {"configuration": {"block": 99}},
             {"device": {"name": "Other"}},
             {"measured_at": "2027"},
+            {"gpu": {"clock_mhz": 1965.0}},
         ],
     )
     def test_every_value_counts(self, change: dict[str, object]) -> None:
@@ -127,6 +135,7 @@ class TestDamage:
             relative_error=st.none() | st.floats(min_value=0.0),
             screen_ns=st.none() | st.floats(min_value=0.1, max_value=1e12),
             versions=st.dictionaries(st.text("abc"), st.text()),
+            gpu=st.none() | st.dictionaries(st.text("abc"), st.none() | st.integers() | st.lists(st.text("xy"))),
         ),
         max_size=6,
     )

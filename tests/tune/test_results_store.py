@@ -189,17 +189,18 @@ class TestDamage:
         pq.write_table(table.set_column(index, table.schema.field(index), words), damaged)
         assert store.read().rows == rows_of(0, 1, 3, 4)
 
-    def test_results_of_the_schema_before_are_read(self, store: ResultsStore, damaged: Path) -> None:
-        before = to_table(make_contest(2)).replace_schema_metadata({SCHEMA_KEY: b"1"})
+    @pytest.mark.parametrize("version", [b"1", b"2"])
+    def test_results_of_the_schemas_before_are_read(self, store: ResultsStore, damaged: Path, version: bytes) -> None:
+        before = to_table(make_contest(2)).drop_columns(["gpu"]).replace_schema_metadata({SCHEMA_KEY: version})
         pq.write_table(before, damaged)
         assert store.read().rows == rows_of(0, 1, 2, 3, 4)
 
     def test_newer_schema_is_named_and_left_alone(self, store: ResultsStore, damaged: Path) -> None:
-        newer = to_table(make_contest(2)).replace_schema_metadata({SCHEMA_KEY: b"3"})
+        newer = to_table(make_contest(2)).replace_schema_metadata({SCHEMA_KEY: b"4"})
         pq.write_table(newer.append_column("humidity", pa.array([0.5] * len(newer))), damaged)
         before = damaged.read_bytes()
         for use in (store.read, store.compact):
-            with pytest.raises(ResultsError, match=f"{damaged.name}.*schema version 3"):
+            with pytest.raises(ResultsError, match=f"{damaged.name}.*schema version 4"):
                 use()
         assert damaged.read_bytes() == before
         assert len(list(store.directory.glob("*.parquet"))) == 5

@@ -48,6 +48,7 @@ class SharedDevice:
         return tuple(replace(row, contention=share) for row in rows), ContestOutcome((), rows[0].measured_at)
 
     again = LiveDevice.again
+    expect = RecordedDevice.expect
 
 
 def run(device: SharedDevice, folder: Path, points: tuple[SelectionContext, ...] = POINTS) -> list[FinishedContest]:

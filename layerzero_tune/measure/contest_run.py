@@ -22,17 +22,15 @@ from layerzero_tune.measure.clock import BLOCKS, Rotation, TimedCalls, take_samp
 from layerzero_tune.measure.contention import MAX_ATTEMPTS, MAX_SHARE, ProcessorTime, others_share
 from layerzero_tune.measure.contest import COMPILING_CALL, LOAD, Candidate, Contest, ContestOutcome, JobOutcome
 from layerzero_tune.measure.correctness import Check, judge, tolerances
-from layerzero_tune.measure.failures import Result, SpoiledProcessError, attempt
+from layerzero_tune.measure.entrants import Entrants, Progress
+from layerzero_tune.measure.failures import Result, attempt
 from layerzero_tune.measure.full_speed import FullSpeed
+from layerzero_tune.measure.gpu_state import GpuConditions, GpuState
 from layerzero_tune.measure.inputs import RandomTensors, check_measurable, rotating_inputs
 from layerzero_tune.measure.kept_memory import KEPT_BYTES, KeptMemory
 from layerzero_tune.measure.screening import finalists
 from layerzero_tune.measure.verification import later_fault, tolerances_on
 from layerzero_tune.measure.work import WIDEST_BYTES, call_elements
-from layerzero_tune.results.measurement import Status
-
-Progress = Callable[[int | None, str], None]
-"""Called before each step with the candidate's index (None: the contest's own) and the step's name."""
 
 _NOTHING_SETTLED: Mapping[int, JobOutcome] = MappingProxyType({})
 # With the time of the warm-up these are three, of which one may be disturbed.
@@ -68,11 +66,11 @@ def measure_contest(
         run = _ContestRun(contest, kernels, bench, settled, progress)
         outcomes = run.run()
     ended = datetime.now(UTC).isoformat(timespec="seconds")
-    return ContestOutcome(outcomes, ended, run.preparation_s, run.contention)
+    return ContestOutcome(outcomes, ended, run.preparation_s, run.contention, run.gpu_conditions)
 
 
 class _ContestRun:
-    """One run of a contest: candidates drop out of `functions` as they get an outcome without a time."""
+    """One run of a contest."""
 
     full_speed: FullSpeed
     timed: dict[int, TimedCalls]
@@ -94,18 +92,17 @@ class _ContestRun:
         self.bench = bench
         self.context = contest.context.with_device(bench.spec)
         self.kernels = kernels
-        self.outcomes: dict[int, JobOutcome] = dict(settled)
         self.progress = progress
         self.seed = contest.seed
         self.chance = random.Random(contest.seed)
-        self.functions: dict[int, KernelFunction] = {}
         self.first_call_ns: dict[int, float] = {}
         copies = 2 * call_elements(self.context) * WIDEST_BYTES
         # Tensors of other devices are not the C library's, which there holds what drivers and graphs ask for.
         kept = KEPT_BYTES + self.policy.cache_bytes + copies if bench.spec.platform == "cpu" else math.inf
-        self.memory = KeptMemory(kept)
+        self.entrants = Entrants(settled, KeptMemory(kept), progress)
         self.preparation_s = 0.0
         self.contention = 0.0
+        self.gpu_states: list[GpuState] = []
 
     def run(self) -> tuple[JobOutcome, ...]:
         start = perf_counter()
@@ -114,18 +111,18 @@ class _ContestRun:
         self._check(entered, source)
         self.preparation_s = perf_counter() - start
         self._time_undisturbed(source)
-        return tuple(self.outcomes[index] for index in range(len(self.candidates)))
+        return tuple(self.entrants.outcomes[index] for index in range(len(self.candidates)))
 
     def _admit(self) -> list[int]:
         """Indices of the candidates that may run, the default first; outcomes for the others."""
         admitted = []
         for index, candidate in enumerate(self.candidates):
-            if index not in self.outcomes:
+            if index not in self.entrants.outcomes:
                 refused = refusal(candidate, self.kernels, self.context)
                 if refused is None:
                     admitted.append(index)
                 else:
-                    self.outcomes[index] = refused
+                    self.entrants.outcomes[index] = refused
         return sorted(admitted, key=lambda index: not self.candidates[index].is_default)
 
     def _check(self, entered: list[int], source: RandomTensors) -> None:
@@ -133,128 +130,126 @@ class _ContestRun:
         self.progress(None, "reference")
         check = attempt(lambda: Check.prepare(self.operation, self.context, source, self.seed))
         if isinstance(check, JobOutcome):
-            self.outcomes.update(dict.fromkeys(entered, check))
+            self.entrants.outcomes.update(dict.fromkeys(entered, check))
             return
         allowed: tuple[float, ...] | None = None
         for index in entered:
             self.progress(index, LOAD)
-            function = self._attempt(index, partial(self._load, self.candidates[index]), "compile_failed")
+            function = self.entrants.attempt(index, partial(self._load, self.candidates[index]), "compile_failed")
             if function is None:
                 continue
             compiles = self.kernels[self.candidates[index].kernel_id].spec.compiles
             self.progress(index, COMPILING_CALL if compiles else "first call")
-            run = partial(self.memory.count, index, partial(check.run, function))
-            trial = self._attempt(index, run, "compile_failed" if compiles else "failed")
+            run = partial(self.entrants.memory.count, index, partial(check.run, function))
+            trial = self.entrants.attempt(index, run, "compile_failed" if compiles else "failed")
             if trial is None:
                 continue
             if allowed is None:
                 usable = self.candidates[index].is_default and not trial.fault
                 allowed = tolerances(trial if usable else check.written_out(), self.context.dtype)
             verdict = judge(trial, allowed)
-            self.outcomes[index] = JobOutcome(
+            self.entrants.outcomes[index] = JobOutcome(
                 verdict.status, verdict.message, verdict.relative_error, verdict.tolerance
             )
             if verdict.status == "ok":
-                self.functions[index] = function
+                self.entrants.functions[index] = function
                 self.first_call_ns[index] = trial.call_ns
 
     def _load(self, candidate: Candidate) -> KernelFunction:
         kernel = self.kernels[candidate.kernel_id]
         return apply_transforms(kernel.load(self.context, candidate.configuration), kernel.spec, self.context)
 
-    def _attempt(self, index: int, action: Callable[[], Result], otherwise: Status = "failed") -> Result | None:
-        """What the candidate's action gives; None, and an outcome for the candidate, where it raises.
-
-        Raises:
-            SpoiledProcessError: the process is of no use any more.
-        """
-        result = attempt(action, otherwise)
-        self.progress(None, "between steps")  # what follows takes none of the candidate's time
-        leak = self.memory.excess(index)
-        if leak:
-            raise SpoiledProcessError(index, JobOutcome("out_of_memory", leak))
-        if not isinstance(result, JobOutcome):
-            return result
-        if result.status == "device_error":
-            raise SpoiledProcessError(index, result)
-        self.outcomes[index] = result
-        self.functions.pop(index, None)
-        return None
-
     def _verify(self, indices: Iterable[int], source: RandomTensors) -> None:
         """Check candidates that were right at first again, on fresh inputs."""
-        entered = sorted(self.functions.keys() & set(indices))
+        entered = sorted(self.entrants.functions.keys() & set(indices))
         if not entered:
             return
         self.progress(None, "reference")
         check = attempt(lambda: Check.prepare(self.operation, self.context, source, self.chance.getrandbits(32)))
         if isinstance(check, JobOutcome):
             for index in entered:
-                self.outcomes[index] = check
-                del self.functions[index]
+                self.entrants.outcomes[index] = check
+                del self.entrants.functions[index]
             return
         allowed = None
         for index in entered:
             if self.candidates[index].is_default:
                 self.progress(index, "verification")
-                allowed = self._attempt(index, partial(tolerances_on, check, self.functions[index]))
+                allowed = self.entrants.attempt(index, partial(tolerances_on, check, self.entrants.functions[index]))
         if allowed is None:
             allowed = tolerances_on(check, None)
-        for index, function in tuple(self.functions.items()):
+        for index, function in tuple(self.entrants.functions.items()):
             if index not in entered:
                 continue
-            fault = self._step(index, "verification", partial(later_fault, check, function, allowed))
+            fault = self.entrants.step(index, "verification", partial(later_fault, check, function, allowed))
             if fault:
-                self.outcomes[index] = JobOutcome("flaky", fault)
-                del self.functions[index]
+                self.entrants.outcomes[index] = JobOutcome("flaky", fault)
+                del self.entrants.functions[index]
 
     def _time_undisturbed(self, source: RandomTensors) -> None:
         """Time the candidates, again where other processes took much of the machine meanwhile."""
         self.progress(None, "inputs")
         sets = attempt(lambda: rotating_inputs(self.operation, self.context, self.policy, source))
         if isinstance(sets, JobOutcome):
-            self.outcomes.update(dict.fromkeys(self.functions, sets))
+            self.entrants.outcomes.update(dict.fromkeys(self.entrants.functions, sets))
             return
         for _ in range(MAX_ATTEMPTS):
             self.full_speed = FullSpeed(self.bench.speed, lambda: self.progress(None, "waiting for the machine"))
             start = ProcessorTime.now()
             self.full_speed.wait()
+            self.gpu_states.clear()
             self._time(Rotation(sets), source)
             others = others_share(start, ProcessorTime.now()) if self.bench.is_shared else 0.0
             self.contention = max(others, self.full_speed.lost)
             if others <= MAX_SHARE:
                 break
-        self._verify(self.functions, source)
+        self._verify(self.entrants.functions, source)
 
     def _time(self, rotation: Rotation, source: RandomTensors) -> None:
         self.timed = {}
-        for index in tuple(self.functions):
-            function = self.functions[index]
-            made = self._step(index, "prepare", partial(self.bench.clock.timed, function, rotation))
+        for index in tuple(self.entrants.functions):
+            function = self.entrants.functions[index]
+            made = self.entrants.step(index, "prepare", partial(self.bench.clock.timed, function, rotation))
             if made is not None:
                 self.timed[index] = made
         call_ns = {
             index: time
             for index in tuple(self.timed)
-            if (time := self._step(index, "warm-up", partial(warm_up, self.timed[index], self.policy.warmup_ms)))
+            if (
+                time := self.entrants.step(index, "warm-up", partial(warm_up, self.timed[index], self.policy.warmup_ms))
+            )
             is not None
         }
         slow = frozenset(index for index, time in call_ns.items() if time > self.policy.max_call_ms * 1e6)
         settled = slow | self._hopeless(call_ns)
-        screened = self.full_speed.take(lambda: self._screen(call_ns, settled))
+        screened = self._at_full_speed(lambda: self._screen(call_ns, settled))
         entered = finalists(screened, self.policy.screen_margin) - slow
         # The default and the anchors tie contests together, whatever the screening says of them.
-        always = frozenset(i for i in self.functions if self.candidates[i].is_default or self.candidates[i].is_anchor)
+        always = frozenset(
+            i for i in self.entrants.functions if self.candidates[i].is_default or self.candidates[i].is_anchor
+        )
         without_rounds = any(self.candidates[index].is_default for index in slow)
         entered = frozenset() if without_rounds else entered | (always - slow)
         self._verify(entered, source)
-        samples = self._final_rounds(call_ns, entered & self.functions.keys())
-        for index in self.functions:
-            self.outcomes[index] = replace(
-                self.outcomes[index],
+        samples = self._final_rounds(call_ns, entered & self.entrants.functions.keys())
+        for index in self.entrants.functions:
+            self.entrants.outcomes[index] = replace(
+                self.entrants.outcomes[index],
                 screen_ns=statistics.median(screened[index]),
                 samples_ns=tuple(samples.get(index, ())),
             )
+
+    def _at_full_speed(self, part: Callable[[], Result]) -> Result:
+        """What the part gives at full speed; of a GPU, the state in which it was taken is kept."""
+        found = self.full_speed.take(part)
+        if self.bench.gpu is not None:
+            self.gpu_states.append(self.bench.gpu.last)
+        return found
+
+    @property
+    def gpu_conditions(self) -> GpuConditions | None:
+        """The state of the GPU over all parts that were kept, None for a CPU or where nothing was timed."""
+        return GpuConditions.of(self.gpu_states) if self.gpu_states else None
 
     def _hopeless(self, call_ns: Mapping[int, float]) -> frozenset[int]:
         """The candidates that were far from the best in their first call and while they warmed up."""
@@ -275,16 +270,16 @@ class _ContestRun:
         for turn in range(BLOCKS):
             for index in self._shuffled(index for index in times if turn < turns[index]):
                 calls = max(1, round(screen_ns / BLOCKS / call_ns[index]))
-                time = self._step(index, "screening", partial(self.timed[index], calls))
+                time = self.entrants.step(index, "screening", partial(self.timed[index], calls))
                 if time is not None:
                     times[index].append(time)
-        return {index: found for index, found in times.items() if index in self.functions}
+        return {index: found for index, found in times.items() if index in self.entrants.functions}
 
     def _final_rounds(self, call_ns: Mapping[int, float], entered: frozenset[int]) -> dict[int, list[float]]:
         """Medians of the rounds in ns per call, by candidate: one per round for each that came through all of them."""
         samples: dict[int, list[float]] = {index: [] for index in entered}
         for number in range(1, self.policy.rounds + 1):
-            for index, time in self.full_speed.take(partial(self._round, number, call_ns, entered)).items():
+            for index, time in self._at_full_speed(partial(self._round, number, call_ns, entered)).items():
                 samples[index].append(time)
         return samples
 
@@ -292,17 +287,10 @@ class _ContestRun:
         times: dict[int, float] = {}
         for index in self._shuffled(entered):
             measure = partial(take_sample, self.timed[index], call_ns[index], self.policy.round_ms)
-            time = self._step(index, f"round {number}", measure)
+            time = self.entrants.step(index, f"round {number}", measure)
             if time is not None:
                 times[index] = time
         return times
-
-    def _step(self, index: int, name: str, action: Callable[[], Result]) -> Result | None:
-        """What one step of a candidate gives; None where it fails now, which takes it out, or did before."""
-        if index not in self.functions:
-            return None
-        self.progress(index, name)
-        return self._attempt(index, partial(self.memory.count, index, action))
 
     def _shuffled(self, indices: Iterable[int]) -> list[int]:
         order = sorted(indices)
