@@ -25,11 +25,19 @@ from layerzero_tune.command_line.options import (
 )
 from layerzero_tune.command_line.output import print_json
 from layerzero_tune.command_line.run_progress import RunProgress
-from layerzero_tune.command_line.run_summary import announce, forecast_of, json_summary, print_dry_run, print_summary
+from layerzero_tune.command_line.run_summary import (
+    announce,
+    announce_shard,
+    forecast_of,
+    json_summary,
+    print_dry_run,
+    print_summary,
+)
 from layerzero_tune.measure.contest import MeasurementPolicy
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.budget import Deadline, parse_duration
 from layerzero_tune.search.device import LiveDevice, MeasuringDevice, RecordedDevice
+from layerzero_tune.search.shard import Shard
 from layerzero_tune.search.tuning import agenda_of, plan_tuning, tune
 from layerzero_tune.worker.process import WorkerProcess
 from layerzero_tune.workload.errors import WorkloadError
@@ -46,6 +54,9 @@ def run_command(
     budget: Annotated[
         str, typer.Option("--budget", help="Time for the whole run, such as 90s, 10m or 1h30m: best first, then skip.")
     ] = "",
+    shard: Annotated[
+        str, typer.Option("--shard", help="Measure the i-th of n parts alone, such as 2/3; merge joins all n.")
+    ] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its expected time alone.")] = False,
     kernels: KernelsOption = "",
     json: JsonOption = False,
@@ -53,18 +64,19 @@ def run_command(
     """Measure every legal kernel on each shape that the results do not hold yet, the most valuable shapes first."""
     budget_s = parse_duration(budget) if budget else None
     deadline = None if budget_s is None else Deadline.after(budget_s)
+    part = Shard.parse(shard) if shard else None
     operations = operations_named(ops)
     recording = results_of(device)
     if workload is not None:
         lines: Sequence[WorkloadLine] = read_workload(workload)
     elif recording is None:
         lines = preset_workload(preset, operations)
-    run = _Run(ResultsStore(out), budget_s, deadline, dry_run, json)
+    run = _Run(ResultsStore(out), operations, part, budget_s, deadline, dry_run, json)
     if recording is not None:
         recorded = RecordedDevice(ResultsStore(recording).read().rows)
         if workload is None:
             lines = tuple(WorkloadLine(context) for context in recorded.contexts)
-        run(recorded, _of_operations(lines, operations))
+        run(recorded, lines)
         return
     spec = live_device(device)
     if workload is None and spec.platform != "cpu":
@@ -72,11 +84,7 @@ def run_command(
     modules = split_list(kernels)
     registry = registry_with(modules)
     with WorkerProcess(modules, torch_name(spec)) as worker:
-        run(LiveDevice(spec, registry, MeasurementPolicy(), worker), _of_operations(lines, operations))
-
-
-def _of_operations(lines: Sequence[WorkloadLine], operations: Sequence[str]) -> tuple[WorkloadLine, ...]:
-    return tuple(line for line in lines if line.context.operation in operations)
+        run(LiveDevice(spec, registry, MeasurementPolicy(), worker), lines)
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,8 @@ class _Run:
     """What of a run does not depend on the device."""
 
     store: ResultsStore
+    operations: Sequence[str]
+    shard: Shard | None
     budget_s: float | None
     deadline: Deadline | None
     is_dry: bool
@@ -92,8 +102,14 @@ class _Run:
     def __call__(self, device: MeasuringDevice, lines: Sequence[WorkloadLine]) -> None:
         if not self.is_dry:
             check_writable(self.store.directory)
-        plan = plan_tuning(device, lines, self.store)
-        agenda = agenda_of(device, plan, refine=self.deadline is not None and not self.is_dry)
+        asked = [line for line in lines if line.context.operation in self.operations]
+        own = asked if self.shard is None else self.shard.part(asked)
+        plan = plan_tuning(device, own, self.store)
+        # A shard does not know the points between its own, which are other shards'.
+        refine = self.deadline is not None and self.shard is None and not self.is_dry
+        agenda = agenda_of(device, plan, refine=refine)
+        if self.shard is not None:
+            announce_shard(self.shard, len(own), len(asked))
         if self.is_dry:
             forecast = forecast_of(plan, agenda, self.budget_s)
             print_json(forecast) if self.json else print_dry_run(forecast)

@@ -16,6 +16,7 @@ from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.agenda import Agenda
 from layerzero_tune.search.device import MAX_TAKES
 from layerzero_tune.search.key_agenda import Kind, Planned
+from layerzero_tune.search.shard import Shard
 from layerzero_tune.search.tuning import TuningEnd, TuningPlan
 
 # Until the worker process has imported torch nothing is measured.
@@ -38,6 +39,12 @@ def announce(name: str, plan: TuningPlan, agenda: Agenda, store: ResultsStore, b
             f"{len(plan.missing) - fitting} of them will be skipped, those that are expected to lower the regret least",
             soft_wrap=True,
         )
+
+
+def announce_shard(shard: Shard, points: int, of: int) -> None:
+    notes.print(
+        f"shard {shard}: {points} of {of} points; layerzero-tune merge joins the {shard.count} shards", soft_wrap=True
+    )
 
 
 def forecast_of(plan: TuningPlan, agenda: Agenda, budget_s: float | None) -> dict[str, Any]:
