@@ -11,19 +11,15 @@ from typing import Annotated
 import typer
 
 from layerzero_tune.command_line.options import (
-    DeviceOption,
     JsonOption,
     KernelsOption,
     OpsOption,
     check_writable,
-    live_device,
     operations_named,
-    registry_with,
-    results_of,
     split_list,
-    torch_name,
 )
 from layerzero_tune.command_line.output import print_json
+from layerzero_tune.command_line.run_devices import EXECUTORS, measuring_on
 from layerzero_tune.command_line.run_progress import RunProgress
 from layerzero_tune.command_line.run_summary import (
     announce,
@@ -33,13 +29,12 @@ from layerzero_tune.command_line.run_summary import (
     print_dry_run,
     print_summary,
 )
-from layerzero_tune.measure.contest import MeasurementPolicy
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.budget import Deadline, parse_duration
-from layerzero_tune.search.device import LiveDevice, MeasuringDevice, RecordedDevice
+from layerzero_tune.search.device import MeasuringDevice, RecordedDevice
+from layerzero_tune.search.executor import Executor
 from layerzero_tune.search.shard import Shard
 from layerzero_tune.search.tuning import agenda_of, plan_tuning, tune
-from layerzero_tune.worker.process import WorkerProcess
 from layerzero_tune.workload.errors import WorkloadError
 from layerzero_tune.workload.lines import WorkloadLine, read_workload
 from layerzero_tune.workload.presets import PRESETS, preset_workload
@@ -47,7 +42,13 @@ from layerzero_tune.workload.presets import PRESETS, preset_workload
 
 def run_command(
     out: Annotated[Path, typer.Option("--out", help="Folder for the results; a run continues what it holds.")],
-    device: DeviceOption = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            help="auto, cpu, cuda:N, all (every GPU of this host, at once), or recorded:RESULTS to replay results.",
+        ),
+    ] = "auto",
     ops: OpsOption = "",
     preset: Annotated[str, typer.Option("--preset", help=f"Grid of shapes: {', '.join(PRESETS)}.")] = "quick",
     workload: Annotated[Path | None, typer.Option("--workload", help="Shapes from a workload file instead.")] = None,
@@ -59,6 +60,9 @@ def run_command(
     ] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its expected time alone.")] = False,
     kernels: KernelsOption = "",
+    executor: Annotated[
+        str, typer.Option("--executor", help=f"Who measures: {' or '.join(EXECUTORS)} (the hosts of a Ray cluster).")
+    ] = EXECUTORS[0],
     json: JsonOption = False,
 ) -> None:
     """Measure every legal kernel on each shape that the results do not hold yet, the most valuable shapes first."""
@@ -66,25 +70,22 @@ def run_command(
     deadline = None if budget_s is None else Deadline.after(budget_s)
     part = Shard.parse(shard) if shard else None
     operations = operations_named(ops)
-    recording = results_of(device)
+    run = _Run(ResultsStore(out), operations, part, budget_s, deadline, dry_run, json)
     if workload is not None:
         lines: Sequence[WorkloadLine] = read_workload(workload)
-    elif recording is None:
-        lines = preset_workload(preset, operations)
-    run = _Run(ResultsStore(out), operations, part, budget_s, deadline, dry_run, json)
-    if recording is not None:
-        recorded = RecordedDevice(ResultsStore(recording).read().rows)
+    with measuring_on(device, executor, split_list(kernels)) as (measured, measurer):
         if workload is None:
-            lines = tuple(WorkloadLine(context) for context in recorded.contexts)
-        run(recorded, lines)
-        return
-    spec = live_device(device)
-    if workload is None and spec.platform != "cpu":
-        raise WorkloadError(f"presets are for CPUs, the device is {spec.name}: name its shapes with --workload")
-    modules = split_list(kernels)
-    registry = registry_with(modules)
-    with WorkerProcess(modules, torch_name(spec)) as worker:
-        run(LiveDevice(spec, registry, MeasurementPolicy(), worker), lines)
+            lines = _lines_of(measured, preset, operations)
+        run(measured, measurer, lines)
+
+
+def _lines_of(device: MeasuringDevice, preset: str, operations: Sequence[str]) -> Sequence[WorkloadLine]:
+    """The shapes that are measured where none are named."""
+    if isinstance(device, RecordedDevice):
+        return tuple(WorkloadLine(context) for context in device.contexts)
+    if device.spec.platform != "cpu":
+        raise WorkloadError(f"presets are for CPUs, the device is {device.spec.name}: name its shapes with --workload")
+    return preset_workload(preset, operations)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class _Run:
     is_dry: bool
     json: bool
 
-    def __call__(self, device: MeasuringDevice, lines: Sequence[WorkloadLine]) -> None:
+    def __call__(self, device: MeasuringDevice, executor: Executor, lines: Sequence[WorkloadLine]) -> None:
         if not self.is_dry:
             check_writable(self.store.directory)
         asked = [line for line in lines if line.context.operation in self.operations]
@@ -111,13 +112,13 @@ class _Run:
         if self.shard is not None:
             announce_shard(self.shard, len(own), len(asked))
         if self.is_dry:
-            forecast = forecast_of(plan, agenda, self.budget_s)
+            forecast = forecast_of(plan, agenda, self.budget_s, executor.slots)
             print_json(forecast) if self.json else print_dry_run(forecast)
             return
-        announce(device.spec.name, plan, agenda, self.store, self.budget_s)
+        announce(device.spec.name, plan, agenda, self.store, self.budget_s, executor.slots)
         start = perf_counter()
         with RunProgress(self.deadline, agenda.left) as progress:
-            end = tune(device, agenda, self.store, progress, self.deadline)
+            end = tune(device, agenda, self.store, progress, self.deadline, executor)
         elapsed_s = perf_counter() - start
         results = self.store.read()
         if self.json:

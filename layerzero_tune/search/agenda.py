@@ -53,6 +53,7 @@ class Agenda:
         self._clock = ContestClock()
         self._measured = 0
         self._aside: set[str] = set()
+        self._in_flight: set[str] = set()
         self._keys = _key_agendas(device, self._clock, lines, offered, held, self.searched, refine)
         for rows in held.values():
             key, sizes = cell_of(rows[0].context)
@@ -77,6 +78,12 @@ class Agenda:
                 agenda.renew()
         return None
 
+    def begin(self, planned: Planned) -> None:
+        """It is being measured: `next` leaves it out until it was learned, struck or set aside."""
+        key, sizes = cell_of(planned.contest.context)
+        self._in_flight.add(planned.contest.contest_id)
+        self._keys[key].begin(sizes)
+
     def learn(
         self,
         planned: Planned,
@@ -96,6 +103,7 @@ class Agenda:
         self.searched.add(rows)
         if contest.is_search:
             return
+        self._in_flight.discard(planned.contest.contest_id)
         agenda.strike(sizes, planned.contest)
         agenda.take_in(sizes, rows, self._measured)
         agenda.note_last(sizes, contest)
@@ -104,11 +112,13 @@ class Agenda:
 
     def strike(self, planned: Planned) -> None:
         """Take off what others have measured meanwhile."""
+        self._in_flight.discard(planned.contest.contest_id)
         key, sizes = cell_of(planned.contest.context)
         self._keys[key].strike(sizes, planned.contest)
 
     def set_aside(self, planned: Planned) -> None:
         """Leave to another run what that has begun, as long as there is something else."""
+        self._in_flight.discard(planned.contest.contest_id)
         self._aside.add(planned.contest.contest_id)
 
     def bring_back(self) -> int:
@@ -158,7 +168,8 @@ class Agenda:
         share_s = BOUNDS_SHARE * within_s / len(self._keys)
         dear: list[Ranked] = []
         for item in agenda.ranking:
-            if item.planned.contest.contest_id in self._aside:
+            contest_id = item.planned.contest.contest_id
+            if contest_id in self._aside or contest_id in self._in_flight:
                 continue
             if item.planned.seconds > within_s or (apart and item.not_before > self._measured):
                 continue

@@ -50,7 +50,12 @@ class MeasuringDevice(Protocol):
 
 
 class LiveDevice:
-    """A device of this machine, measured in a worker process."""
+    """A device of this machine, measured in a worker process.
+
+    Args:
+        spec, registry, policy, worker, search_policy: what is measured, where and how.
+        lost: by job, outcomes of those that cost processes; devices that share it repeat none of another's.
+    """
 
     def __init__(
         self,
@@ -59,6 +64,7 @@ class LiveDevice:
         policy: MeasurementPolicy,
         worker: WorkerProcess,
         search_policy: SearchPolicy = DEFAULT_POLICY,
+        lost: dict[str, JobOutcome] | None = None,
     ) -> None:
         self.spec = spec
         self._registry = registry
@@ -66,7 +72,7 @@ class LiveDevice:
         self._identity = JobIdentity(spec, policy)
         self._worker = worker
         self._search_policy = search_policy
-        self._lost: dict[str, JobOutcome] = {}
+        self._lost: dict[str, JobOutcome] = {} if lost is None else lost
 
     def contests(self, context: SelectionContext, searched: Searched) -> tuple[Contest, ...]:
         candidates = self.candidates(context)
@@ -86,15 +92,31 @@ class LiveDevice:
         A job that cost processes before keeps the outcome that it got then: to repeat it would cost as many again.
         """
         known = {i: self._lost[job_id] for i, job_id in enumerate(contest.job_ids) if job_id in self._lost}
-        with alone_on(self.spec):
+        with alone_on(self.spec, self._worker.check):
             outcome = self._worker.run(contest, known=known)
         jobs = zip(contest.job_ids, outcome.outcomes, strict=True)
         self._lost.update((job_id, job) for job_id, job in jobs if job.status in LOSSES)
         return rows_of(contest, outcome, self._kernels, self.spec), outcome
 
+    def give_up(self) -> None:
+        """From another thread: end what is being measured, which raises `GivenUpError` there."""
+        self._worker.give_up()
+
+    def measures(self, contest: Contest) -> bool:
+        """Whether the contest's jobs are what this process would measure: the same device, sources and versions."""
+        if not all(candidate.kernel_id in self._kernels for candidate in contest.candidates):
+            return False
+        own = contest_of(contest.context, contest.candidates, self._kernels, JobIdentity(self.spec, contest.policy))
+        return own.job_ids == contest.job_ids
+
     def again(self, contest: Contest) -> Contest | None:
         following = contest.repeat + 1
         return replace(contest, repeat=following) if following < MAX_TAKES else None
+
+
+def torch_name(spec: DeviceSpec) -> str:
+    """What torch calls a device of this machine."""
+    return "cpu" if spec.platform == "cpu" else f"{spec.platform}:{spec.index or 0}"
 
 
 def rows_of(
