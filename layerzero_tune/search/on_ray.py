@@ -32,6 +32,7 @@ from layerzero_tune.worker.process import WorkerProcess
 RETRIES = 5
 # How long a run waits for a node when the last one has gone.
 NODE_WAIT_S = 120.0
+_CONNECT_S = 10.0
 # Ray swallows what a signal's handler raises while it waits, so the time is watched here.
 _LOOK_S = 0.5
 _logger = logging.getLogger(__name__)
@@ -163,11 +164,23 @@ def _ray_connected(address: str, slug: str) -> Any:
             f"--executor ray: {error}; install it on every host with pip install 'layerzero-dispatch[ray]'"
         ) from error
     try:
+        _check_answers(os.environ.get("RAY_ADDRESS") or address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         first = str(error).splitlines()[0]
         raise LayerZeroError(f"--executor ray: no cluster answers ({first}); {_start_text(slug)}") from error
     return ray
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself tries for minutes and then ends the process.
+
+    Raises:
+        OSError: nothing listens at the address, where that is a host and a port.
+    """
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
 
 
 def _start_text(slug: str) -> str:

@@ -1,4 +1,4 @@
-"""A real Ray cluster of two nodes on this machine, each with two places for a product, and what its nodes measure."""
+"""A real Ray cluster of two nodes on this machine, each with two places per product, and what its nodes measure."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PLACES = 2
 
 
 @contextmanager
-def two_nodes(slug: str) -> Iterator[Any]:
+def two_nodes(*slugs: str) -> Iterator[Any]:
     """The cluster (`ray.cluster_utils.Cluster`); its address is in RAY_ADDRESS meanwhile."""
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": PLACES, "resources": {slug: PLACES}, "object_store_memory": 80 * 1024 * 1024}
+    node = {"num_cpus": PLACES, "resources": dict.fromkeys(slugs, PLACES), "object_store_memory": 80 * 1024 * 1024}
     cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
     try:
         cluster.add_node(**node)
