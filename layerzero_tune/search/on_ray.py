@@ -54,6 +54,7 @@ class LiveNode:
 
     def open(self, stack: ExitStack) -> LiveDevice:
         forget_devices()
+        _as_important_as_others()
         if self.spec.threads is not None:  # Ray sets it to the task's share of the processors
             os.environ["OMP_NUM_THREADS"] = str(self.spec.threads)
         found = detect_device("cpu" if self.spec.platform == "cpu" else "cuda:0")
@@ -188,6 +189,15 @@ def _start_text(slug: str) -> str:
         f"""start Ray on each host with ray start --resources '{{"{slug}": 1}}' (the number of its devices) and """
         "--head on the first, --address HEAD:6379 on the others"
     )
+
+
+def _as_important_as_others() -> None:
+    """Undo that Ray lets its processes, and what they start, give way to all others (niceness 15)."""
+    if os.nice(0) > 0:
+        try:
+            os.setpriority(os.PRIO_PROCESS, 0, 0)
+        except PermissionError:
+            _logger.warning("other processes go before the measurements: set RAY_worker_niceness=0 for ray start")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import forget_devices
 from layerzero_runtime.devices.nvml import Gpu, Inventory
 from layerzero_runtime.errors import LayerZeroError
@@ -69,10 +70,15 @@ class Broken(Station):
             raise LayerZeroError("the worker process did not start: no such device")
 
 
-def run_on(devices: Sequence[Station], folder: Path, seen: Seen | None = None) -> TuningEnd:
+def run_on(
+    devices: Sequence[Station],
+    folder: Path,
+    seen: Seen | None = None,
+    points: Sequence[SelectionContext] = POINTS,
+) -> TuningEnd:
     store = ResultsStore(folder)
     with AtOnce(devices) as executor:
-        return tune(devices[0], agenda_at(devices[0], POINTS, store), store, seen, executor=executor)
+        return tune(devices[0], agenda_at(devices[0], points, store), store, seen, executor=executor)
 
 
 def jobs_in(folder: Path, *, with_searches: bool = True) -> set[tuple[str, str, str]]:
@@ -102,15 +108,17 @@ def test_the_jobs_done_are_those_of_one_device(tmp_path: Path) -> None:
     assert not (tmp_path / "four" / LEASES).exists()
 
 
-def test_a_search_ends_at_every_point_and_stays_on_its_device(tmp_path: Path) -> None:
-    devices = [Station() for _ in range(3)]
-    run_on(devices, tmp_path)
+@pytest.mark.parametrize(("count", "points"), [(3, POINTS), (5, POINTS[:2])])
+def test_a_search_ends_at_every_point_and_stays_on_its_device(
+    count: int, points: Sequence[SelectionContext], tmp_path: Path
+) -> None:
+    devices = [Station() for _ in range(count)]
+    run_on(devices, tmp_path, points=points)
     rows = ResultsStore(tmp_path).read().rows
-    assert {row.context for row in rows if not row.is_search} == set(POINTS)
+    assert {row.context for row in rows if not row.is_search} == set(points)
+    assert {row.context for row in rows if row.is_search} == set(points)
     homes = Counter(context for device in devices for context in {found.context for found in device.measured})
     assert set(homes.values()) == {1}
-    run_on([Station()], tmp_path / "one")
-    assert {row.context for row in ResultsStore(tmp_path / "one").read().rows} == set(homes)
 
 
 def test_a_device_that_is_lost_leaves_and_another_measures_its_contest(
@@ -126,23 +134,30 @@ def test_a_device_that_is_lost_leaves_and_another_measures_its_contest(
     assert caplog.text.count("cannot measure any more and leaves the run, 2 of its kind are left") == 1
 
 
-def test_the_loss_of_the_last_device_ends_the_run_and_keeps_what_was_measured(tmp_path: Path) -> None:
+@pytest.mark.parametrize("healthy_for", [(2,), (2, 0), (1, 1, 0)])
+def test_the_loss_of_the_last_device_ends_the_run_and_keeps_what_was_measured(
+    healthy_for: tuple[int, ...], tmp_path: Path
+) -> None:
     with pytest.raises(LayerZeroError, match="did not start"):
-        run_on([Broken(2), Broken(0)], tmp_path)
+        run_on([Broken(count) for count in healthy_for], tmp_path)
     assert len(ResultsStore(tmp_path).contest_ids()) == 2
     assert list((tmp_path / LEASES).glob("*")) == []
 
 
 def test_a_contest_that_two_devices_fail_at_ends_the_run(tmp_path: Path) -> None:
+    failed: list[Contest] = []
+
     class Picky(Station):
         def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
             if contest.context == POINTS[5]:
+                failed.append(contest)
                 raise LayerZeroError("the worker failed at a contest")
             return super().measure(contest)
 
     devices = [Picky() for _ in range(5)]
     with pytest.raises(LayerZeroError, match="failed at a contest"):
         run_on(devices, tmp_path)
+    assert len(failed) == 2
 
 
 @pytest.mark.slow
