@@ -118,7 +118,7 @@ def test_each_key_reaches_its_bounds_before_anything_else_and_all_keys_begin_fir
 def test_what_is_in_flight_is_planned_once(points: list[SelectionContext]) -> None:
     device = LandscapeDevice(flat)
     found, flights = agenda(device, [WorkloadLine(context) for context in points]), []
-    while (planned := found.next()) is not None:
+    while (planned := found.next()) is not None and len(flights) <= len(points):
         found.begin(planned)
         flights.append(planned)
     assert sorted(repr(planned.contest.context) for planned in flights) == sorted(map(repr, points))
@@ -131,13 +131,14 @@ def test_what_is_in_flight_is_planned_once(points: list[SelectionContext]) -> No
 def test_contests_that_begin_together_reach_different_bounds() -> None:
     points = grid(norm, (1, 16, 256, 4096), (512, 1024, 4096))
     found = agenda(LandscapeDevice(flat), [WorkloadLine(context) for context in points])
-    corners = []
-    for _ in range(2):
+    begun = []
+    for _ in range(4):
         planned = found.next()
         assert planned is not None
         found.begin(planned)
-        corners.append((planned.contest.context.rows, planned.contest.context.hidden_size))
-    assert sorted(corners) == [(1, 512), (4096, 4096)]
+        begun.append((planned.contest.context.rows, planned.contest.context.hidden_size))
+    assert sorted(begun[:2]) == [(1, 512), (4096, 4096)]
+    assert {rows for rows, _ in begun[2:]} == {16, 256}  # every bound is about to be reached: what lies between
 
 
 def test_what_another_run_took_in_flight_comes_back() -> None:
