@@ -117,7 +117,8 @@ def test_each_key_reaches_its_bounds_before_anything_else_and_all_keys_begin_fir
 @given(points_of_several_keys())
 def test_what_is_in_flight_is_planned_once(points: list[SelectionContext]) -> None:
     device = LandscapeDevice(flat)
-    found, flights = agenda(device, [WorkloadLine(context) for context in points]), []
+    found = agenda(device, [WorkloadLine(context) for context in points])
+    flights: list[Planned] = []
     while (planned := found.next()) is not None and len(flights) <= len(points):
         found.begin(planned)
         flights.append(planned)
