@@ -19,7 +19,6 @@ from layerzero_tune.command_line.options import (
     check_writable,
     live_device,
     registry_with,
-    torch_name,
     use_tables,
 )
 from layerzero_tune.command_line.output import notes, print_json, print_table, progress_bar
@@ -29,7 +28,7 @@ from layerzero_tune.evaluate.gate import Gate
 from layerzero_tune.evaluate.summary import SUMMARY_COLUMNS, Summary, by_operation, summarise, summary_cells
 from layerzero_tune.measure.contest import MeasurementPolicy
 from layerzero_tune.results.store import ResultsStore
-from layerzero_tune.search.device import LiveDevice
+from layerzero_tune.search.device import LiveDevice, torch_name
 from layerzero_tune.worker.process import WorkerProcess
 from layerzero_tune.workload.draw import draw_between
 from layerzero_tune.workload.lines import read_workload

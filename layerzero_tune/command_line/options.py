@@ -77,11 +77,6 @@ def live_device(name: str) -> DeviceSpec:
     return spec
 
 
-def torch_name(spec: DeviceSpec) -> str:
-    """What torch calls a device of this machine."""
-    return "cpu" if spec.platform == "cpu" else f"{spec.platform}:{spec.index or 0}"
-
-
 def results_of(text: str) -> Path | None:
     """The results folder of `recorded:RESULTS`, None for a live device."""
     return Path(text.removeprefix(RECORDED_PREFIX)) if text.startswith(RECORDED_PREFIX) else None

@@ -17,21 +17,25 @@ from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.agenda import Agenda
 from layerzero_tune.search.device import MAX_TAKES
 from layerzero_tune.search.key_agenda import Kind, Planned
+from layerzero_tune.search.shard import Shard
 from layerzero_tune.search.tuning import TuningEnd, TuningPlan
 
 # Until the worker process has imported torch nothing is measured.
 STARTING_S = 5.0
 
 
-def announce(name: str, plan: TuningPlan, agenda: Agenda, store: ResultsStore, budget_s: float | None) -> None:
-    """What there is to do, and what the budget will not suffice for."""
+def announce(
+    name: str, plan: TuningPlan, agenda: Agenda, store: ResultsStore, budget_s: float | None, slots: int
+) -> None:
+    """What there is to do, and what the budget will not suffice for, measuring so many contests at once."""
+    at_once = f", {slots} at once" if slots > 1 else ""
     notes.print(
-        f"{name}: {len(plan.missing)} contests to measure, {plan.found} held already in {store.directory}",
+        f"{name}{at_once}: {len(plan.missing)} contests to measure, {plan.found} held already in {store.directory}",
         soft_wrap=True,
     )
     if budget_s is None or not plan.missing:
         return
-    expected_s = math.fsum(planned.seconds for planned in agenda.waiting())
+    expected_s = math.fsum(planned.seconds for planned in agenda.waiting()) / slots
     if expected_s > budget_s:
         fitting = round(len(plan.missing) * budget_s / expected_s)
         notes.print(
@@ -41,20 +45,27 @@ def announce(name: str, plan: TuningPlan, agenda: Agenda, store: ResultsStore, b
         )
 
 
-def forecast_of(plan: TuningPlan, agenda: Agenda, budget_s: float | None) -> dict[str, Any]:
-    """What would be measured, in how many seconds; contests that turn out to leave a doubt come on top."""
+def announce_shard(shard: Shard, points: int, of: int) -> None:
+    notes.print(
+        f"shard {shard}: {points} of {of} points; layerzero-tune merge joins the {shard.count} shards", soft_wrap=True
+    )
+
+
+def forecast_of(plan: TuningPlan, agenda: Agenda, budget_s: float | None, slots: int) -> dict[str, Any]:
+    """What would be measured, in how many seconds, so many contests at once; those that turn out to leave a doubt come
+    on top."""
     waiting = agenda.waiting()
-    planned = agenda.forecast(math.inf if budget_s is None else max(0.0, budget_s - STARTING_S))
+    planned = agenda.forecast(math.inf if budget_s is None else max(0.0, budget_s - STARTING_S) * slots)
     kernels = {candidate.kernel_id for one in planned for candidate in one.contest.candidates}
     return {
         "contests": len(planned),
         "contests_held": plan.found,
         "kernels": sorted(kernels),
-        "seconds": STARTING_S * bool(planned) + math.fsum(one.seconds for one in planned),
+        "seconds": STARTING_S * bool(planned) + math.fsum(one.seconds for one in planned) / slots,
         "kinds": dict(Counter(one.kind for one in planned)),
         "skipped": len(waiting) - sum(one.kind == "point" for one in planned),
         "operations": {
-            name: {"contests": len(found), "seconds": math.fsum(one.seconds for one in found)}
+            name: {"contests": len(found), "seconds": math.fsum(one.seconds for one in found) / slots}
             for name, found in _by_operation(planned).items()
         },
     }

@@ -54,6 +54,7 @@ class Agenda:
         self._clock = ContestClock()
         self._measured = 0
         self._aside: set[str] = set()
+        self._in_flight: set[str] = set()
         self._keys = _key_agendas(device, self._clock, lines, offered, held, self.searched, refine)
         for rows in held.values():
             key, sizes = cell_of(rows[0].context)
@@ -87,6 +88,12 @@ class Agenda:
         following += chain.from_iterable(items for items in leading if items is not present)
         return [item.planned for item in sorted(following, key=lambda item: item.rank)[:count]]
 
+    def begin(self, planned: Planned) -> None:
+        """It is being measured: `next` leaves it out until it was learned, struck or set aside."""
+        key, sizes = cell_of(planned.contest.context)
+        self._in_flight.add(planned.contest.contest_id)
+        self._keys[key].begin(sizes)
+
     def learn(
         self,
         planned: Planned,
@@ -106,6 +113,7 @@ class Agenda:
         self.searched.add(rows)
         if contest.is_search:
             return
+        self._in_flight.discard(planned.contest.contest_id)
         agenda.strike(sizes, planned.contest)
         agenda.take_in(sizes, rows, self._measured)
         agenda.note_last(sizes, contest)
@@ -114,11 +122,13 @@ class Agenda:
 
     def strike(self, planned: Planned) -> None:
         """Take off what others have measured meanwhile."""
+        self._in_flight.discard(planned.contest.contest_id)
         key, sizes = cell_of(planned.contest.context)
         self._keys[key].strike(sizes, planned.contest)
 
     def set_aside(self, planned: Planned) -> None:
         """Leave to another run what that has begun, as long as there is something else."""
+        self._in_flight.discard(planned.contest.contest_id)
         self._aside.add(planned.contest.contest_id)
 
     def bring_back(self) -> int:
@@ -168,7 +178,8 @@ class Agenda:
         share_s = BOUNDS_SHARE * within_s / len(self._keys)
         dear: list[Ranked] = []
         for item in agenda.ranking:
-            if item.planned.contest.contest_id in self._aside:
+            contest_id = item.planned.contest.contest_id
+            if contest_id in self._aside or contest_id in self._in_flight:
                 continue
             if item.planned.seconds > within_s or (apart and item.not_before > self._measured):
                 continue

@@ -50,8 +50,8 @@ class Deadline:
         return self.at - monotonic()
 
     @contextmanager
-    def enforced(self, early_s: float = 0.0) -> Iterator[None]:
-        """Raise `BudgetSpentError` inside the block once the deadline, or so many seconds before it, has come.
+    def enforced(self) -> Iterator[None]:
+        """Raise `BudgetSpentError` inside the block once the deadline has come.
 
         By an alarm signal, so that waiting for a worker ends as it does at Ctrl-C. In the main thread alone, and only
         where the system has alarms (not on Windows).
@@ -65,7 +65,7 @@ class Deadline:
 
         before = signal.signal(signal.SIGALRM, give_up)
         try:
-            signal.setitimer(signal.ITIMER_REAL, max(_SHORTEST_ALARM_S, self.left_s() - early_s))
+            signal.setitimer(signal.ITIMER_REAL, max(_SHORTEST_ALARM_S, self.left_s()))
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0.0)

@@ -59,8 +59,11 @@ class MeasuringDevice(Protocol):
 class LiveDevice:
     """A device of this machine, measured in a worker process.
 
-    With `compilers` the kernels of a contest are compiled at once before it begins, and meanwhile those of contests
-    that are expected, unless these would take processor time from what is timed.
+    Args:
+        spec, registry, policy, worker, search_policy: what is measured, where and how.
+        compilers: with them the kernels of a contest are compiled at once before it begins, and meanwhile those of
+            contests that are expected, unless these would take processor time from what is timed.
+        lost: by job, outcomes of those that cost processes; devices that share it repeat none of another's.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class LiveDevice:
         worker: WorkerProcess,
         search_policy: SearchPolicy = DEFAULT_POLICY,
         compilers: Compilers | None = None,
+        lost: dict[str, JobOutcome] | None = None,
     ) -> None:
         self.spec = spec
         self._registry = registry
@@ -80,7 +84,7 @@ class LiveDevice:
         self._search_policy = search_policy
         self._compilers = compilers
         self._expected: Iterable[Contest] = ()
-        self._lost: dict[str, JobOutcome] = {}
+        self._lost: dict[str, JobOutcome] = {} if lost is None else lost
         self._hanging: dict[tuple[str, str], JobOutcome] = {}
 
     def contests(self, context: SelectionContext, searched: Searched) -> tuple[Contest, ...]:
@@ -107,7 +111,8 @@ class LiveDevice:
         compiled_s = perf_counter() - start
         # Where the time of a call has the host's in it, nothing else may take the processors.
         is_paused = self._compilers is not None and contest.context.mode != "graph"
-        with alone_on(self.spec), self._compilers.paused() if self._compilers and is_paused else nullcontext():
+        paused = self._compilers.paused() if self._compilers and is_paused else nullcontext()
+        with alone_on(self.spec, self._worker.check), paused:
             outcome = self._worker.run(contest, known=self._known(contest))
         for job_id, candidate, job in zip(contest.job_ids, contest.candidates, outcome.outcomes, strict=True):
             if job.status in LOSSES:
@@ -144,9 +149,25 @@ class LiveDevice:
         jobs = compile_jobs(contest, self._kernels, self.spec)
         return [job for index, job in jobs.items() if index not in known]
 
+    def give_up(self) -> None:
+        """From another thread: end what is being measured, which raises `GivenUpError` there."""
+        self._worker.give_up()
+
+    def measures(self, contest: Contest) -> bool:
+        """Whether the contest's jobs are what this process would measure: the same device, sources and versions."""
+        if not all(candidate.kernel_id in self._kernels for candidate in contest.candidates):
+            return False
+        own = contest_of(contest.context, contest.candidates, self._kernels, JobIdentity(self.spec, contest.policy))
+        return own.job_ids == contest.job_ids
+
     def again(self, contest: Contest) -> Contest | None:
         following = contest.repeat + 1
         return replace(contest, repeat=following) if following < MAX_TAKES else None
+
+
+def torch_name(spec: DeviceSpec) -> str:
+    """What torch calls a device of this machine."""
+    return "cpu" if spec.platform == "cpu" else f"{spec.platform}:{spec.index or 0}"
 
 
 def rows_of(

@@ -150,6 +150,11 @@ class KeyAgenda:
                 del self._waiting[sizes]
         self._ranking = None
 
+    def begin(self, sizes: Sizes) -> None:
+        """A contest at these sizes is in flight."""
+        self.regret.begin(sizes)
+        self._ranking = None
+
     def expect(self, sizes: Sizes) -> None:
         """Count a contest as measured without knowing what it gave, and ask for no repeat there."""
         self._last.pop(sizes, None)

@@ -51,6 +51,7 @@ class KeyRegret:
         self._verdicts: dict[Sizes, Verdict | None] = {}
         self._doubts: dict[Sizes, bool] = {}
         self._settled: set[Sizes] = set()
+        self._begun: set[Sizes] = set()
         self._new: set[Sizes] = set()
         self._reached: set[tuple[int, int]] = set()
         self._model: RegretModel | None = None
@@ -79,7 +80,16 @@ class KeyRegret:
         for closer in np.flatnonzero(distances < self._nearest_distances).tolist():
             self._nearest[closer] = sizes
         self._nearest_distances = np.minimum(self._nearest_distances, distances)
-        self.expect(sizes)
+        if sizes in self._begun:
+            self._begun.discard(sizes)
+        else:
+            self.expect(sizes)
+
+    def begin(self, sizes: Sizes) -> None:
+        """Expect a contest that is in flight, so that what is chosen beside it lies elsewhere."""
+        if sizes not in self._begun:
+            self._begun.add(sizes)
+            self.expect(sizes)
 
     def expect(self, sizes: Sizes) -> None:
         """Count a contest as measured, with its share taken off the regret around it."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from time import perf_counter, sleep
+from time import sleep
 from typing import Protocol
 
 from layerzero_runtime.context import SelectionContext
@@ -17,9 +17,10 @@ from layerzero_tune.results.leases import Leases
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import Results, ResultsStore
 from layerzero_tune.search.agenda import Agenda
-from layerzero_tune.search.budget import BudgetSpentError, Deadline
+from layerzero_tune.search.budget import Deadline
 from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.device import MeasuringDevice
+from layerzero_tune.search.executor import Executor, InTurn, Measured
 from layerzero_tune.search.key_agenda import Planned
 from layerzero_tune.workload.lines import WorkloadLine
 
@@ -145,21 +146,31 @@ def tune(
     store: ResultsStore,
     watcher: Watcher | None = None,
     deadline: Deadline | None = None,
+    executor: Executor | None = None,
 ) -> TuningEnd:
     """Measure what is on the agenda, each contest stored as soon as it has finished; then the files are
-    compacted.
+    compacted. The device offers the contests, and measures them as well where no executor is given.
 
     Without a deadline it ends when the agenda is empty. With one, what the time does not suffice for is skipped; a
     contest that is in flight a moment before the deadline is given up.
 
     Raises:
         ResultsError: the store cannot be written.
+        LayerZeroError: the executor cannot measure any more.
     """
-    run = _Run(device, agenda, store, watcher or Unwatched(), deadline)
-    with suppress(BudgetSpentError):
-        run.measure_all()
+    _Run(device, agenda, store, watcher or Unwatched(), deadline, executor or InTurn(device)).measure_all()
     store.compact()
     return TuningEnd(agenda.waiting(), *agenda.expected_regret())
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A contest that is being measured: what was planned (of a search, the first that its point offered), and its
+    lease."""
+
+    planned: Planned
+    contest: Contest
+    lease: ExitStack
 
 
 class _Run:
@@ -170,57 +181,74 @@ class _Run:
         store: ResultsStore,
         watcher: Watcher,
         deadline: Deadline | None,
+        executor: Executor,
     ) -> None:
         self._device, self._agenda, self._store = device, agenda, store
-        self._watcher, self._deadline = watcher, deadline
+        self._watcher, self._deadline, self._executor = watcher, deadline, executor
         self._leases = Leases(store.directory)
         self._seen: dict[str, frozenset[str]] = {}
+        self._flights: dict[str, _Flight] = {}
 
     def measure_all(self) -> None:
-        """Until the agenda or the time is at an end.
-
-        Raises:
-            BudgetSpentError: the deadline came in the middle of a contest.
-        """
+        """Until the agenda or the time is at an end."""
         has_said_so = False
-        while True:
-            left_s = math.inf if self._deadline is None else self._deadline.left_s() - self._closing_s
-            planned = self._agenda.next(left_s)
-            if planned is not None:
-                if not self._is_done(planned):
-                    self._agenda.set_aside(planned)
-                continue
-            others = self._agenda.bring_back()
-            if not others or left_s <= 0.0:
-                break
-            if not has_said_so:  # nothing is left but what is in flight in another run
-                folder = self._store.directory
-                _logger.warning("another run measures %d contests into %s: waiting for it", others, folder)
-                has_said_so = True
-            sleep(_LOOK_S)
+        try:
+            while True:
+                self._fill()
+                if self._flights:
+                    measured = self._executor.finished(self._left_s())
+                    if measured is None:
+                        return
+                    self._take_in(measured)
+                    continue
+                others = self._agenda.bring_back()
+                if not others or self._left_s() <= 0.0:
+                    break
+                if not has_said_so:  # nothing is left but what is in flight in another run
+                    folder = self._store.directory
+                    _logger.warning("another run measures %d contests into %s: waiting for it", others, folder)
+                    has_said_so = True
+                sleep(_LOOK_S)
+        finally:
+            for flight in self._flights.values():
+                flight.lease.close()
         self._leases.clear()
 
-    @property
-    def _closing_s(self) -> float:
-        return CLOSING_S + CLOSING_PER_CONTEST_S * self._agenda.held
+    def _left_s(self) -> float:
+        if self._deadline is None:
+            return math.inf
+        return self._deadline.left_s() - CLOSING_S - CLOSING_PER_CONTEST_S * self._agenda.held
 
-    def _is_done(self, planned: Planned) -> bool:
-        """Measure a contest, unless another run into the folder has done so; of a search all contests at its point.
-        False where another run is about to."""
+    def _fill(self) -> None:
+        """Have as many contests in flight as the executor measures at once."""
+        while len(self._flights) < self._executor.slots:
+            planned = self._agenda.next(self._left_s())
+            if planned is None:
+                return
+            self._begin(planned)
+
+    def _begin(self, planned: Planned) -> None:
+        """Have a contest measured, unless another run has done so or is about to; of a search the next one at its
+        point, until there is none."""
         while (contest := self._next_of(planned)) is not None:
-            with self._leases.take(contest.contest_id) as is_ours:
-                if not is_ours:
-                    return False
+            with ExitStack() as stack:
+                if not stack.enter_context(self._leases.take(contest.contest_id)):
+                    self._agenda.set_aside(planned)
+                    return
                 # Now that nobody else can be about to store it.
-                rows: Sequence[Measurement] = self._store.contest(contest.contest_id, self._seen)
-                if rows:
-                    self._agenda.learn(planned, rows, contest=contest)
-                else:
-                    self._measure(planned, contest)
-            if not planned.contest.is_search:
-                return True
+                rows = self._store.contest(contest.contest_id, self._seen)
+                if not rows:
+                    self._agenda.begin(planned)
+                    step = replace(planned, contest=contest)
+                    self._watcher.begins(step)
+                    self._device.expect(self._coming())
+                    self._executor.submit(contest)
+                    self._flights[contest.contest_id] = _Flight(planned, contest, stack.pop_all())
+                    return
+                self._agenda.learn(planned, rows, contest=contest)
+            if not contest.is_search:
+                return
         self._agenda.strike(planned)
-        return True
 
     def _next_of(self, planned: Planned) -> Contest | None:
         """The planned contest, if it is still missing; for that of a search, which begins with what its neighbours have
@@ -237,17 +265,17 @@ class _Run:
             if contest is not None:
                 yield contest
 
-    def _measure(self, planned: Planned, contest: Contest) -> None:
-        step = replace(planned, contest=contest)
-        self._watcher.begins(step)
-        start = perf_counter()
-        deadline = self._deadline
-        self._device.expect(self._coming())
-        with nullcontext() if deadline is None else deadline.enforced(early_s=self._closing_s):
-            rows, outcome = self._device.measure(contest)
-        self._store.append(rows)
+    def _take_in(self, measured: Measured) -> None:
+        flight = self._flights[measured.contest.contest_id]
+        planned, outcome = flight.planned, measured.outcome
+        self._store.append(measured.rows)
+        del self._flights[flight.contest.contest_id]
+        flight.lease.close()
         # A replay takes no time that says anything, and a search more than the first of its contests.
         is_timed = outcome.outcomes and not planned.contest.is_search
-        taken_s = perf_counter() - start - outcome.preparation_s if is_timed else None
-        self._agenda.learn(planned, rows, taken_s, contest)
-        self._watcher.finished(FinishedContest(step, rows, outcome.preparation_s, self._agenda.left))
+        taken_s = measured.taken_s - outcome.preparation_s if is_timed else None
+        self._agenda.learn(planned, measured.rows, taken_s, flight.contest)
+        step = replace(planned, contest=flight.contest)
+        self._watcher.finished(FinishedContest(step, measured.rows, outcome.preparation_s, self._agenda.left))
+        if planned.contest.is_search:
+            self._begin(planned)

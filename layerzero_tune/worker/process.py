@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Event
 from types import MappingProxyType, TracebackType
 from typing import IO, Self
 
@@ -38,6 +39,10 @@ DEFAULT_LIMITS = TimeLimits()
 _LEFT_OUT = JobOutcome("refused", "left out while another candidate is measured alone")
 
 
+class GivenUpError(BaseException):
+    """Another thread has given up what this one measures. Like Ctrl-C no `Exception`: it is no kernel's failure."""
+
+
 @dataclass(frozen=True)
 class _Child:
     """A running worker with all that is to be released after it."""
@@ -55,11 +60,13 @@ class _Child:
     def connection(self) -> Connection[Request, Reply]:
         return self.child.connection
 
-    def wait_for_reply(self, limit_s: Callable[[Step], float]) -> Reply:
-        """The next reply, or what became of the worker that gives none; `limit_s` says how long a step may take."""
+    def wait_for_reply(self, limit_s: Callable[[Step], float], check: Callable[[], None]) -> Reply:
+        """The next reply, or what became of the worker that gives none; `limit_s` says how long a step may take, and
+        `check`, which is called at every look, may raise."""
         step, now, watched_s = self.board.read(), time.monotonic(), 0.0
         before = step.number
         while True:
+            check()
             closed = False
             try:
                 if self.connection.poll(_LOOK_S):
@@ -117,7 +124,8 @@ class WorkerProcess:
     """A subprocess that measures contests one after the other and is replaced when one of them kills it.
 
     It is started when it is first needed, or before by `start`. It runs in a process group of its own: Ctrl-C reaches
-    the tuner alone, which ends it, and it dies with the tuner however that ends. Not for several threads at once.
+    the tuner alone, which ends it, and it dies with the tuner however that ends. Not for several threads at once, but
+    for `give_up`.
 
     Args:
         kernel_modules: importable modules with an attribute `KERNELS`, measured beside the built-in kernels.
@@ -129,6 +137,7 @@ class WorkerProcess:
         self._device = device
         self._child: _Child | None = None
         self._ready = False
+        self._is_given_up = Event()
 
     def __enter__(self) -> Self:
         return self
@@ -156,6 +165,19 @@ class WorkerProcess:
         if self._child is not None:
             self._child.kill()
             self._child = None
+
+    def give_up(self) -> None:
+        """From another thread: have the one that measures end the process and raise `GivenUpError`, now and later."""
+        self._is_given_up.set()
+
+    def check(self) -> None:
+        """Whether to go on.
+
+        Raises:
+            GivenUpError: another thread has given up.
+        """
+        if self._is_given_up.is_set():
+            raise GivenUpError
 
     def run(
         self,
@@ -222,7 +244,7 @@ class WorkerProcess:
             assert self._child is not None
             if self._ready:
                 return None
-            greeting = self._child.wait_for_reply(lambda step: START_TIMEOUT_S)
+            greeting = self._child.wait_for_reply(lambda step: START_TIMEOUT_S, self.check)
             if isinstance(greeting, Ready):
                 self._ready = True
                 return None
@@ -243,7 +265,7 @@ class WorkerProcess:
             child.connection.send(Request(contest, settled))
         except ConnectionError:
             return Loss(None, JobOutcome("died", "ended before the contest began"))
-        return child.wait_for_reply(lambda step: limits.of(step, contest.context))
+        return child.wait_for_reply(lambda step: limits.of(step, contest.context), self.check)
 
 
 def _spawn(device: str, kernel_modules: tuple[str, ...]) -> _Child:

@@ -136,6 +136,49 @@ def test_what_is_likely_to_come_is_none_of_what_is_measured_and_of_other_keys_wh
 
 
 @settings(max_examples=20, deadline=None)
+@given(points_of_several_keys())
+def test_what_is_in_flight_is_planned_once(points: list[SelectionContext]) -> None:
+    device = LandscapeDevice(flat)
+    found = agenda(device, [WorkloadLine(context) for context in points])
+    flights: list[Planned] = []
+    while (planned := found.next()) is not None and len(flights) <= len(points):
+        found.begin(planned)
+        flights.append(planned)
+    assert sorted(repr(planned.contest.context) for planned in flights) == sorted(map(repr, points))
+    for planned in reversed(flights):
+        found.learn(planned, device.measure(planned.contest)[0])
+    assert found.next() is None
+    assert found.left == 0
+
+
+def test_contests_that_begin_together_reach_different_bounds() -> None:
+    points = grid(norm, (1, 16, 256, 4096), (512, 1024, 4096))
+    found = agenda(LandscapeDevice(flat), [WorkloadLine(context) for context in points])
+    begun = []
+    for _ in range(4):
+        planned = found.next()
+        assert planned is not None
+        found.begin(planned)
+        begun.append((planned.contest.context.rows, planned.contest.context.hidden_size))
+    assert sorted(begun[:2]) == [(1, 512), (4096, 4096)]
+    assert {rows for rows, _ in begun[2:]} == {16, 256}  # every bound is about to be reached: what lies between
+
+
+def test_what_another_run_took_in_flight_comes_back() -> None:
+    found = agenda(LandscapeDevice(flat), [WorkloadLine(norm(8))])
+    planned = found.next()
+    assert planned is not None
+    found.begin(planned)
+    assert found.next() is None
+    found.set_aside(planned)
+    assert found.next() is None
+    assert found.bring_back() == 1
+    again = found.next()
+    assert again is not None
+    assert again.contest == planned.contest
+
+
+@settings(max_examples=20, deadline=None)
 @given(points_of_several_keys(), st.floats(0.2, 3.0))
 def test_what_would_not_end_in_time_is_not_begun(points: list[SelectionContext], within_s: float) -> None:
     device = LandscapeDevice(flat)

@@ -73,6 +73,12 @@ def check_refused(command: CommandsHere, arguments: tuple[object, ...], message:
         (("doctor", "--device", "cuda:99"), r"no device cuda:99: .*; use"),
         (("run", "--out", "out", "--preset", "huge"), r"preset is 'huge', allowed: quick, standard, full"),
         (("run", "--out", "out", "--device", "recorded:nowhere"), r"no results at nowhere: no such directory"),
+        (
+            ("run", "--out", "out", "--shard", "3/2"),
+            r"--shard is '3/2', allowed: 1/2 to 2/2, such as 1/4 for the first",
+        ),
+        (("run", "--out", "out", "--shard", "0/2"), r"--shard is '0/2', allowed: 1/2 to 2/2"),
+        (("run", "--out", "out", "--shard", "half"), r"--shard is 'half', allowed: 1/n to n/n, such as 1/4"),
         (("compile", "nowhere", "--out", "tables"), r"no results at nowhere: no such directory; measure some with"),
         ((*MAKE[:-1], "llama-9"), r"model is 'llama-9', known models: .*did you mean"),
         ((*MAKE, "--tp", 3), r"tp is 3, which does not divide llama-3\.1-8b's .*; allowed: 1, 2, 4"),

@@ -28,6 +28,7 @@ from layerzero_tune.search.device import LiveDevice, RecordedDevice
 from layerzero_tune.search.device_lock import alone_on
 from layerzero_tune.search.tuning import tune
 from layerzero_tune.worker import WorkerProcess
+from layerzero_tune.worker.process import GivenUpError
 from tests.tune.command import start
 from tests.tune.recordings import recorded_rows
 from tests.tune.synthetic_results import DEVICE, contest_rows, norm
@@ -135,6 +136,16 @@ def test_a_device_is_waited_for_and_free_once_its_holder_is_dead(
         waiting.join()
         assert not was_free
     assert caplog.text.count("another run measures on") == 1
+
+
+def test_who_waits_for_a_device_may_give_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    worker = WorkerProcess()
+    worker.give_up()
+    with alone_on(DEVICE), pytest.raises(GivenUpError), alone_on(DEVICE, worker.check):
+        pass
+    with alone_on(DEVICE, worker.check):
+        pass
 
 
 def test_a_contest_is_measured_alone_on_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
