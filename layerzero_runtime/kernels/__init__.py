@@ -12,6 +12,7 @@ from layerzero_runtime.kernels import (
     torch_sdpa,
     triton_activation,
     triton_attention,
+    triton_linear,
     triton_norm,
 )
 
@@ -28,4 +29,5 @@ def builtin_kernels() -> tuple[Kernel, ...]:
         *triton_norm.KERNELS,
         *triton_activation.KERNELS,
         *triton_attention.KERNELS,
+        *triton_linear.KERNELS,
     )

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["rows", "depth_per_split", "splits"])
+@triton.jit(do_not_specialize=["rows", "blocks_per_split", "splits"])
 def multiply_tiles(
     x,
     weight,
@@ -22,7 +22,7 @@ def multiply_tiles(
     columns: tl.int32,
     depth: tl.int32,
     rows: tl.int32,
-    depth_per_split: tl.int32,
+    blocks_per_split: tl.int32,
     splits: tl.int32,
     SCALES_BY_ROW: tl.constexpr,
     SCALES_BY_COLUMN: tl.constexpr,
@@ -55,15 +55,16 @@ def multiply_tiles(
     column = (across * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     is_row = row < rows
     is_column = column < columns
-    first = split * depth_per_split
-    last = tl.minimum(first + depth_per_split, depth)
+    # A multiple of DEPTH: the compiler reads 16 bytes at a time where it knows that.
+    first = split * blocks_per_split * DEPTH
+    last = tl.minimum(first + blocks_per_split * DEPTH, depth)
     place = tl.arange(0, DEPTH)
     # Rows and columns beyond the matrices read the last ones, which costs nothing and needs no mask.
     x_tile = x + tl.minimum(row, rows - 1)[:, None] * x_stride + place[None, :]
     weight_tile = weight + tl.minimum(column, columns - 1)[None, :] * weight_stride + place[:, None]
     total = tl.zeros([ROWS, COLUMNS], SUM)
     for start in range(first, last, DEPTH):
-        is_there = start + place < last
+        is_there = start + place < depth
         left = tl.load(x_tile + start, mask=is_there[None, :], other=0.0)
         right = tl.load(weight_tile + start, mask=is_there[:, None], other=0.0)
         total = tl.dot(left, right, total, max_num_imprecise_acc=IMPRECISE, out_dtype=SUM)
