@@ -66,11 +66,11 @@ class SelectionContext:
     """One call, described: sizes in elements, dtypes by torch's names without the prefix.
 
     A size that the operation does not have stays None. `num_kv_heads` defaults to `num_heads`, `seq_len_k` to
-    `seq_len_q`, `v_head_dim` to `head_dim`, `weight_dtype` to `dtype` and `output_dtype` to `result_dtype`. A `scale` of
+    `seq_len_q`, `v_head_dim` to `head_dim`, `weight_dtype` to `dtype`, `output_dtype` to `result_dtype`. A `scale` of
     1/sqrt(head_dim) is the usual one and becomes None, as in torch. `scale_x` and `scale_w` say whether a quantised
-    input and its weight have one scale ("tensor") or one per row ("row", of a weight an output channel). `quant_format` asks for a quantised kernel. `workspace_limit` is how
-    many bytes a kernel may allocate beside its output, None for as many as it likes. Under capture of a CUDA graph the
-    mode is "graph".
+    input and its weight have one scale ("tensor") or one per row ("row"; a row of a weight is an output channel).
+    `quant_format` asks for a quantised kernel. `workspace_limit` is how many bytes a kernel may allocate beside its
+    output, None for as many as it likes. Under capture of a CUDA graph the mode is "graph".
 
     Raises:
         ContextError: a value is not allowed.

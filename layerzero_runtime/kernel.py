@@ -61,7 +61,7 @@ class KernelSpec:
         layouts: memory layouts that its function takes; dense ones reach it from each other through a transposed view.
         max_score_elements: for kernels that write the score matrices out, their largest number of elements.
         quant_formats: quantised forms that it computes; None stands for none, which is what most kernels compute.
-        produces_dtype: the output's dtype where it is not the `result_dtype` of contexts; what the call asks for is then
+        produces_dtype: the output's dtype where it is not `result_dtype` of the context; what the call asks for is then
             cast.
         fuses_ops: names of the operations that it does in one, for `explain`.
         workspace_bytes: what it allocates beside its output at most, for calls that limit that.

@@ -32,7 +32,8 @@ def linear_fp8(x: Tensor, weight: Tensor, scale_x: Tensor, scale_w: Tensor, bias
         bias: (out_features,) in bfloat16, or None.
 
     Returns:
-        A tensor (..., out_features) in bfloat16, as `torch._scaled_mm` gives it. No gradients flow through it.
+        A tensor (..., out_features) in bfloat16, as `torch._scaled_mm` gives it. It is for inference: torch has no
+        derivative of the product.
 
     Raises:
         ContextError: shapes, dtypes or devices do not fit together.
@@ -49,8 +50,7 @@ def linear_int8(x: Tensor, weight: Tensor, scale_x: Tensor, scale_w: Tensor, bia
         weight, scale_x, scale_w, bias: as for `linear_fp8`.
 
     Returns:
-        A tensor (..., out_features) in bfloat16, as `torch._int_mm` and a scaling in float32 give it. No gradients flow
-        through it.
+        A tensor (..., out_features) in bfloat16, as `torch._int_mm` and a scaling in float32 give it.
 
     Raises:
         ContextError: shapes, dtypes or devices do not fit together.

@@ -1,8 +1,8 @@
 """Quantised linear layers by torch: `torch._scaled_mm`, `torch._int_mm` and a scaling behind it, and in bfloat16.
 
-On a CPU torch's products take matrices of all sizes and strides (tried with torch 2.13). On a CUDA device
-(`aten/src/ATen/native/cuda/ScaledBlas.cpp`, `Blas.cpp`) they take dense rows of x and of the weight, and sizes as the
-constants below say: other matrices are copied, with zeros behind them where sizes do not fit.
+On a CPU torch's products take matrices of all sizes and strides (tried with torch 2.13; single rows need care). On a
+CUDA device (`aten/src/ATen/native/cuda/ScaledBlas.cpp`, `Blas.cpp`) they take dense rows of x and of the weight, and
+sizes as the constants below say: other matrices are copied, with zeros behind them where sizes do not fit.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _load_integer(context: SelectionContext, configuration: Configuration) -> Ke
             depth = _rounded(rows.shape[1], _INTEGER_MULTIPLE)
             rows = _dense(rows, max(height, _INTEGER_ROWS), depth)
             columns = _dense(columns, _rounded(width, _INTEGER_MULTIPLE), depth)
-        product = torch._int_mm(rows, columns.t())[:height, :width]
+        product = torch._int_mm(_with_stride(rows), _with_stride(columns.t()))[:height, :width]
         scaled = _scaled_back(product, scale_x, scale_w, bias)
         return scaled.to(output_dtype).view(*x.shape[:-1], width)
 
@@ -110,6 +110,12 @@ def _rounded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+def _with_stride(matrix: Tensor) -> Tensor:
+    """The matrix; a single row is given a stride between rows. One of stride 1 is taken for a transposed column, beside
+    which _int_mm reads on a CPU (torch 2.13)."""
+    return matrix[0][None] if matrix.shape[0] == 1 else matrix
+
+
 def _dense(matrix: Tensor, rows: int, columns: int) -> Tensor:
     """The matrix with dense rows, and zeros up to these sizes."""
     if tuple(matrix.shape) == (rows, columns):
@@ -129,13 +135,15 @@ _FP8 = ("linear.fp8", "float8_e4m3fn")
 _INT8 = ("linear.int8", "int8")
 _EXACT = (Limit("in_features", "at_most", MAX_INT8_FEATURES),)
 _SCALED_SM = (8, 9)
+# Calls that autograd records get what torch gives: a backward through _scaled_mm raises.
+_DEFAULT: dict[str, Any] = {"supports_backward": True, "traceable": True, "priority": 100}
 KERNELS = (
-    Kernel(_declare("torch.scaled_mm", *_FP8, min_sm=_SCALED_SM, traceable=True, priority=100), _load_scaled),
+    Kernel(_declare("torch.scaled_mm", *_FP8, min_sm=_SCALED_SM, **_DEFAULT), _load_scaled),
     Kernel(
         _declare("torch.scaled_mm.fast_accum", *_FP8, platforms=("cuda",), min_sm=_SCALED_SM, priority=20),
         _load_scaled_fast,
     ),
     Kernel(_declare("torch.linear_fp8.widened", *_FP8, traceable=True, priority=40), _load_widened),
-    Kernel(_declare("torch.int_mm", *_INT8, extra_limits=_EXACT, traceable=True, priority=100), _load_integer),
+    Kernel(_declare("torch.int_mm", *_INT8, extra_limits=_EXACT, **_DEFAULT), _load_integer),
     Kernel(_declare("torch.linear_int8.widened", *_INT8, traceable=True, priority=40), _load_widened),
 )

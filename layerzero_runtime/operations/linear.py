@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCALE_DTYPE = "float32"  # the only one that torch._scaled_mm takes
-# int8 has no fractions: random values have to spread over its range, of which this leaves out 1 in 2.7 million.
+# int8 has no fractions: random values spread over its range. Of a million normal ones less than one lies beyond it.
 _INT8_SPREAD = 25.0
 
 
@@ -98,8 +98,8 @@ def _describer(operation: str) -> Callable[..., SelectionContext]:
         rows, in_features = rows_by_width({"x": x})
         if weight.dim() != 2 or weight.shape[1] != in_features:
             raise ContextError(
-                f"weight has shape {tuple(weight.shape)}, required (out_features, {in_features}) as torch.nn.Linear has "
-                "it: its second dimension is the last of x"
+                f"weight has shape {tuple(weight.shape)}, required (out_features, {in_features}) as in Linear layers: "
+                "its second dimension is the last of x"
             )
         out_features = weight.shape[0]
         if bias is not None:

@@ -42,8 +42,8 @@ class Sample:
 def draw_sample(
     operation: Operation, context: SelectionContext, tensors: Mapping[str, Tensor], chance: random.Random
 ) -> Sample:
-    """A random sample of the call on `tensors`: rows of a norm or activation, rows and output channels of a linear layer,
-    heads and query rows of attention."""
+    """A random sample of the call on `tensors`: rows of a norm or activation, rows and output channels of a linear
+    layer, heads and query rows of attention."""
     if context.num_heads is not None:
         return _attention_sample(context, tensors, chance)
     if context.out_features is not None:
