@@ -39,14 +39,14 @@ def _scaled(*, use_fast_accum: bool) -> KernelFunction:
     output_dtype = getattr(torch, LINEAR_OUTPUT)
 
     def multiply(x: Tensor, weight: Tensor, scale_x: Tensor, scale_w: Tensor, bias: Tensor | None) -> Tensor:
-        rows, columns = x.reshape(-1, x.shape[-1]), weight
+        rows, columns = _rows(x), weight
         height, width = rows.shape[0], columns.shape[0]
         if rows.is_cuda:
             depth = _rounded(rows.shape[1], _SCALED_MULTIPLE)
             rows = _dense(rows, height, depth)
             columns = _dense(columns, _rounded(width, _SCALED_MULTIPLE), depth)
             bias = None if bias is None else _dense(bias[None], 1, columns.shape[0])[0]
-        if scale_x.numel() > 1 or scale_w.numel() > 1:
+        if scale_x.numel() != 1 or scale_w.numel() != 1:
             # All or none are by row. What pads the weight has a scale too.
             scale_x = scale_x.reshape(-1, 1).expand(height, 1).contiguous()
             scale_w = _dense(scale_w.reshape(1, -1).expand(1, width), 1, columns.shape[0])
@@ -72,7 +72,7 @@ def _load_integer(context: SelectionContext, configuration: Configuration) -> Ke
     output_dtype = getattr(torch, LINEAR_OUTPUT)
 
     def multiply(x: Tensor, weight: Tensor, scale_x: Tensor, scale_w: Tensor, bias: Tensor | None) -> Tensor:
-        rows, columns = x.reshape(-1, x.shape[-1]), weight
+        rows, columns = _rows(x), weight
         height, width = rows.shape[0], columns.shape[0]
         if rows.is_cuda:
             depth = _rounded(rows.shape[1], _INTEGER_MULTIPLE)
@@ -92,11 +92,15 @@ def _load_widened(context: SelectionContext, configuration: Configuration) -> Ke
     wide = getattr(torch, LINEAR_OUTPUT)
 
     def multiply(x: Tensor, weight: Tensor, scale_x: Tensor, scale_w: Tensor, bias: Tensor | None) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).to(wide)
-        scaled = _scaled_back(rows @ weight.to(wide).t(), scale_x, scale_w, bias)
+        scaled = _scaled_back(_rows(x).to(wide) @ weight.to(wide).t(), scale_x, scale_w, bias)
         return scaled.to(wide).view(*x.shape[:-1], weight.shape[0])
 
     return multiply
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as a matrix, also one without elements."""
+    return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
 def _scaled_back(product: Tensor, scale_x: Tensor, scale_w: Tensor, bias: Tensor | None) -> Tensor:
