@@ -282,9 +282,15 @@ def test_calls_of_another_kind_are_described(operation: str, change: str, descri
 
 @each_operation
 def test_scales_of_other_rows_are_refused_by_calls_that_were_seen(operation: str) -> None:
-    seen = call_of(operation, (2, 3), scale_x=torch.rand(2, 3, 1))
-    PUBLIC[operation](*seen.arguments)
-    x, weight, _, *rest = seen.arguments
+    """Not only where a miss describes them: with a table that serves them at once, too."""
+    snapshot = publish_snapshot()
+    call = call_of(operation, (2, 3), scale_x=torch.rand(2, 3, 1))
+    PUBLIC[operation](*call.arguments)
+    [kind] = getattr(snapshot.seen, PUBLIC[operation].__name__)
+    functions: list[Callable[..., object]] = kind[5]
+    functions[:] = [lambda *arguments: "served"]
+    assert str(PUBLIC[operation](*call.arguments)) == "served"
+    x, weight, _, *rest = call.arguments
     for shape in ((3, 2, 1), (3, 1, 1), (6, 1)):
         with pytest.raises(ContextError, match="scale_x has shape"):
             PUBLIC[operation](x, weight, torch.rand(shape), *rest)
