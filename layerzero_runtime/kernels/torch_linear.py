@@ -110,8 +110,8 @@ def _scaled_back(product: Tensor, scale_x: Tensor, scale_w: Tensor, bias: Tensor
 
 
 def _rounded(size: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-size // multiple) * multiple
+    """The next multiple, at least one of it: of no features the sums are zeros."""
+    return max(1, -(-size // multiple)) * multiple
 
 
 def _with_stride(matrix: Tensor) -> Tensor:

@@ -66,6 +66,21 @@ def test_sizes_on_both_sides_of_torchs_limits_are_right(kernel: Kernel, by_row: 
 
 
 @each_torch_kernel
+@pytest.mark.parametrize("sizes", [(0, 64, 48), (3, 0, 48), (3, 64, 0)])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_products_without_elements_are_the_bias(kernel: Kernel, sizes: tuple[int, int, int], by_row: bool) -> None:
+    rows, in_features, out_features = sizes
+    operation, dtype = kernel.spec.operations[0], kernel.spec.dtypes[0]
+    call = linear_call(operation, 3, 64, 48)
+    skip_unless_accepted(kernel, call)
+    x, weight = (quantised((size, in_features), dtype).cuda() for size in (rows, out_features))
+    scales = [torch.rand((size, 1) if by_row else (), device="cuda") for size in (rows, out_features)]
+    bias = torch.randn(out_features, device="cuda").bfloat16()
+    output = kernel.load(call.context, {})(x, weight, *scales, bias)
+    assert torch.equal(output, bias.expand(rows, out_features))
+
+
+@each_torch_kernel
 @pytest.mark.parametrize("mixed", [("row", "tensor"), ("tensor", "row")])
 def test_one_scale_beside_one_per_row_is_right(kernel: Kernel, mixed: tuple[str, str]) -> None:
     call = linear_call(kernel.spec.operations[0], 40, 256, 512)
