@@ -27,6 +27,7 @@ _IMPRECISE_PRODUCTS = 128
 # Sums of a tile that a thread holds, of its 255 registers. Of float8 it holds those of the last products beside them.
 _MOST_PER_THREAD: Mapping[str, int] = {"float8_e4m3fn": 64, "int8": 128}
 _LEAST_PER_THREAD = 4
+_LEAST_IN_FLIGHT = 32 * 1024
 
 # For up to so many rows as the tile has; the last one for more.
 _DEFAULTS: tuple[Configuration, ...] = (
@@ -157,10 +158,9 @@ def _fits(configuration: Configuration, context: SelectionContext) -> bool:
     # Registers.
     if not _LEAST_PER_THREAD <= rows * columns // (32 * warps) <= _MOST_PER_THREAD[context.dtype]:
         return False
-    # Shared memory: tiles in flight of one byte per value. With fewer than 32 KiB loads do not hide their latency,
-    # which many short tiles in flight do no better than few long ones.
+    # Shared memory: tiles in flight, of a byte per value. Fewer of them would not hide how long a load takes.
     in_flight = stages * (rows + columns) * depth
-    if not 32 * 1024 <= in_flight <= shared_bytes(context):
+    if not _LEAST_IN_FLIGHT <= in_flight <= shared_bytes(context):
         return False
     # A warp computes 16 rows, or 8 columns of them; one beyond the tile has nothing to do.
     if warps > rows // 16 * (columns // 8):
