@@ -175,12 +175,13 @@ def row_calls(draw: st.DrawFn, operation: str, dtype: str) -> Call:
 
 
 def quantised(shape: tuple[int, ...], dtype: str, placement: str = "contiguous") -> torch.Tensor:
-    """Values that spread over the range of the dtype."""
-    spread = 25.0 if dtype == "int8" else 1.0
-    drawn = tensor(shape, "float32", placement) * spread
-    # An element-wise conversion keeps strides, but for those of memory that is not dense.
+    """Values that spread over the range of the dtype; a "transposed" matrix is one of columns."""
+    if placement == "transposed" and len(shape) == 2:
+        return quantised((shape[1], shape[0]), dtype).t()
+    drawn = tensor(shape, "float32", placement)
+    # Arithmetic would make memory dense.
     room = torch.empty_strided(drawn.shape, drawn.stride(), dtype=getattr(torch, dtype))
-    return room.copy_(drawn.clamp(-128.0, 127.0))
+    return room.copy_((drawn * (25.0 if dtype == "int8" else 1.0)).clamp(-128.0, 127.0))
 
 
 @st.composite

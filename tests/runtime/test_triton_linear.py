@@ -30,6 +30,7 @@ from tests.runtime.triton_calls import (
     fault,
     in_small_tiles,
     linear_context,
+    moved,
 )
 
 KERNELS = (TRITON_KERNELS["triton.linear_fp8"], TRITON_KERNELS["triton.linear_int8"])
@@ -102,6 +103,17 @@ def test_leading_dimensions_are_those_of_the_input(kernel: Kernel) -> None:
 
 
 @each_form
+@pytest.mark.parametrize("placements", [("transposed", "sliced"), ("sliced", "transposed"), ("strided", "strided")])
+def test_matrices_need_not_be_dense(kernel: Kernel, placements: tuple[str, str]) -> None:
+    parts = [
+        quantised((size, 40), dtype_of(kernel), placement) for size, placement in zip((9, 50), placements, strict=True)
+    ]
+    call = moved(call_of(operation_of(kernel), *parts, torch.tensor(0.5), torch.tensor(0.25), None))
+    assert not any(part.is_contiguous() for part in call.arguments[:2])
+    assert_close_to_reference(call, kernel)
+
+
+@each_form
 @pytest.mark.parametrize(("rows", "in_features", "out_features"), [(0, 16, 8), (3, 16, 0)])
 def test_calls_without_results_give_none(kernel: Kernel, rows: int, in_features: int, out_features: int) -> None:
     x, weight = matrix(kernel, rows, in_features), matrix(kernel, out_features, in_features)
@@ -135,13 +147,14 @@ def test_sums_of_int8_are_exact_to_the_last_feature_allowed(kernel: Kernel) -> N
     assert 128 * 128 * MAX_INT8_FEATURES < 2**31 <= 128 * 128 * (MAX_INT8_FEATURES + 1)
     x = torch.full((1, MAX_INT8_FEATURES), -128, dtype=torch.int8, device=DEVICE)
     weight = x.expand(2, -1).contiguous()
-    weight[1, ::2] = 127
+    # Halves that cancel each other but for their last bits: bfloat16 would not show those of a large sum.
+    weight[1, : MAX_INT8_FEATURES // 2] = 127
+    weight[1, MAX_INT8_FEATURES // 2 :] = -127
+    weight[1, -1] = 126
     exact = (x.long().cpu() @ weight.long().cpu().t())[0]
-    # Scales that leave the last bits of the sums: bfloat16 has 8.
-    for shift in (2.0**-23, 2.0**-15):
-        call = call_of("linear.int8", x, weight, number(shift), number(), None)
-        (output,) = call.run(kernel)
-        assert torch.equal(output[0].cpu(), (exact.float() * shift).bfloat16())
+    assert exact.tolist() == [2**31 - 2**14, -128 * 126]
+    (output,) = call_of("linear.int8", x, weight, number(), number(), None).run(kernel)
+    assert torch.equal(output[0].cpu(), exact.float().bfloat16())
 
 
 @each_kernel
