@@ -145,16 +145,17 @@ def test_what_lies_beside_the_matrices_stays_out(kernel: Kernel) -> None:
 @pytest.mark.parametrize("kernel", FORMS[2:], ids=lambda kernel: kernel.kernel_id)
 def test_sums_of_int8_are_exact_to_the_last_feature_allowed(kernel: Kernel) -> None:
     assert 128 * 128 * MAX_INT8_FEATURES < 2**31 <= 128 * 128 * (MAX_INT8_FEATURES + 1)
-    x = torch.full((1, MAX_INT8_FEATURES), -128, dtype=torch.int8, device=DEVICE)
-    weight = x.expand(2, -1).contiguous()
+    x = torch.full((2, MAX_INT8_FEATURES), -128, dtype=torch.int8, device=DEVICE)
+    weight = x.clone()
     # Halves that cancel each other but for their last bits: bfloat16 would not show those of a large sum.
+    x[1] = 127
     weight[1, : MAX_INT8_FEATURES // 2] = 127
     weight[1, MAX_INT8_FEATURES // 2 :] = -127
     weight[1, -1] = 126
-    exact = (x.long().cpu() @ weight.long().cpu().t())[0]
-    assert exact.tolist() == [2**31 - 2**14, -128 * 126]
+    exact = x.long().cpu() @ weight.long().cpu().t()
+    assert (int(exact[0, 0]), int(exact[1, 1])) == (2**31 - 2**14, 127 * 126)
     (output,) = call_of("linear.int8", x, weight, number(), number(), None).run(kernel)
-    assert torch.equal(output[0].cpu(), exact.float().bfloat16())
+    assert torch.equal(output.cpu(), exact.float().bfloat16())
 
 
 @each_kernel
