@@ -93,8 +93,8 @@ IDLE_KERNELS: dict[str, Callable[..., Any]] = {
 
 @contextmanager
 def without_kernels(left_out: Collection[str] = ()) -> Iterator[None]:
-    """Each built-in kernel of these operations, under its name and with its limits, gives its first arguments back: what
-    is left of a call is its dispatch. Where a kernel is left out, its entries give way to the next plan."""
+    """Each built-in kernel of these operations, under its name and with its limits, gives its first arguments back:
+    what is left of a call is its dispatch. Where a kernel is left out, its entries give way to the next plan."""
     idle = (
         Kernel(
             replace(kernel.spec, compiles=False, requires=()), FunctionLoader(IDLE_KERNELS[kernel.spec.operations[0]])
