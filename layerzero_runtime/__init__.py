@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from layerzero_runtime.calls.attention import attention
     from layerzero_runtime.calls.bound import bind
+    from layerzero_runtime.calls.linear import linear_fp8, linear_int8
     from layerzero_runtime.calls.mlp import geglu, swiglu
     from layerzero_runtime.calls.norm import add_rms_norm, layer_norm, rms_norm
     from layerzero_runtime.context import SelectionContext
@@ -55,6 +56,8 @@ __version__ = "0.1.0"
 _MODULES = {
     "attention": "calls.attention",
     "bind": "calls.bound",
+    "linear_fp8": "calls.linear",
+    "linear_int8": "calls.linear",
     "geglu": "calls.mlp",
     "swiglu": "calls.mlp",
     "add_rms_norm": "calls.norm",
@@ -112,6 +115,8 @@ __all__ = [
     "explain",
     "geglu",
     "layer_norm",
+    "linear_fp8",
+    "linear_int8",
     "preparation",
     "record_workload",
     "register_kernel",

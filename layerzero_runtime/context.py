@@ -20,6 +20,10 @@ QUANT_FORMATS = ("int8", "fp8")
 ALIGNMENTS = ("top_left", "bottom_right")
 MASKS = ("none", "bool", "float")
 APPROXIMATIONS = ("none", "tanh")
+# How a quantised matrix is scaled back: by one number, or by one for each of its rows.
+SCALINGS = ("tensor", "row")
+# What quantised matrix products give, whatever they multiply.
+LINEAR_OUTPUT = "bfloat16"
 
 _SIZES = (
     "batch_size",
@@ -31,6 +35,8 @@ _SIZES = (
     "v_head_dim",
     "rows",
     "hidden_size",
+    "in_features",
+    "out_features",
 )
 _CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": DTYPES,
@@ -41,6 +47,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "causal_alignment": ALIGNMENTS,
     "attn_mask": MASKS,
     "approximate": APPROXIMATIONS,
+    "scale_x": SCALINGS,
+    "scale_w": SCALINGS,
 }
 _FLAGS = (
     "requires_grad",
@@ -58,10 +66,11 @@ class SelectionContext:
     """One call, described: sizes in elements, dtypes by torch's names without the prefix.
 
     A size that the operation does not have stays None. `num_kv_heads` defaults to `num_heads`, `seq_len_k` to
-    `seq_len_q`, `v_head_dim` to `head_dim`, `weight_dtype` and `output_dtype` to `dtype`. A `scale` of 1/sqrt(head_dim)
-    is the usual one and becomes None, as in torch. `quant_format` asks for a quantised kernel. `workspace_limit` is how
-    many bytes a kernel may allocate beside its output, None for as many as it likes. Under capture of a CUDA graph the
-    mode is "graph".
+    `seq_len_q`, `v_head_dim` to `head_dim`, `weight_dtype` to `dtype`, `output_dtype` to `result_dtype`. A `scale` of
+    1/sqrt(head_dim) is the usual one and becomes None, as in torch. `scale_x` and `scale_w` say whether a quantised
+    input and its weight have one scale ("tensor") or one per row ("row"; a row of a weight is an output channel).
+    `quant_format` asks for a quantised kernel. `workspace_limit` is how many bytes a kernel may allocate beside its
+    output, None for as many as it likes. Under capture of a CUDA graph the mode is "graph".
 
     Raises:
         ContextError: a value is not allowed.
@@ -85,6 +94,8 @@ class SelectionContext:
     scale: float | None = None
     rows: int | None = None
     hidden_size: int | None = None
+    in_features: int | None = None
+    out_features: int | None = None
     weight_dtype: str = ""
     output_dtype: str = ""
     quant_format: str | None = None
@@ -92,6 +103,8 @@ class SelectionContext:
     has_weight: bool = True
     has_bias: bool = False
     approximate: str = "none"
+    scale_x: str = "tensor"
+    scale_w: str = "tensor"
     requires_grad: bool = False
     requires_deterministic: bool = False
     is_contiguous: bool = True
@@ -104,9 +117,9 @@ class SelectionContext:
         if not isinstance(self.operation, str):
             raise ContextTypeError(f"operation must be a string, not {type(self.operation).__name__}")
         set_field = object.__setattr__
-        for name in ("weight_dtype", "output_dtype"):
+        for name, default in (("weight_dtype", self.dtype), ("output_dtype", self.result_dtype)):
             if not getattr(self, name):
-                set_field(self, name, self.dtype)
+                set_field(self, name, default)
         for name, allowed in _CHOICES.items():
             _check_choice(name, getattr(self, name), allowed)
         for name in _SIZES:
@@ -205,9 +218,14 @@ class SelectionContext:
         return None if self.v_head_dim == self.head_dim else self.v_head_dim
 
     @property
+    def result_dtype(self) -> str:
+        """The dtype that kernels give of themselves: of a quantised matrix product bfloat16, else the input's."""
+        return LINEAR_OUTPUT if self.operation.startswith("linear.") else self.dtype
+
+    @property
     def other_output_dtype(self) -> str | None:
-        """The output's dtype where it is not the input's."""
-        return None if self.output_dtype == self.dtype else self.output_dtype
+        """The output's dtype where it is not the one that kernels give of themselves."""
+        return None if self.output_dtype == self.result_dtype else self.output_dtype
 
     @property
     def sm(self) -> tuple[int, int] | None:
@@ -242,7 +260,7 @@ class SelectionContext:
             "seq_len_k": self.seq_len_q,
             "v_head_dim": self.head_dim,
             "weight_dtype": self.dtype,
-            "output_dtype": self.dtype,
+            "output_dtype": self.result_dtype,
         }
         # `mode` is written out always: a line should say which clock it means.
         return object() if name == "mode" else derived.get(name, declared)

@@ -61,7 +61,8 @@ class KernelSpec:
         layouts: memory layouts that its function takes; dense ones reach it from each other through a transposed view.
         max_score_elements: for kernels that write the score matrices out, their largest number of elements.
         quant_formats: quantised forms that it computes; None stands for none, which is what most kernels compute.
-        produces_dtype: the output's dtype where it is not the input's; what the call asks for is then cast.
+        produces_dtype: the output's dtype where it is not `result_dtype` of the context; what the call asks for is then
+            cast.
         fuses_ops: names of the operations that it does in one, for `explain`.
         workspace_bytes: what it allocates beside its output at most, for calls that limit that.
         is_cuda_graph_safe: may be captured; a kernel that may not is left out wherever the mode is "graph".

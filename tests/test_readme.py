@@ -16,7 +16,7 @@ EXAMPLES = _EXAMPLE.findall(README)
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
 
 
 @pytest.mark.parametrize(("code", "printed"), EXAMPLES)

@@ -21,7 +21,12 @@ from layerzero_runtime.serving.execution import current_mode
 from layerzero_runtime.serving.published import PUBLISHED
 
 # Sizes that stand for any: a static key does not hold them.
-_ANY = {"attention": {"batch_size": 1, "seq_len_q": 2}, "norm": {"rows": 1}, "mlp": {"rows": 1}}
+_ANY = {
+    "attention": {"batch_size": 1, "seq_len_q": 2},
+    "norm": {"rows": 1, "hidden_size": 1},
+    "mlp": {"rows": 1, "hidden_size": 1},
+    "linear": {"rows": 1, "in_features": 1, "out_features": 1},
+}
 
 
 # Sizes whose leaf a bound function keeps; beyond, it begins anew.
@@ -63,7 +68,9 @@ def _keep(leaves: dict[Any, Any], key: Any, leaf: Any) -> None:
 
 def bind(operation: str, *, device: str = "auto", equal_lengths: bool = False, **features: Any) -> Callable[..., Any]:
     """An operation for one set of static features. The function that it gives takes the operation's tensors:
-    (query, key, value), (x, weight), (x, residual, weight), (x, weight, bias) or (gate, up).
+    (query, key, value), (x, weight), (x, residual, weight), (x, weight, bias), (gate, up) or (x, weight, scale_x,
+    scale_w)
+    and, where `has_bias` was given, bias.
 
     It trusts its caller: dtypes, devices, head counts, `hidden_size` and all else that was given here is a promise for
     every call, and so are plain tensors without gradients and autocast. What is looked at per call: the query's shape
@@ -96,8 +103,6 @@ def bind(operation: str, *, device: str = "auto", equal_lengths: bool = False, *
     if family == "attention":
         # Lengths that differ, where they may: a context of square causal attention is another static key.
         given["seq_len_k"] = 2 if equal_lengths or operation == "attention.full" else 3
-    else:
-        given.setdefault("hidden_size", 1)
     if operation == "norm.layer":
         given.setdefault("has_bias", True)
     context = SelectionContext(operation=operation, **given).with_device(detect_device(device))
@@ -119,6 +124,8 @@ def bind(operation: str, *, device: str = "auto", equal_lengths: bool = False, *
     width = features.get("hidden_size")
     if family == "mlp":
         return _gated(binding, width)
+    if family == "linear":
+        return _linear(binding)
     return _rms(binding, width, eps, context.offset) if operation == "norm.rms" else _three(binding, width, eps)
 
 
@@ -248,6 +255,32 @@ def _gated(binding: _Binding, width: int | None) -> Callable[..., Any]:
             return functions[leaf](gate, up)
         except Exception as error:  # noqa: BLE001 - recover judges it
             return recover(error, (gate, up))
+
+    bound.kernel = _kernel_by_sizes(binding)  # type: ignore[attr-defined]
+    return bound
+
+
+def _linear(binding: _Binding) -> Callable[..., Any]:
+    serving = binding.serving()
+
+    def bound(x: Tensor, weight: Tensor, scale_x: Tensor, scale_w: Tensor, bias: Tensor | None = None) -> Any:
+        nonlocal serving
+        if PUBLISHED.eager is not serving[0]:
+            serving = binding.serving()
+        _, leaves, decide, functions, count_call, recover = serving
+        sizes = (x.shape, weight.shape)
+        leaf = leaves.get(sizes)
+        if leaf is None:
+            rows, wide = _rows(x, None)
+            if not (rows and weight.shape[0]):
+                return binding.serve_empty((x, weight, scale_x, scale_w, bias))
+            leaf = decide(rows, wide, weight.shape[0])
+            _keep(leaves, sizes, leaf)
+        count_call()
+        try:
+            return functions[leaf](x, weight, scale_x, scale_w, bias)
+        except Exception as error:  # noqa: BLE001 - recover judges it
+            return recover(error, (x, weight, scale_x, scale_w, bias))
 
     bound.kernel = _kernel_by_sizes(binding)  # type: ignore[attr-defined]
     return bound

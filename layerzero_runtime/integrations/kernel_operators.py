@@ -188,7 +188,11 @@ class _KernelOperator:
 
     def _shaped_results(self, *arguments: Any) -> Any:
         first: Tensor = arguments[0]
-        shape = first.shape if self._context.rows is not None else (*first.shape[:-1], arguments[2].shape[-1])
+        if self._context.out_features is not None:
+            last = arguments[1].shape[0]
+        else:
+            last = first.shape[-1] if self._context.rows is not None else arguments[2].shape[-1]
+        shape = (*first.shape[:-1], last)
         results = tuple(first.new_empty(shape, dtype=self._dtype) for _ in range(self._outputs))
         return results if self._outputs > 1 else results[0]
 

@@ -6,11 +6,13 @@ from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.kernels import (
     torch_activation,
     torch_inductor,
+    torch_linear,
     torch_matmul,
     torch_norm,
     torch_sdpa,
     triton_activation,
     triton_attention,
+    triton_linear,
     triton_norm,
 )
 
@@ -23,7 +25,9 @@ def builtin_kernels() -> tuple[Kernel, ...]:
         *torch_norm.KERNELS,
         *torch_activation.KERNELS,
         *torch_inductor.KERNELS,
+        *torch_linear.KERNELS,
         *triton_norm.KERNELS,
         *triton_activation.KERNELS,
         *triton_attention.KERNELS,
+        *triton_linear.KERNELS,
     )

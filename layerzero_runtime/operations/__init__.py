@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from layerzero_runtime.errors import ContextError
 from layerzero_runtime.operation import Operation
-from layerzero_runtime.operations import attention, mlp, norm
+from layerzero_runtime.operations import attention, linear, mlp, norm
 
 OPERATIONS: dict[str, Operation] = {
-    operation.name: operation for operation in (*attention.OPERATIONS, *norm.OPERATIONS, *mlp.OPERATIONS)
+    operation.name: operation
+    for operation in (*attention.OPERATIONS, *norm.OPERATIONS, *mlp.OPERATIONS, *linear.OPERATIONS)
 }
 
 

@@ -15,6 +15,7 @@ from layerzero_runtime.context import (
     MASKS,
     MODES,
     QUANT_FORMATS,
+    SCALINGS,
     SelectionContext,
 )
 from layerzero_runtime.device import PLATFORMS
@@ -48,6 +49,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "mixed_weight_dtype": DTYPES,
     "output_dtype": DTYPES,
     "other_output_dtype": DTYPES,
+    "result_dtype": DTYPES,
     "mode": MODES,
     "layout": LAYOUTS,
     "causal_alignment": ALIGNMENTS,
@@ -55,6 +57,8 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "causal_mask": _GEOMETRIES,
     "attn_mask": MASKS,
     "approximate": APPROXIMATIONS,
+    "scale_x": SCALINGS,
+    "scale_w": SCALINGS,
     "quant_format": QUANT_FORMATS,
     "platform": PLATFORMS,
     "instruction_set": tuple(name for name, _ in INSTRUCTION_SETS),

@@ -53,7 +53,7 @@ def transforms_of(spec: KernelSpec, context: SelectionContext, *, densify: bool 
         post.append(Transform("transpose", context.layout, copies=False))
     if densify or (pre and spec.requires_contiguous):
         pre.append(Transform("contiguous", "", copies=True))
-    if (spec.produces_dtype or context.dtype) != context.output_dtype:
+    if (spec.produces_dtype or context.result_dtype) != context.output_dtype:
         post.append(Transform("cast", context.output_dtype, copies=True))
     return Transforms(tuple(pre), tuple(post))
 

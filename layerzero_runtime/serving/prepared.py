@@ -48,7 +48,7 @@ class PreparedKernel:
         shapes = self._operation.outputs(context)
         if context.rows is not None:
             # The leading dimensions of rows are the input's.
-            shapes = (tuple(arguments[0].shape),) * len(shapes)
+            shapes = tuple((*arguments[0].shape[:-1], shape[-1]) for shape in shapes)
         # Beside a weight of another dtype torch's own functions differ in what they give.
         dtype = context.output_dtype if context.mixed_weight_dtype is None else None
         fault = output_fault(outputs, shapes, dtype)

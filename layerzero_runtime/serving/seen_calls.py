@@ -26,6 +26,8 @@ class SeenCalls:
         "key_shape",
         "last_attention",
         "layer_norm",
+        "linear_fp8",
+        "linear_int8",
         "repeats",
         "rms_norm",
         "swiglu",
@@ -34,6 +36,7 @@ class SeenCalls:
     def __init__(self) -> None:
         nothing: tuple[tuple[Any, ...], ...] = ()
         self.attention = self.rms_norm = self.add_rms_norm = self.layer_norm = self.swiglu = self.geglu = nothing
+        self.linear_fp8 = self.linear_int8 = nothing
         self.last_attention: tuple[Any, ...] = (_no_call, *[None] * 7)
         self.key_shape: tuple[int, ...] | None = None
         self.repeats = 0

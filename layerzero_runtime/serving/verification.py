@@ -63,7 +63,7 @@ def _compare(
 ) -> tuple[tuple[Any, ...], float, float]:
     """(results of the reference in the outputs' dtypes, largest relative error of an output, what is allowed).
 
-    Allowed is as in tuning: twice the error that the reference itself has in the call's dtype, and a floor. NaN and
+    Allowed is as in tuning: twice the error that the reference itself has in the results' dtype, and a floor. NaN and
     infinities count as right where the reference has the same.
     """
     import torch
@@ -80,11 +80,11 @@ def _compare(
         )
 
     exact = evaluated(torch.float64)
-    rounded = evaluated(getattr(torch, context.dtype))
+    rounded = evaluated(getattr(torch, context.result_dtype))
     error, allowed = 0.0, 0.0
     for output, right, own in zip(outputs, exact, rounded, strict=True):
         found = _relative(output.detach(), right)
-        bound = DEFAULT_ERROR_FACTOR * _relative(own, right) + error_floor(context.dtype)
+        bound = DEFAULT_ERROR_FACTOR * _relative(own, right) + error_floor(context.result_dtype)
         if found - bound >= error - allowed:
             error, allowed = found, bound
     replaced = tuple(right.to(output.dtype) for output, right in zip(outputs, exact, strict=True))

@@ -87,6 +87,8 @@ def duration_text(seconds: float) -> str:
 
 def shape_text(context: Any) -> str:
     """The sizes of a context in a few words."""
+    if context.out_features is not None:
+        return f"{context.rows}x{context.in_features}x{context.out_features}"
     if context.rows is not None:
         return f"{context.rows}x{context.hidden_size}"
     heads = f"{context.num_heads}/{context.num_kv_heads}x{context.head_dim}"

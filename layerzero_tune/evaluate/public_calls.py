@@ -23,6 +23,8 @@ def _load(context: SelectionContext, configuration: Mapping[str, Any]) -> Kernel
         "norm.add_rms": lz.add_rms_norm,
         "norm.layer": lz.layer_norm,
         "mlp.swiglu": lz.swiglu,
+        "linear.fp8": lz.linear_fp8,
+        "linear.int8": lz.linear_int8,
         "mlp.geglu": lambda gate, up: lz.geglu(gate, up, context.approximate),
     }
     return functions.get(context.operation) or _attention(context)

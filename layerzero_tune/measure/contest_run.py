@@ -88,7 +88,7 @@ class _ContestRun:
         self.operation = operation_named(contest.context.operation)
         self.operation.validate(contest.context)
         check_measurable(contest.context)
-        error_floor(contest.context.dtype)  # raises for a dtype that has none
+        error_floor(contest.context.result_dtype)  # raises for a dtype that has none
         self.bench = bench
         self.context = contest.context.with_device(bench.spec)
         self.kernels = kernels
@@ -146,7 +146,7 @@ class _ContestRun:
                 continue
             if allowed is None:
                 usable = self.candidates[index].is_default and not trial.fault
-                allowed = tolerances(trial if usable else check.written_out(), self.context.dtype)
+                allowed = tolerances(trial if usable else check.written_out(), self.context.result_dtype)
             verdict = judge(trial, allowed)
             self.entrants.outcomes[index] = JobOutcome(
                 verdict.status, verdict.message, verdict.relative_error, verdict.tolerance

@@ -80,11 +80,11 @@ class Check:
         """Draw fresh inputs and evaluate the reference on a sample of them.
 
         Raises:
-            ContextError: no tolerance is defined for the context's dtype.
+            ContextError: no tolerance is defined for the dtype of the context's results.
         """
         import torch
 
-        error_floor(context.dtype)
+        error_floor(context.result_dtype)
         tensors = source.draw(operation, context)
         untouched = {name: tensor.clone() for name, tensor in tensors.items()}
         sample = draw_sample(operation, context, tensors, random.Random(seed))
@@ -106,7 +106,7 @@ class Check:
                 tensor.copy_(self.untouched[name])
                 return Trial(fault=f"writes to its input {name}", status="wrote_to_inputs")
         outputs = result if isinstance(result, tuple | list) else (result,)
-        if fault := output_fault(outputs, self.operation.outputs(self.context), self.context.dtype):
+        if fault := output_fault(outputs, self.operation.outputs(self.context), self.context.result_dtype):
             return Trial(fault=fault, status="wrong")
         parts = tuple(self.sample.pick(output) for output in outputs)
         trial = self._compare(parts)
@@ -114,10 +114,10 @@ class Check:
         return replace(trial, call_ns=call_ns)
 
     def written_out(self) -> Trial:
-        """The reference evaluated in the call's dtype: what accuracy to ask for where the default gave no result."""
+        """The reference evaluated in the results' dtype: what accuracy to ask for where the default gave no result."""
         import torch
 
-        outputs = _reference(self.operation, self.sample, getattr(torch, self.context.dtype))
+        outputs = _reference(self.operation, self.sample, getattr(torch, self.context.result_dtype))
         trial = self._compare(outputs)
         self._spoil(*outputs)
         return trial

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 # Values of the result (rows x width), or of the score matrix (heads x queries x keys), that are evaluated in float64:
 # about 5 ms on two cores.
 SAMPLED_VALUES = 1 << 18
-# Keys and values are copied to float64 whole for each head sampled: at most this many elements of each.
+# Keys and values are copied to float64 whole for each head sampled: at most this many elements of each. So are the rows
+# of a linear layer's weight.
 SAMPLED_KEY_VALUES = 1 << 20
 MAX_HEADS = 8
 MIN_HEADS = 2
@@ -41,9 +42,12 @@ class Sample:
 def draw_sample(
     operation: Operation, context: SelectionContext, tensors: Mapping[str, Tensor], chance: random.Random
 ) -> Sample:
-    """A random sample of the call on `tensors`: rows of a norm or activation, heads and query rows of attention."""
+    """A random sample of the call on `tensors`: rows of a norm or activation, rows and output channels of a linear
+    layer, heads and query rows of attention."""
     if context.num_heads is not None:
         return _attention_sample(context, tensors, chance)
+    if context.out_features is not None:
+        return _linear_sample(operation, context, tensors, chance)
     return _row_sample(operation, context, tensors, chance)
 
 
@@ -51,17 +55,39 @@ def _row_sample(
     operation: Operation, context: SelectionContext, tensors: Mapping[str, Tensor], chance: random.Random
 ) -> Sample:
     rows = _places(_size(context.rows), SAMPLED_VALUES // _size(context.hidden_size), chance)
-    longer = replace(context, rows=_size(context.rows) + 1)
-    per_row = {
-        argument.name
-        for argument in operation.present_tensors(context)
-        if argument.shape(context) != argument.shape(longer)
-    }
+    per_row = _growing(operation, context, rows=_size(context.rows) + 1)
     return Sample(
         context=replace(context, rows=len(rows)),
         tensors={name: tensor[rows] if name in per_row else tensor for name, tensor in tensors.items()},
         pick=lambda output: output[rows],
     )
+
+
+def _linear_sample(
+    operation: Operation, context: SelectionContext, tensors: Mapping[str, Tensor], chance: random.Random
+) -> Sample:
+    in_features, out_features = _size(context.in_features), _size(context.out_features)
+    rows = _places(_size(context.rows), SAMPLED_VALUES // in_features, chance)
+    channels = _places(out_features, SAMPLED_KEY_VALUES // in_features, chance)
+    chosen = {
+        **dict.fromkeys(_growing(operation, context, rows=_size(context.rows) + 1), rows),
+        **dict.fromkeys(_growing(operation, context, out_features=out_features + 1), channels),
+    }
+    return Sample(
+        context=replace(context, rows=len(rows), out_features=len(channels)),
+        tensors={name: tensor[chosen[name]] if name in chosen else tensor for name, tensor in tensors.items()},
+        pick=lambda output: output[rows][:, channels],
+    )
+
+
+def _growing(operation: Operation, context: SelectionContext, **size: int) -> set[str]:
+    """Names of the tensors whose shape follows this size."""
+    longer = replace(context, **size)  # type: ignore[arg-type]
+    return {
+        argument.name
+        for argument in operation.present_tensors(context)
+        if argument.shape(context) != argument.shape(longer)
+    }
 
 
 def _attention_sample(context: SelectionContext, tensors: Mapping[str, Tensor], chance: random.Random) -> Sample:

@@ -20,7 +20,7 @@ _SLACK = 2.0
 def tolerances_on(check: Check, default: KernelFunction | None) -> tuple[float, ...]:
     """Per output, the error allowed on the check's inputs, from the default's own where that gives a result."""
     trial = None if default is None else check.run(default)
-    allowed = tolerances(check.written_out() if trial is None or trial.fault else trial, check.context.dtype)
+    allowed = tolerances(check.written_out() if trial is None or trial.fault else trial, check.context.result_dtype)
     return tuple(_SLACK * error for error in allowed)
 
 

@@ -16,8 +16,9 @@ from layerzero_tune.workload.errors import WorkloadError
 
 # Neighbours on the measured grid are at most this factor apart on each axis.
 NEIGHBOUR_FACTOR = 16.0
-# Models' hidden sizes are multiples of 64; head counts and lengths are whatever comes.
-HIDDEN_MULTIPLE = 64
+# Models' widths are multiples of 64; head counts and lengths are whatever comes.
+WIDTHS = ("hidden_size", "in_features", "out_features")
+WIDTH_MULTIPLE = 64
 _ATTEMPTS = 200
 
 
@@ -100,8 +101,8 @@ def _between(
 def _size(axis: Axis, low: int, high: int, share: float) -> int:
     size = round(math.exp(math.log(low) + share * (math.log(high) - math.log(low))))
     smallest, largest = min(low, high), max(low, high)
-    if axis.name == "hidden_size" and smallest % HIDDEN_MULTIPLE == largest % HIDDEN_MULTIPLE == 0:
-        size = round(size / HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
+    if axis.name in WIDTHS and smallest % WIDTH_MULTIPLE == largest % WIDTH_MULTIPLE == 0:
+        size = round(size / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     return min(max(size, smallest), largest)
 
 

@@ -78,7 +78,7 @@ def _gated(gate: Any, up: Any) -> Any:
     return gate
 
 
-# For each operation a kernel that gives its arguments back.
+# For each operation whose dispatch is timed a kernel that gives its arguments back.
 IDLE_KERNELS: dict[str, Callable[..., Any]] = {
     "attention.causal": _attention,
     "attention.full": _attention,
@@ -93,14 +93,14 @@ IDLE_KERNELS: dict[str, Callable[..., Any]] = {
 
 @contextmanager
 def without_kernels(left_out: Collection[str] = ()) -> Iterator[None]:
-    """Each built-in kernel, under its name and with its limits, gives its first arguments back: what is left of a call
-    is its dispatch. Where a kernel is left out, its entries give way to the next plan."""
+    """Each built-in kernel of these operations, under its name and with its limits, gives its first arguments back:
+    what is left of a call is its dispatch. Where a kernel is left out, its entries give way to the next plan."""
     idle = (
         Kernel(
             replace(kernel.spec, compiles=False, requires=()), FunctionLoader(IDLE_KERNELS[kernel.spec.operations[0]])
         )
         for kernel in builtin_kernels()
-        if kernel.kernel_id not in left_out
+        if kernel.kernel_id not in left_out and kernel.spec.operations[0] in IDLE_KERNELS
     )
     with in_force(*idle, builtin=False):
         yield

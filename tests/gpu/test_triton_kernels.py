@@ -21,7 +21,7 @@ from layerzero_runtime.operations import OPERATIONS
 from layerzero_runtime.policies.policy import Rule
 from layerzero_tune.measure.inputs import RandomTensors
 from tests.runtime.kernel_calls import relative_error
-from tests.runtime.test_kernels import named
+from tests.runtime.test_kernels import named, named_with_dtypes
 from tests.runtime.triton_calls import (
     IS_INTERPRETED,
     PAIRS,
@@ -30,6 +30,7 @@ from tests.runtime.triton_calls import (
     attention_context,
     configurations,
     fault,
+    linear_context,
     row_context,
 )
 
@@ -47,6 +48,16 @@ ATTENTION_SIZES = (
     (1, 8, 1, 64, 9001, 256),
 )
 
+# Of a decode step and of a prefill, and with features that are no multiples of 16.
+LINEAR_CALLS: tuple[tuple[tuple[int, int, int], dict[str, Any]], ...] = (
+    ((1, 4096, 14336), {"scale_x": "row", "scale_w": "row"}),
+    ((512, 14336, 4096), {}),
+    ((77, 4096, 6144), {"scale_x": "row", "scale_w": "row", "has_bias": True}),
+    ((16, 8192, 1024), {"scale_w": "row", "has_bias": True}),
+    ((2049, 5120, 3456), {"scale_x": "row"}),
+    ((33, 1999, 777), {"scale_x": "row", "scale_w": "row", "has_bias": True}),
+)
+
 
 @pytest.fixture(autouse=True)
 def _no_plain_launches() -> Iterator[None]:
@@ -59,6 +70,8 @@ def _no_plain_launches() -> Iterator[None]:
 def sized_contexts(operation: str, dtype: str) -> list[SelectionContext]:
     if operation.startswith("attention"):
         return [attention_context(operation, dtype, sizes) for sizes in ATTENTION_SIZES]
+    if operation.startswith("linear"):
+        return [linear_context(operation, dtype, sizes, **features) for sizes, features in LINEAR_CALLS]
     return [row_context(operation, dtype, *sizes) for sizes in ROW_SIZES]
 
 
@@ -71,15 +84,13 @@ def as_tuple(result: Any) -> tuple[torch.Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize(("kernel", "operation"), named(PAIRS))
+@pytest.mark.parametrize(("kernel", "operation", "dtype"), named_with_dtypes(PAIRS, ("float32", "float16", "bfloat16")))
 def test_the_kernels_own_choice_is_right_at_every_size(kernel: Kernel, operation: str, dtype: str) -> None:
     for context in sized_contexts(operation, dtype):
         assert fault(kernel, {}, context) == "", context.to_dict()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("kernel", "operation"), named(PAIRS))
+@pytest.mark.parametrize(("kernel", "operation", "dtype"), named_with_dtypes(PAIRS, ("float32", "bfloat16")))
 def test_configurations_of_the_space_load_and_are_right(kernel: Kernel, operation: str, dtype: str) -> None:
     """The space's restrictions keep out what the device's registers and shared memory would refuse."""
     chance = random.Random(0)
@@ -93,7 +104,7 @@ def test_configurations_of_the_space_load_and_are_right(kernel: Kernel, operatio
 def test_largest_tiles_of_the_space_load(kernel: Kernel, operation: str) -> None:
     assert kernel.space is not None
     names = [name for name in kernel.space.parameters if name != "programs_per_multiprocessor"]
-    for context in {any_size(found) for found in sized_contexts(operation, "bfloat16")}:
+    for context in {any_size(found) for found in sized_contexts(operation, kernel.spec.dtypes[-1])}:
         valid = list(configurations(kernel, context))
         for leading in names:
             largest = max(valid, key=lambda found: (found[leading], [found[name] for name in names]))
@@ -105,7 +116,7 @@ def test_largest_tiles_of_the_space_load(kernel: Kernel, operation: str) -> None
 def test_the_first_call_can_be_captured_and_replays_on_new_values(
     kernel: Kernel, operation: str, misaligned: bool
 ) -> None:
-    context = sized_contexts(operation, "bfloat16")[2]
+    context = sized_contexts(operation, kernel.spec.dtypes[-1])[2]
     function = kernel.load(context, {})
     arguments = draw(context)
     if misaligned:
@@ -140,7 +151,7 @@ def _reference(context: SelectionContext, arguments: tuple[Any, ...]) -> tuple[t
 
 @pytest.mark.parametrize(("kernel", "operation"), named(PAIRS))
 def test_a_call_runs_on_the_current_stream(kernel: Kernel, operation: str) -> None:
-    context = sized_contexts(operation, "bfloat16")[0]
+    context = sized_contexts(operation, kernel.spec.dtypes[-1])[0]
     function = kernel.load(context, {})
     arguments = draw(context)
     expected = as_tuple(function(*arguments))
@@ -160,7 +171,7 @@ def test_a_call_runs_on_the_current_stream(kernel: Kernel, operation: str) -> No
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize(("kernel", "operation"), named(PAIRS))
 def test_a_call_runs_on_the_device_of_its_tensors(kernel: Kernel, operation: str) -> None:
-    context = replace(sized_contexts(operation, "bfloat16")[1], device=detect_device("cuda:0"))
+    context = replace(sized_contexts(operation, kernel.spec.dtypes[-1])[1], device=detect_device("cuda:0"))
     function = kernel.load(context, {})
     arguments = draw(context)
     expected = as_tuple(function(*arguments))

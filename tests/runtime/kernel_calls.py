@@ -92,8 +92,9 @@ def allowed_error(call: Call, expected: tuple[torch.Tensor, ...], reference: tup
     fewest = min(exact.numel() for exact in reference)
     own_error = relative_error(expected, reference)
     # The default is no judge of itself: its error is bounded apart, at a few roundings even of summed-up gradients.
-    assert own_error < 50.0 * FLOORS[call.context.dtype]
-    return 2.0 * own_error + FLOORS[call.context.dtype] * (1.0 + 4.0 / math.sqrt(fewest))
+    floor = FLOORS[call.context.result_dtype]
+    assert own_error < 50.0 * floor
+    return 2.0 * own_error + floor * (1.0 + 4.0 / math.sqrt(fewest))
 
 
 def tensor(shape: tuple[int, ...], dtype: str, placement: str = "contiguous") -> torch.Tensor:
@@ -173,7 +174,43 @@ def row_calls(draw: st.DrawFn, operation: str, dtype: str) -> Call:
     return Call(OPERATIONS[operation].describe(*arguments, **features), arguments)
 
 
+def quantised(shape: tuple[int, ...], dtype: str, placement: str = "contiguous") -> torch.Tensor:
+    """Values that spread over the range of the dtype; a "transposed" matrix is one of columns."""
+    if placement == "transposed" and len(shape) == 2:
+        return quantised((shape[1], shape[0]), dtype).t()
+    drawn = tensor(shape, "float32", placement)
+    # Arithmetic would make memory dense.
+    room = torch.empty_strided(drawn.shape, drawn.stride(), dtype=getattr(torch, dtype))
+    return room.copy_((drawn * (25.0 if dtype == "int8" else 1.0)).clamp(-128.0, 127.0))
+
+
+@st.composite
+def linear_calls(draw: st.DrawFn, operation: str, dtype: str) -> Call:
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    leading = draw(st.sampled_from(((), (1,), (7,), (40,), (1, 1, 5), (3, 1, 11))))
+    in_features = draw(st.sampled_from((1, 7, 16, 33, 64, 129, 300)))
+    # At least 64 elements of output.
+    least = -(-64 // math.prod(leading))
+    out_features = draw(st.sampled_from([size for size in (1, 5, 16, 40, 72, 130) if size >= least]))
+    scales_x: tuple[tuple[int, ...], ...] = ((), (1,), (*leading, 1), leading)
+    scales_w: tuple[tuple[int, ...], ...] = ((), (1, 1), (out_features, 1), (out_features,))
+
+    def scale(shape: tuple[int, ...]) -> torch.Tensor:
+        return 0.5 + torch.rand(shape).expand(shape)
+
+    arguments = (
+        quantised((*leading, in_features), dtype, draw(st.sampled_from(PLACEMENTS))),
+        quantised((out_features, in_features), dtype, draw(st.sampled_from(PLACEMENTS))),
+        scale(draw(st.sampled_from(scales_x))),
+        scale(draw(st.sampled_from(scales_w))),
+        draw(st.sampled_from((None, tensor((out_features,), "bfloat16")))),
+    )
+    return Call(OPERATIONS[operation].describe(*arguments), arguments)
+
+
 def calls(operation: str, dtype: str) -> st.SearchStrategy[Call]:
+    if operation.startswith("linear"):
+        return linear_calls(operation, dtype)
     return attention_calls(operation, dtype) if operation.startswith("attention") else row_calls(operation, dtype)
 
 
@@ -189,6 +226,10 @@ def plain_call(
         key, value = tensor((2, 2, length_k, 32), dtype), tensor((2, 2, length_k, 32), dtype)
         arguments: tuple[object, ...] = (query, key, value, None, 0.0, None)
         return Call(OPERATIONS[operation].describe(*arguments, causal_alignment=alignment), arguments)
+    if operation.startswith("linear"):
+        scales = torch.rand(33, 1) + 0.5, torch.rand(40, 1) + 0.5
+        arguments = (quantised((33, 129), dtype), quantised((40, 129), dtype), *scales, tensor((40,), "bfloat16"))
+        return Call(OPERATIONS[operation].describe(*arguments), arguments)
     x, other, weight = tensor((33, 129), dtype), tensor((33, 129), dtype), tensor((129,), dtype)
     arguments = {
         "norm.rms": (x, weight, 1e-6, 0.0),

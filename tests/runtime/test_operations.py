@@ -25,6 +25,8 @@ NAMES = (
     "norm.layer",
     "mlp.swiglu",
     "mlp.geglu",
+    "linear.fp8",
+    "linear.int8",
 )
 SIZE = st.integers(1, 2**20)
 
@@ -38,9 +40,19 @@ def norm(operation: str = "norm.rms", **changes: Any) -> SelectionContext:
     return SelectionContext(operation=operation, **{"dtype": "float32", "rows": 3, "hidden_size": 16, **changes})
 
 
+def linear(operation: str = "linear.fp8", **changes: Any) -> SelectionContext:
+    sizes = {"rows": 3, "in_features": 16, "out_features": 8}
+    dtype = "int8" if operation == "linear.int8" else "float8_e4m3fn"
+    return SelectionContext(operation=operation, **{"dtype": dtype, **sizes, **changes})
+
+
 @st.composite
 def described_calls(draw: st.DrawFn) -> tuple[Operation, SelectionContext]:
     operation = OPERATIONS[draw(st.sampled_from(NAMES))]
+    if operation.name.startswith("linear"):
+        sizes = {name: draw(SIZE) for name in ("rows", "in_features", "out_features")}
+        scalings = {name: draw(st.sampled_from(("tensor", "row"))) for name in ("scale_x", "scale_w")}
+        return operation, linear(operation.name, has_bias=draw(st.booleans()), **sizes, **scalings)
     if not operation.name.startswith("attention"):
         return operation, norm(operation.name, rows=draw(SIZE), hidden_size=draw(SIZE))
     length_q = draw(SIZE)

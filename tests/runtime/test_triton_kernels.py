@@ -18,7 +18,7 @@ from layerzero_runtime.kernels.triton_sources import norm as sources
 from layerzero_runtime.operations import OPERATIONS
 from layerzero_runtime.selection.limits import rejections
 from tests.runtime.kernel_calls import Call, assert_close_to_reference, calls, relative_error
-from tests.runtime.test_kernels import named
+from tests.runtime.test_kernels import named, named_with_dtypes
 from tests.runtime.triton_calls import (
     DEVICE,
     IS_INTERPRETED,
@@ -34,6 +34,7 @@ from tests.runtime.triton_calls import (
     device,
     fault,
     in_small_tiles,
+    linear_context,
     moved,
     row_context,
     spread,
@@ -46,11 +47,18 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight"),
 ]
 DTYPES = ("float32", "float16", "bfloat16")
-ROW_PAIRS = [pair for pair in PAIRS if not pair[1].startswith("attention")]
+ROW_PAIRS = [pair for pair in PAIRS if pair[1].startswith(("norm", "mlp"))]
 SPLIT_KV = TRITON_KERNELS["triton.split_kv"]
 # (rows, width): a row, widths below and above every block of the defaults and between multiples of 16.
 ROW_SIZES = ((1, 7), (3, 1000), (17, 130), (2, 4099), (1, 16391))
 # (batch, heads, key/value heads, queries, keys, head_dim)
+# ((rows, in_features, out_features), features): a row, one tile and several, sizes between multiples of 16.
+LINEAR_CALLS: tuple[tuple[tuple[int, int, int], dict[str, Any]], ...] = (
+    ((1, 320, 48), {}),
+    ((37, 200, 131), {"scale_x": "row", "scale_w": "row", "has_bias": True}),
+    ((130, 77, 7), {"scale_x": "row"}),
+    ((5, 1000, 260), {"scale_w": "row", "has_bias": True}),
+)
 ATTENTION_SIZES = ((1, 4, 4, 1, 33, 64), (2, 6, 2, 3, 161, 40), (1, 16, 1, 2, 90, 128), (1, 1, 1, 33, 47, 256))
 
 
@@ -67,11 +75,12 @@ def _as_on_a_device() -> Iterator[None]:
 def sized_contexts(operation: str, dtype: str) -> list[SelectionContext]:
     if operation.startswith("attention"):
         return [attention_context(operation, dtype, sizes) for sizes in ATTENTION_SIZES]
+    if operation.startswith("linear"):
+        return [linear_context(operation, dtype, sizes, **features) for sizes, features in LINEAR_CALLS]
     return [row_context(operation, dtype, *sizes) for sizes in ROW_SIZES]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kernel", "operation"), named(PAIRS))
+@pytest.mark.parametrize(("kernel", "operation", "dtype"), named_with_dtypes(PAIRS, DTYPES))
 def test_the_tuner_finds_every_configuration_right_at_every_size(kernel: Kernel, operation: str, dtype: str) -> None:
     contexts = sized_contexts(operation, dtype)
     for index, configuration in enumerate(spread(kernel, contexts[0], 4)):
@@ -83,12 +92,12 @@ def is_small(call: Call) -> bool:
     """Whether the interpreter, which takes a ms for each operation of a program, is done with it soon."""
     rows, width = call.context.rows, call.context.hidden_size
     if rows is None or width is None:
-        return (call.context.score_elements or 0) <= 4000
+        sizes = (rows or 0) * (call.context.out_features or 0)
+        return (call.context.score_elements or sizes) <= 4000
     return rows * width <= 8000
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("kernel", "operation"), named(PAIRS))
+@pytest.mark.parametrize(("kernel", "operation", "dtype"), named_with_dtypes(PAIRS, ("float32", "bfloat16")))
 def test_accepted_calls_agree_with_the_reference_whatever_their_strides(
     kernel: Kernel, operation: str, dtype: str
 ) -> None:
@@ -109,7 +118,7 @@ def test_accepted_calls_agree_with_the_reference_whatever_their_strides(
 def test_small_tiles_are_configurations_of_the_spaces() -> None:
     for kernel, operation in PAIRS:
         assert SMALL[kernel.kernel_id] in list(
-            configurations(kernel, any_size(sized_contexts(operation, "float16")[0]))
+            configurations(kernel, any_size(sized_contexts(operation, kernel.spec.dtypes[-1])[0]))
         )
 
 
@@ -285,6 +294,11 @@ def test_attention_beyond_its_limits_is_refused(changes: dict[str, Any], reason:
 USUAL_SIZES: dict[str, list[SelectionContext]] = {
     "norm": [row_context("norm.rms", "bfloat16", rows, 4096) for rows in (1, 64, 8192)],
     "mlp": [row_context("mlp.swiglu", "bfloat16", rows, 14336) for rows in (1, 64, 8192)],
+    "linear": [
+        linear_context("linear.fp8", "float8_e4m3fn", (rows, *features))
+        for rows in (1, 64, 512, 8192)
+        for features in ((4096, 14336), (14336, 4096))
+    ],
     "attention": [
         attention_context("attention.cross", "bfloat16", (4, 32, 8, length_q, 4096, head_dim))
         for length_q in (1, 4)
@@ -296,7 +310,7 @@ USUAL_SIZES: dict[str, list[SelectionContext]] = {
 @pytest.mark.parametrize(("kernel", "operation"), named(PAIRS))
 def test_spaces_hold_many_configurations_at_usual_sizes_and_no_idle_ones(kernel: Kernel, operation: str) -> None:
     for usual in USUAL_SIZES[operation.split(".")[0]]:
-        context = replace(usual, operation=operation)
+        context = replace(usual, operation=operation, dtype=kernel.spec.dtypes[-1])
         valid = list(configurations(kernel, context))
         assert 60 <= len(valid) <= 1000, (context.to_dict(), len(valid))
         for configuration in valid:

@@ -44,6 +44,15 @@ SMALL_SPLITS = {
     "num_stages": 2,
     "programs_per_multiprocessor": 8,
 }
+SMALL_PRODUCTS = {
+    "block_rows": 16,
+    "block_columns": 128,
+    "block_depth": 64,
+    "num_warps": 4,
+    "num_stages": 4,
+    "group_rows": 8,
+    "programs_per_multiprocessor": 2,
+}
 SMALL: dict[str, Configuration] = {
     "triton.rms_norm": SMALL_ROWS,
     "triton.add_rms_norm": SMALL_ROWS,
@@ -51,6 +60,8 @@ SMALL: dict[str, Configuration] = {
     "triton.swiglu": SMALL_BLOCKS,
     "triton.geglu": SMALL_BLOCKS,
     "triton.split_kv": SMALL_SPLITS,
+    "triton.linear_fp8": SMALL_PRODUCTS,
+    "triton.linear_int8": SMALL_PRODUCTS,
 }
 
 
@@ -60,6 +71,12 @@ def device() -> DeviceSpec:
 
 def row_context(operation: str, dtype: str, rows: int, width: int, **fields: Any) -> SelectionContext:
     return SelectionContext(operation=operation, dtype=dtype, rows=rows, hidden_size=width, device=device(), **fields)
+
+
+def linear_context(operation: str, dtype: str, sizes: tuple[int, int, int], **fields: Any) -> SelectionContext:
+    """sizes: (rows, in_features, out_features)."""
+    named: dict[str, Any] = dict(zip(("rows", "in_features", "out_features"), sizes, strict=True))
+    return SelectionContext(operation=operation, dtype=dtype, device=device(), **named, **fields)
 
 
 def attention_context(operation: str, dtype: str, sizes: tuple[int, ...], **fields: Any) -> SelectionContext:
@@ -100,7 +117,7 @@ def fault(kernel: Kernel, configuration: Configuration, context: SelectionContex
     operation = OPERATIONS[context.operation]
     check = Check.prepare(operation, context, RandomTensors(DEVICE, seed), seed)
     default = check.run(KERNELS[operation.default_kernel].load(context, {}))
-    return judge(check.run(kernel.load(context, configuration)), tolerances(default, context.dtype)).message
+    return judge(check.run(kernel.load(context, configuration)), tolerances(default, context.result_dtype)).message
 
 
 def configurations(kernel: Kernel, context: SelectionContext) -> Iterator[Configuration]:
@@ -115,7 +132,8 @@ def configurations(kernel: Kernel, context: SelectionContext) -> Iterator[Config
 
 def any_size(context: SelectionContext) -> SelectionContext:
     """The context without the sizes of its call: what is valid there is valid at some size."""
-    return replace(context, rows=None, hidden_size=None, batch_size=None, seq_len_q=None, seq_len_k=None)
+    names = ("rows", "hidden_size", "in_features", "out_features", "batch_size", "seq_len_q", "seq_len_k")
+    return replace(context, **dict.fromkeys(names))  # type: ignore[arg-type]
 
 
 def spread(kernel: Kernel, context: SelectionContext, count: int) -> list[Configuration]:

@@ -56,7 +56,7 @@ def check_refused(command: CommandsHere, arguments: tuple[object, ...], message:
     [
         (
             ("kernels", "--ops", "attention,norm.rsm"),
-            r"'norm\.rsm', known operations: attention\.causal, .* families: attention, mlp, norm",
+            r"'norm\.rsm', known operations: attention\.causal, .* families: attention, linear, mlp, norm",
         ),
         (("run", "--out", "out", "--ops", "conv"), r"'conv', known operations"),
         ((*NORM[:4], "norm.rsm", *NORM[5:]), r"operation is 'norm\.rsm', known operations: attention\.causal"),

@@ -42,6 +42,16 @@ def contexts(draw: st.DrawFn, dtypes: tuple[str, ...] = DTYPES) -> SelectionCont
             "causal_alignment": draw(st.sampled_from(["top_left", "bottom_right"])),
             "scale": draw(st.sampled_from([None, 0.3])),
         }
+    elif operation.startswith("linear."):
+        fields |= {
+            "dtype": "int8" if operation == "linear.int8" else "float8_e4m3fn",
+            "rows": draw(st.integers(1, 40)),
+            "in_features": draw(st.integers(1, 70)),
+            "out_features": draw(st.integers(1, 70)),
+            "scale_x": draw(st.sampled_from(["tensor", "row"])),
+            "scale_w": draw(st.sampled_from(["tensor", "row"])),
+            "has_bias": draw(st.booleans()),
+        }
     else:
         fields |= {
             "rows": draw(st.integers(1, 40)),
@@ -58,7 +68,7 @@ def whole_reference(context: SelectionContext) -> Callable[..., tuple[torch.Tens
 
     def function(*arguments: Any) -> tuple[torch.Tensor, ...]:
         exact = [value.double() if isinstance(value, torch.Tensor) else value for value in arguments]
-        return tuple(output.to(getattr(torch, context.dtype)) for output in operation.reference(context, *exact))
+        return tuple(output.to(getattr(torch, context.result_dtype)) for output in operation.reference(context, *exact))
 
     return function
 
@@ -74,7 +84,7 @@ def test_the_rounded_reference_passes_with_no_help_of_a_default(context: Selecti
     check = prepare(context, seed)
     trial = check.run(whole_reference(context))
     assert trial.fault == ""
-    floors = [error_floor(context.dtype)] * len(trial.errors)
+    floors = [error_floor(context.result_dtype)] * len(trial.errors)
     verdict = judge(trial, floors)
     assert verdict.message == ""
     assert verdict.relative_error is not None
@@ -88,12 +98,12 @@ def test_a_wrong_row_at_the_end_is_found(context: SelectionContext, data: st.Dat
     def wrong(*arguments: Any) -> tuple[torch.Tensor, ...]:
         outputs = right(*arguments)
         last = outputs[0].select(2 if context.layout == "bhsd" else 1, -1) if context.num_heads else outputs[0][-1]
-        last.add_(1.0)
+        last.add_(1.0 + last.abs())
         return outputs
 
     check = prepare(context)
     trial = check.run(wrong)
-    assert judge(trial, tolerances(check.written_out(), context.dtype)).message
+    assert judge(trial, tolerances(check.written_out(), context.result_dtype)).message
 
 
 CAUSAL = SelectionContext(

@@ -31,6 +31,9 @@ TRITON = {kernel.kernel_id: kernel for kernel in builtin_kernels() if kernel.spa
 
 
 def triton_context(operation: str, size: int) -> SelectionContext:
+    if operation.startswith("linear"):
+        dtype = "int8" if operation == "linear.int8" else "float8_e4m3fn"
+        return SelectionContext(operation=operation, dtype=dtype, rows=size, in_features=4096, out_features=14336)
     if not operation.startswith("attention"):
         return SelectionContext(operation=operation, dtype="bfloat16", rows=size, hidden_size=4096)
     call = SelectionContext(operation=operation, dtype="bfloat16", batch_size=4, num_heads=32, num_kv_heads=8)

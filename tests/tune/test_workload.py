@@ -49,6 +49,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "causal_alignment": st.sampled_from(["top_left", "bottom_right"]),
     "attn_mask": st.sampled_from(["none", "bool", "float"]),
     "approximate": st.sampled_from(["none", "tanh"]),
+    "scale_x": st.sampled_from(["tensor", "row"]),
+    "scale_w": st.sampled_from(["tensor", "row"]),
     "dropout_p": st.floats(0.0, 1.0),
     "scale": st.floats(allow_nan=False, allow_infinity=False),
     "offset": st.floats(allow_nan=False, allow_infinity=False),

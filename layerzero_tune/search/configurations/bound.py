@@ -20,7 +20,7 @@ def memory_bound_ns(context: SelectionContext) -> float | None:
         math.prod(tensor.shape(context)) * _item_bytes(tensor.dtype(context))
         for tensor in operation.present_tensors(context)
     )
-    written = sum(map(math.prod, operation.outputs(context))) * _item_bytes(context.dtype)
+    written = sum(map(math.prod, operation.outputs(context))) * _item_bytes(context.result_dtype)
     return (read + written) / bandwidth * 1e9
 
 
