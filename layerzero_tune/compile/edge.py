@@ -43,14 +43,21 @@ class Meeting:
     cuts: tuple[int, int]
 
     @classmethod
-    def of(cls, ground: Ground, rows: Rows, axes: Axes, below: Rows, above: Rows) -> Self:
-        """`below` and `above` are the columns of the choices that either side gives at each of these places."""
+    def of(cls, ground: Ground, rows: Rows, place: Place, below: Rows, above: Rows) -> Self:
+        """`below` and `above` are the columns of the choices that either side gives at each of these places.
+
+        Around holes the split stays where it was sought: a side that is moved there serves what has to miss.
+        """
+        axes = place.axes
         products = ground.products(rows, axes)
         order = np.argsort(products, kind="stable")
         rows, columns, sizes = rows[order], np.stack([below, above])[:, order], products[order]
         losses = np.stack([ground.losses[rows, side] for side in columns])
         held = np.cumsum(ground.measured[rows])
-        allowed: Mask = (sizes[1:] > sizes[:-1]) & ((held > 0) & (held < held[-1]) | ground.holes[rows].any())[:-1]
+        allowed: Mask = (sizes[1:] > sizes[:-1]) & ((held > 0) & (held < held[-1]))[:-1]
+        if ground.holes[rows].any():
+            allowed = sizes[:-1] == place.low
+            allowed &= sizes[1:] == place.high
         totals = np.cumsum(losses[0])[:-1] + (np.cumsum(losses[1])[-1] - np.cumsum(losses[1]))[:-1]
         found = [(round(total, 12), cut + 1) for cut, total in enumerate(totals.tolist()) if allowed[cut]]
         least = min(total for total, _ in found)

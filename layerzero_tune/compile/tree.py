@@ -58,7 +58,7 @@ class TreeGrower:
         is_low = self.ground.products(rows, place.axes) <= place.low
         low_region, high_region = region.divided(place.axes, place.low)
         low, high = self._part(rows[is_low], low_region), self._part(rows[~is_low], high_region)
-        meeting = Meeting.of(self.ground, rows, place.axes, self._served(low, rows), self._served(high, rows))
+        meeting = Meeting.of(self.ground, rows, place, self._served(low, rows), self._served(high, rows))
         edge = self._edge(meeting, region)
         together, buckets = meeting.loss(edge), low.buckets + high.buckets
         if together + BUCKET_PRICE * (buckets - 1) < loss:

@@ -45,7 +45,8 @@ class SlowRecording(RecordedDevice):
 
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
         (self._begun / f"{contest.contest_id}-{os.getpid()}").touch()
-        time.sleep(self._seconds)
+        # Not in step with the others: a node that is killed has something in flight.
+        time.sleep(self._seconds * (0.5 + int(contest.contest_id[:2], 16) / 255.0))
         return super().measure(contest)
 
 

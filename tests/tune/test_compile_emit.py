@@ -68,7 +68,7 @@ def test_the_module_reads_well() -> None:
     assert "\n3 operations, 3 static keys, 15 buckets, from 35 measurements.\n" in TEXT
     assert "\nMeasured 2026-03-01T00:00:00+00:00 to 2026-03-01T00:00:15+00:00.\n" in TEXT
     assert "# attention.cross, eager, float32, head_dim 64, gqa_group 1\ndef attention_cross_0(" in TEXT
-    assert "    (),  # batch_kv_heads 17 to 63, seq_len_q 16 to 64, seq_len_k 192 to 1024: not measured\n" in TEXT
+    assert "    (),  # batch_kv_heads 17 to 64, seq_len_q 16 to 64, seq_len_k 64 to 191: not measured\n" in TEXT
     assert "    'norm.rms': {\n        ('eager', 'float32', 0.0, ()): (norm_rms_2, NORM_RMS_2),\n    },\n" in TEXT
     assert "\n\n\n\n" not in TEXT
     assert TEXT.endswith("}\n")

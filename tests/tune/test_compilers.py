@@ -18,7 +18,7 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec, detect_device
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.registry import Registry
-from layerzero_tune.command_line import run
+from layerzero_tune.command_line import run_devices
 from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, JobOutcome
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.configurations.searched import Searched
@@ -333,8 +333,8 @@ def test_a_run_compiles_ahead_on_a_gpu_alone(
         asked.append(modules)
         return Compilers(modules)
 
-    monkeypatch.setattr(run, "live_device", lambda name: spec)
-    monkeypatch.setattr(run, "Compilers", noted)
+    monkeypatch.setattr(run_devices, "live_device", lambda name: spec)
+    monkeypatch.setattr(run_devices, "Compilers", noted)
     ended = command("run", "--ops", "mlp.swiglu", "--preset", "quick", "--dry-run", "--json", "--out", folder / "out")
     assert ended.status == 0, ended.errors
     assert asked == made

@@ -240,11 +240,9 @@ def test_a_hole_inside_the_range_is_a_region_of_lost_coverage(tmp_path: Path) ->
     (change,) = compared(old, new).coverage
     assert change.old == change.new
     assert change.lost == 1
-    (region,) = change.regions
-    assert region.old
-    assert not region.new
-    assert region.holds({"rows": 16, "hidden_size": 1024})
-    assert not region.holds({"rows": 1, "hidden_size": 64})
+    assert all(region.old and not region.new for region in change.regions)
+    assert sum(region.holds({"rows": 16, "hidden_size": 1024}) for region in change.regions) == 1
+    assert not any(region.holds({"rows": 1, "hidden_size": 64}) for region in change.regions)
 
 
 def test_static_keys_of_one_side_alone_are_added_or_removed_with_their_shapes(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.operations import OPERATIONS, operation_named
 from layerzero_runtime.registry import Registry
-from layerzero_tune.command_line import run
+from layerzero_tune.command_line import run_devices
 from layerzero_tune.compile.coverage import max_product_of, unmeasured_cells
 from layerzero_tune.identity import content_hash
 from layerzero_tune.measure.inputs import check_measurable
@@ -69,7 +69,7 @@ def test_every_call_of_a_server_is_there_in_both_modes_and_types(preset: str) ->
     for mode in ("eager", "graph"):
         for dtype in ("bfloat16", "float16"):
             some = [context for context in found if (context.mode, context.dtype) == (mode, dtype)]
-            assert {context.operation for context in some} == set(ALL)
+            assert {context.operation for context in some} == {name for name in ALL if not name.startswith("linear.")}
             attention = [context for context in some if context.num_heads is not None]
             square = [context for context in attention if context.seq_len_q == context.seq_len_k]
             chunks = [c for c in attention if c.operation == "attention.causal" and c.seq_len_q != c.seq_len_k]
@@ -131,7 +131,7 @@ def test_a_part_of_the_operations_has_the_same_points() -> None:
 def test_a_run_on_a_gpu_takes_a_preset(
     command: CommandsHere, monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
-    monkeypatch.setattr(run, "live_device", lambda name: H100)
+    monkeypatch.setattr(run_devices, "live_device", lambda name: H100)
     ended = command("run", "--device", "cuda:0", "--ops", "attention.full", "--dry-run", "--json", "--out", tmp_path)
     assert ended.json["contests"] == len(contexts("quick", operations=("attention.full",)))
 
