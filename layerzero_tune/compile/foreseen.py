@@ -11,7 +11,7 @@ import numpy as np
 from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.arrays import Floats
 from layerzero_tune.compile.coverage import with_tied
-from layerzero_tune.compile.local_plane import total
+from layerzero_tune.compile.local_plane import sum_of
 from layerzero_tune.compile.region import Box
 from layerzero_tune.compile.regret import Place, place_of, vouching
 
@@ -65,7 +65,7 @@ def _is_served(places: Floats, cells: int, place: Place) -> bool:
     if cells == len(places) or vouching(places[:cells], place).any():
         return True
     offsets = places - np.array(place)
-    return int(total(offsets * offsets).argmin()) < cells
+    return int(sum_of(list((offsets * offsets).T)).argmin()) < cells
 
 
 def _radical_inverse(number: int, base: int) -> float:

@@ -6,24 +6,28 @@ machine: numpy's own sums and products of matrices depend on the width of a proc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from layerzero_tune.compile.arrays import Floats
 
 
-def local_planes(weights: Floats, offsets: Floats, values: Floats, ridge: Floats) -> tuple[Floats, Floats]:
-    """The weighted least squares planes: their heights at the places, (places,), and slopes, (places, axes).
+def local_planes(
+    weights: Floats, offsets: Sequence[Floats], values: Floats, ridge: Floats
+) -> tuple[Floats, list[Floats]]:
+    """The weighted least squares planes: their heights at the places, (places,), and slopes, (places,) for each axis.
 
-    `weights` (places, cells) add up to 1 over the cells, `offsets` (places, cells, axes) lead from the places to the
-    cells, `values` (cells,) are those at the cells. `ridge` (places,) is added to the variance of each axis (in squared
-    units of an offset), which makes the slopes small where the offsets hardly tell; it must be above 0, so that there
-    is always a solution (Hoerl and Kennard, 1970; locally weighted: Cleveland and Devlin, 1988).
+    `weights` (cells, places) add up to 1 over the cells, `offsets` (cells, places) for each axis lead from the places
+    to the cells, `values` (cells,) are those at the cells. `ridge` (places,) is added to the variance of each axis (in
+    squared units of an offset), which makes the slopes small where the offsets hardly tell; it must be above 0, so
+    that there is always a solution (Hoerl and Kennard, 1970; locally weighted: Cleveland and Devlin, 1988).
     """
-    axes = range(offsets.shape[2])
-    center = [total(weights * offsets[..., axis]) for axis in axes]
-    level = total(weights * values)
-    steps = [offsets[..., axis] - center[axis][:, None] for axis in axes]
-    heights = values - level[:, None]
+    axes = range(len(offsets))
+    center = [total(weights * offset) for offset in offsets]
+    level = total(weights * values[:, None])
+    steps = [offset - middle for offset, middle in zip(offsets, center, strict=True)]
+    heights = values[:, None] - level
     equations = [
         [
             *(total(weights * (steps[row] * steps[column])) + ridge * (row == column) for column in axes),
@@ -35,12 +39,24 @@ def local_planes(weights: Floats, offsets: Floats, values: Floats, ridge: Floats
     at_place = level
     for slope, middle in zip(slopes, center, strict=True):
         at_place = at_place - slope * middle
-    return at_place, np.stack(slopes, axis=1)
+    return at_place, slopes
 
 
 def total(values: Floats) -> Floats:
-    """The sums over the last axis, in its order."""
-    return np.cumsum(values, axis=-1)[..., -1]
+    """The sums over the first of two axes, in its order."""
+    if values.shape[1] == 1:  # numpy takes it for a line, whose parts it adds in another order
+        sums: Floats = np.cumsum(values, axis=0)[-1]
+    else:
+        sums = np.add.reduce(values, axis=0)
+    return sums
+
+
+def sum_of(parts: Sequence[Floats]) -> Floats:
+    """The sum of arrays of one shape, in their order."""
+    first, *others = parts
+    for part in others:
+        first = first + part
+    return first
 
 
 def _solved(equations: list[list[Floats]]) -> list[Floats]:

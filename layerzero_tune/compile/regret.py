@@ -19,7 +19,7 @@ import numpy as np
 from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.arrays import Floats, Mask, Rows
 from layerzero_tune.compile.judge import Choice, Standing, Verdict
-from layerzero_tune.compile.local_plane import local_planes, total
+from layerzero_tune.compile.local_plane import local_planes, sum_of, total
 from layerzero_tune.measure.statistics import LOG_RESOLUTION
 
 # A cell speaks for sizes up to this factor away, with a weight that falls linearly in log distance (over several axes
@@ -111,8 +111,8 @@ class RegretModel:
         if not known:
             return {}
         places = np.array([place_of(each, self.free) for each in sizes])
-        offsets = self._places[None, :, :] - places[:, None, :]
-        distances = np.sqrt(total(offsets * offsets))
+        offsets = [cells[:, None] - line for cells, line in zip(self._places.T, places.T, strict=True)]
+        distances = np.sqrt(sum_of([offset * offset for offset in offsets]))
         nothing = np.zeros(len(sizes))
         return {
             choice: Estimates(nothing, nothing, nothing)
@@ -121,20 +121,21 @@ class RegretModel:
             for choice in known
         }
 
-    def _estimates(self, choice: Choice, offsets: Floats, distances: Floats) -> Estimates:
-        """From offsets (sizes, cells, axes) and distances (sizes, cells) of the measured cells in octaves."""
-        columns, ratios, variances = self._held(choice)
-        offsets, distances = offsets[:, columns], distances[:, columns]
-        nearest = distances.min(axis=1)
+    def _estimates(self, choice: Choice, offsets: Sequence[Floats], distances: Floats) -> Estimates:
+        """From offsets (cells, sizes) along each axis and distances (cells, sizes) of the measured cells in octaves."""
+        rows, ratios, variances = self._held(choice)
+        offsets, distances = [offset[rows] for offset in offsets], distances[rows]
+        nearest = distances.min(axis=0)
         reach = np.maximum(reach_over(self.free), _WIDENING * nearest)
-        shares = np.maximum(1.0 - distances / reach[:, None], 0.0)
+        shares = np.maximum(1.0 - distances / reach, 0.0)
         sums = total(shares)
-        weights = shares / sums[:, None]
+        weights = shares / sums
         height, slopes = local_planes(weights, offsets, ratios, _RIDGE / sums)
-        residuals = ratios - height[:, None] - total(slopes[:, None, :] * offsets)
+        foreseen = sum_of([slope * offset for slope, offset in zip(slopes, offsets, strict=True)])
+        residuals = ratios[:, None] - height - foreseen
         downside = total(weights * np.maximum(residuals, 0.0) ** 2)
         spread = total(weights * residuals**2)
-        noise = total(weights * variances)
+        noise = total(weights * variances[:, None])
         change = (_UNFORESEEN * self._roughness(choice) * nearest) ** 2
         return Estimates(
             _rounded(height),

@@ -43,11 +43,11 @@ def expected_best(tuned: Sequence[Verdict], at: Verdict, features: Features) -> 
         ]
         if not cells:
             continue
-        offsets = np.array([offset for offset, _ in cells])[None]
-        distances = np.sqrt((offsets**2).sum(axis=2))
+        offsets = [np.array(line)[:, None] for line in zip(*(offset for offset, _ in cells), strict=True)]
+        distances = np.sqrt(np.sum([offset**2 for offset in offsets], axis=0))
         reach = max(math.log2(REACH) * math.sqrt(3), 1.5 * distances.min())
         weights = np.maximum(1.0 - distances / reach, 0.0)
-        total = weights.sum(axis=1)
+        total = weights.sum(axis=0)
         heights, _ = local_planes(
             weights / total[:, None], offsets, np.array([ratio for _, ratio in cells]), 0.1 / total
         )
