@@ -11,10 +11,10 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from layerzero_tune.compile.arrays import Floats, Mask, Rows
+from layerzero_tune.compile.arrays import Floats, Rows
 from layerzero_tune.compile.ground import Ground
 from layerzero_tune.compile.region import Axes
-from layerzero_tune.compile.split import Place
+from layerzero_tune.compile.split import Place, told_on_both_sides
 
 # How many places on either side of a split tell where its sides meet.
 _BESIDE = 16
@@ -53,12 +53,12 @@ class Meeting:
         order = np.argsort(products, kind="stable")
         rows, columns, sizes = rows[order], np.stack([below, above])[:, order], products[order]
         losses = np.stack([ground.losses[rows, side] for side in columns])
-        held = np.cumsum(ground.measured[rows])
-        allowed: Mask = (sizes[1:] > sizes[:-1]) & ((held > 0) & (held < held[-1]))[:-1]
         if ground.holes[rows].any():
-            allowed = sizes[:-1] == place.low
-            allowed &= sizes[1:] == place.high
-        totals = np.cumsum(losses[0])[:-1] + (np.cumsum(losses[1])[-1] - np.cumsum(losses[1]))[:-1]
+            allowed = (sizes[:-1] == place.low) & (sizes[1:] == place.high)
+        else:
+            allowed = (sizes[1:] > sizes[:-1]) & told_on_both_sides(ground, rows)
+        if_below, if_above = np.cumsum(losses, axis=1)
+        totals = (if_below + (if_above[-1] - if_above))[:-1]
         found = [(round(total, 12), cut + 1) for cut, total in enumerate(totals.tolist()) if allowed[cut]]
         least = min(total for total, _ in found)
         cuts = [cut for total, cut in found if total == least]

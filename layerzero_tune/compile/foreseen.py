@@ -34,8 +34,7 @@ class Foreseen:
 def foreseen_sizes(
     cells: Sequence[Sizes], holes: Sequence[Sizes], free: Sequence[int], bounds: Box, max_product: int | None
 ) -> Foreseen:
-    """At most `FORESEEN` sizes in all; the table misses where no measured cell vouches for them and a
-    hole is nearer than all cells.
+    """At most `FORESEEN` sizes in all. The table misses at those that no cell vouches for where a hole is nearest.
 
     They fill the box evenly in log space (Halton 1960: a low-discrepancy sequence, so that equal cells give equal
     sizes), in multiples of what all measured sizes of an axis are multiples of.

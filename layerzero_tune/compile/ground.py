@@ -45,7 +45,7 @@ class Ground:
         measured: which places are measured cells.
         holes: which places are holes.
         ratios, variances: (places, choices), of the gain on the default by contests; NaN where there is none.
-        unproved: the choices that need no proof.
+        exempt: the choices whose gain needs no proof.
     """
 
     sizes: NDArray[np.int64]
@@ -56,7 +56,7 @@ class Ground:
     holes: Mask
     ratios: Floats
     variances: Floats
-    unproved: Mask
+    exempt: Mask
 
     @classmethod
     def of(
@@ -91,7 +91,6 @@ class Ground:
             losses[len(served) : len(served) + len(foreseen.missed), :-1] = _AROUND_HOLE
             expected = np.pad(expected, ((0, len(holes)), (0, 1)), constant_values=np.nan)
         ratios, variances = _contests(model, choices, len(served) + len(holes))
-        is_reference = any(default in verdict.standings for verdict in model.verdicts)
         return cls(
             np.array([*served, *holes], dtype=np.int64),
             choices,
@@ -101,7 +100,7 @@ class Ground:
             np.arange(len(losses)) >= len(served),
             ratios,
             variances,
-            np.array([choice in (default, MISS) or not is_reference for choice in choices]),
+            np.array([choice in (default, MISS) or not model.default_is_measured for choice in choices]),
         )
 
     def products(self, rows: Rows, axes: Axes) -> NDArray[np.int64]:
@@ -126,7 +125,7 @@ class Ground:
         means = np.where(known, self.ratios[held], 0.0).sum(axis=0) / np.maximum(counts, 1)
         halves = np.sqrt(np.where(known, self.variances[held], 0.0).sum(axis=0)) / np.maximum(counts, 1)
         gains = (counts > 0) & (-(means + halves) > math.log1p(MINIMUM_GAIN))
-        proved: Mask = gains | self.unproved
+        proved: Mask = gains | self.exempt
         return proved
 
 

@@ -39,7 +39,7 @@ class LeafBuilder:
         if choice == MISS:
             return Leaf(region, (), None)
         found = self._legality(choice, region.box)
-        if found.violated is not None or not self.is_proved(verdicts, choice):
+        if found.violated is not None or not is_proved(choice, self.default, verdicts):
             # The choice was measured in no cell of this region, or gains too little on those that a limit has cut off:
             # the default serves, else it is a miss.
             serves = choice != self.default and self._default_stands_in(verdicts)
@@ -53,10 +53,6 @@ class LeafBuilder:
         if low_region.is_empty or high_region.is_empty:
             return self.build(verdicts, low_region if high_region.is_empty else high_region, choice)
         return Split((axis,), edge, self.build(low, low_region, choice), self.build(high, high_region, choice))
-
-    def is_proved(self, verdicts: Sequence[Verdict], choice: Choice) -> bool:
-        """Whether these cells together prove the choice's gain on the default; true where nothing was measured."""
-        return choice == MISS or is_proved(choice, self.default, verdicts)
 
     def limit_within(self, choice: Choice, region: Region, place: Place) -> int | None:
         """The range limit of a choice on the axis of a split between these sizes: up to there it may serve."""

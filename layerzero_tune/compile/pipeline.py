@@ -146,15 +146,14 @@ def _model(name: str, verdicts: Sequence[Verdict]) -> RegretModel:
 
 
 def entry_of(key: Key, model: RegretModel, kernels: Mapping[str, Kernel], device: DeviceSpec) -> Entry:
+    """The entry of a static key, as its regret model has it."""
     name, static_key = key
     operation = operation_named(name)
     context: SelectionContext = model.verdicts[0].context.with_device(device)
     axes = tuple(axis.name for axis in operation.axes)
     sizes = [verdict.sizes for verdict in model.verdicts]
     bounds, max_product = bounds_of(sizes), max_product_of(sizes, model.free)
-    default = model.verdicts[0].default
-    measured = any(default in verdict.standings for verdict in model.verdicts)
-    leaves = LeafBuilder(operation, context, kernels, default, measured)
+    leaves = LeafBuilder(operation, context, kernels, model.verdicts[0].default, model.default_is_measured)
     holes = unmeasured_cells(sizes, model.free, max_product)
     ground = Ground.of(
         model,

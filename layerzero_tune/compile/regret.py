@@ -92,6 +92,11 @@ class RegretModel:
         return min(counts, key=lambda choice: (choice != self.verdicts[0].default, -counts[choice], choice))
 
     @cached_property
+    def default_is_measured(self) -> bool:
+        """Whether the default has a time in any cell."""
+        return any(verdict.default in verdict.standings for verdict in self.verdicts)
+
+    @cached_property
     def choices(self) -> tuple[Choice, ...]:
         """Every choice with a time, in ascending order."""
         return tuple(sorted({choice for standings in self._standings for choice in standings}))

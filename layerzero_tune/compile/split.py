@@ -51,7 +51,7 @@ def best_place(ground: Ground, rows: Rows, free: Axes) -> Place | None:
         high_sums = low_sums[-1] - low_sums
         # Not numpy's rounding, which depends on the last bits of a product.
         left = np.array([round(loss, 12) for loss in (low_sums.min(axis=1) + high_sums.min(axis=1))[:-1].tolist()])
-        is_step, is_told = sizes[1:] > sizes[:-1], _told_on_both_sides(ground, rows[order])
+        is_step, is_told = sizes[1:] > sizes[:-1], told_on_both_sides(ground, rows[order])
         candidates = np.flatnonzero(is_step & is_told)
         is_bare = has_holes and not len(candidates)
         if is_bare:
@@ -89,7 +89,7 @@ def _directions(free: Axes) -> Sequence[Axes]:
     return [axes for count in range(1, len(free) + 1) for axes in combinations(free, count)]
 
 
-def _told_on_both_sides(ground: Ground, rows: Rows) -> Mask:
+def told_on_both_sides(ground: Ground, rows: Rows) -> Mask:
     """After which of the rows, but the last, a split leaves on each side a measured cell, or nothing but holes."""
     held, served = np.cumsum(ground.measured[rows]), np.cumsum(~ground.holes[rows])
     told: Mask = ((held > 0) | (served == 0)) & ((held < held[-1]) | (served == served[-1]))

@@ -13,7 +13,7 @@ import numpy as np
 
 from layerzero_tune.compile.arrays import Rows
 from layerzero_tune.compile.edge import Meeting
-from layerzero_tune.compile.form import Leaf, Split, Tree, leaves_of
+from layerzero_tune.compile.form import Leaf, Split, Tree
 from layerzero_tune.compile.ground import MISS, Ground
 from layerzero_tune.compile.judge import Choice, Verdict
 from layerzero_tune.compile.leaf import LeafBuilder
@@ -45,7 +45,7 @@ class TreeGrower:
 
     def grow(self, verdicts: Sequence[Verdict], region: Region) -> Tree:
         """The tree over a region that holds the ground's places; `verdicts` are those of its measured cells."""
-        return self._built(self._part(np.arange(len(self.ground.sizes)), region), verdicts, region, None)
+        return self._built(self._part(np.arange(len(self.ground.sizes)), region), verdicts, region)
 
     def _part(self, rows: Rows, region: Region) -> _Part:
         loss, choice = self.ground.cheapest(rows)
@@ -89,8 +89,7 @@ class TreeGrower:
                     return limit
         return meeting.crossing()
 
-    def _built(self, part: _Part, verdicts: Sequence[Verdict], region: Region, previous: Choice | None) -> Tree:
-        """The part's tree; `previous` is the choice of the bucket before it."""
+    def _built(self, part: _Part, verdicts: Sequence[Verdict], region: Region) -> Tree:
         if part.split is None:
             # A part may have lost its cells to an edge that was moved: nothing proves a gain there any more.
             is_bare = not verdicts and part.choice != MISS and self.leaves.default_is_measured
@@ -99,13 +98,11 @@ class TreeGrower:
         low_region, high_region = region.divided(axes, edge)
         if low_region.is_empty or high_region.is_empty:  # an edge around this one was moved past it
             side, inside = (above, high_region) if low_region.is_empty else (below, low_region)
-            return self._built(side, verdicts, inside, previous)
+            return self._built(side, verdicts, inside)
         low_verdicts = [verdict for verdict in verdicts if product_of(verdict.sizes, axes) <= edge]
         high_verdicts = [verdict for verdict in verdicts if product_of(verdict.sizes, axes) > edge]
-        low = self._built(below, low_verdicts, low_region, previous)
-        last = list(leaves_of(low))[-1]
-        before = last.chain[0].choice if last.chain else previous
-        high = self._built(above, high_verdicts, high_region, before)
+        low = self._built(below, low_verdicts, low_region)
+        high = self._built(above, high_verdicts, high_region)
         return self._merged(Split(axes, edge, low, high), verdicts, region)
 
     def _merged(self, tree: Split, verdicts: Sequence[Verdict], region: Region) -> Tree:

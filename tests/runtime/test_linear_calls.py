@@ -23,6 +23,19 @@ from tests.runtime.linear_examples import DTYPES, PUBLIC, assert_right, call_of,
 from tests.runtime.traced_calls import compiled, policy_in_force, registered
 
 
+def spec_of(operation: str) -> lz.KernelSpec:
+    """A kernel of the test's own."""
+    return lz.KernelSpec(
+        kernel_id="test.linear",
+        operations=(operation,),
+        platforms=("cpu",),
+        dtypes=(DTYPES[operation],),
+        library="test",
+        requires=(),
+        priority=1,
+    )
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 @each_operation
@@ -185,15 +198,7 @@ def test_a_bias_that_needs_gradients_is_served_as_by_torch(operation: str) -> No
 @each_operation
 def test_verified_calls_are_compared_as_precisely_as_their_results_are(operation: str) -> None:
     call = call_of(operation, scale_x=torch.rand(6, 1), bias=torch.ones(48).bfloat16())
-    spec = lz.KernelSpec(
-        kernel_id="test.linear",
-        operations=(operation,),
-        platforms=("cpu",),
-        dtypes=(DTYPES[operation],),
-        library="test",
-        requires=(),
-        priority=1,
-    )
+    spec = spec_of(operation)
     before = lz.stats()
     lz.verify_results(every=1)
     try:
@@ -250,15 +255,7 @@ def test_compiled_calls_agree(operation: str, kernel_id: str) -> None:
         "widened": (Rule(kernel="torch.linear_*.widened"),),
         "operator": (Rule(kernel="test.linear"),),
     }
-    spec = lz.KernelSpec(
-        kernel_id="test.linear",
-        operations=(operation,),
-        platforms=("cpu",),
-        dtypes=(DTYPES[operation],),
-        library="test",
-        requires=(),
-        priority=1,
-    )
+    spec = spec_of(operation)
 
     def untraced(x: Any, weight: Any, scale_x: Any, scale_w: Any, bias: Any) -> Any:
         result = OPERATIONS[operation].reference(untraced_context, x, weight, scale_x, scale_w, bias)
