@@ -37,7 +37,6 @@ from layerzero_tune.results.content import results_hash
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.agenda import Agenda, cell_of
-from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.device import RecordedDevice
 from layerzero_tune.workload.lines import WorkloadLine
 
@@ -88,7 +87,7 @@ def orders(device: RecordedDevice, offered: Sequence[SelectionContext], seed: in
 
 
 def budgeted_order(device: RecordedDevice, offered: Sequence[SelectionContext]) -> Iterator[Step]:
-    contests = {context: device.contests(context, Searched())[:1] for context in offered}
+    contests = {context: device.contests(context)[:1] for context in offered}
     agenda = Agenda(device, [WorkloadLine(context) for context in offered], contests, {}, refine=True)
     while (planned := agenda.next()) is not None:
         rows, _ = device.measure(planned.contest)

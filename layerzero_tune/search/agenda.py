@@ -14,7 +14,7 @@ from layerzero_tune.measure.contest import Contest
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.contest_time import ContestClock
-from layerzero_tune.search.device import MeasuringDevice
+from layerzero_tune.search.device import MeasuringDevice, contest_of_rows
 from layerzero_tune.search.key_agenda import KeyAgenda, Planned, Ranked
 from layerzero_tune.search.key_regret import KeyRegret
 from layerzero_tune.workload.lines import WorkloadLine
@@ -60,6 +60,8 @@ class Agenda:
             key, sizes = cell_of(rows[0].context)
             if key in self._keys and not rows[0].is_search:
                 self._keys[key].take_in(sizes, rows)
+                if device.searches is not None and any(row.configuration for row in rows):
+                    self._keys[key].note_last(sizes, contest_of_rows(rows))
         for contests in offered.values():
             for contest in contests:
                 if contest.contest_id in held and not contest.is_search:
@@ -92,44 +94,61 @@ class Agenda:
         """It is being measured: `next` leaves it out until it was learned, struck or set aside."""
         key, sizes = cell_of(planned.contest.context)
         self._in_flight.add(planned.contest.contest_id)
-        self._keys[key].begin(sizes)
+        self._keys[key].begin(sizes, planned)
 
     def learn(
         self,
         planned: Planned,
         rows: Sequence[Measurement],
         taken_s: float | None = None,
+        preparation_s: float = 0.0,
         contest: Contest | None = None,
     ) -> None:
-        """Take in the rows of a contest, and how long it took where a clock was measured. `contest` is the one they are
-        of where it is not the planned one, but one that a search has led to."""
+        """Take in the rows of a contest, and how long it took where a clock was measured, beside the loading and
+        compiling of its kernels. `contest` is the one they are of where it is not the planned one, but one that a
+        search has led to."""
         contest = contest or planned.contest
         key, sizes = cell_of(contest.context)
         agenda = self._keys[key]
         if taken_s is not None:
-            self._clock.learn(planned.seconds / self._clock.correction, taken_s)
+            self._learn_times(planned, agenda.is_begun, taken_s, preparation_s)
         self._measured += 1
         self.done.add(contest.contest_id)
         self.searched.add(rows)
-        if contest.is_search:
+        if planned.kind == "search":  # which goes on until it is struck
             return
         self._in_flight.discard(planned.contest.contest_id)
         agenda.strike(sizes, planned.contest)
+        if contest.is_search:
+            return
         agenda.take_in(sizes, rows, self._measured)
         agenda.note_last(sizes, contest)
         if agenda.regret.is_due:
             agenda.renew()
 
+    def _learn_times(self, planned: Planned, is_begun: bool, taken_s: float, preparation_s: float) -> None:
+        if planned.kind == "search":
+            self._clock.learn_preparation("search", preparation_s)
+            return
+        self._clock.learn_preparation("later" if is_begun else "first", preparation_s)
+        self._clock.learn((planned.seconds - planned.preparation_s) / self._clock.correction, taken_s)
+
     def strike(self, planned: Planned) -> None:
-        """Take off what others have measured meanwhile."""
+        """Take off what others have measured meanwhile, and a search that is over."""
         self._in_flight.discard(planned.contest.contest_id)
         key, sizes = cell_of(planned.contest.context)
-        self._keys[key].strike(sizes, planned.contest)
+        if planned.kind == "search":
+            self._keys[key].end_search(sizes, planned)
+        else:
+            self._keys[key].strike(sizes, planned.contest)
 
     def set_aside(self, planned: Planned) -> None:
         """Leave to another run what that has begun, as long as there is something else."""
         self._in_flight.discard(planned.contest.contest_id)
         self._aside.add(planned.contest.contest_id)
+        if planned.kind == "search":
+            key, sizes = cell_of(planned.contest.context)
+            self._keys[key].end_search(sizes, planned)
 
     def bring_back(self) -> int:
         """Have all that was set aside on the agenda again; how much that is."""
@@ -145,8 +164,11 @@ class Agenda:
             key, sizes = cell_of(planned.contest.context)
             found.append(planned)
             within_s -= planned.seconds
-            self._keys[key].strike(sizes, planned.contest)
-            self._keys[key].expect(sizes)
+            if planned.kind == "search":
+                self._keys[key].begin(sizes, planned)
+            else:
+                self._keys[key].strike(sizes, planned.contest)
+                self._keys[key].expect(sizes)
         return tuple(found)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operation import Operation
@@ -62,12 +63,18 @@ def scaled_to(operation: Operation, context: SelectionContext, near: SelectionCo
     return calls.scaled(max(1, operation.flops(context)) / max(1, operation.flops(near)))
 
 
+# Contests by what their kernels need before the clock begins: the first of a static key, where all is loaded and
+# compiled, the later ones, and those of a search, where each configuration is compiled.
+Stage = Literal["first", "later", "search"]
+
+
 class ContestClock:
     """What contests have taken, against what was expected of them: the correction of later expectations."""
 
     def __init__(self) -> None:
         self._expected_s = 0.0
         self._taken_s = 0.0
+        self._preparations: dict[Stage, tuple[int, float]] = {}
 
     def learn(self, expected_s: float, taken_s: float) -> None:
         self._expected_s += expected_s
@@ -77,3 +84,13 @@ class ContestClock:
     def correction(self) -> float:
         """Their ratio over all contests, 1 before the first."""
         return self._taken_s / self._expected_s if self._expected_s > 0.0 else 1.0
+
+    def learn_preparation(self, stage: Stage, seconds: float) -> None:
+        """What loading and compiling the kernels of a contest took."""
+        count, total = self._preparations.get(stage, (0, 0.0))
+        self._preparations[stage] = count + 1, total + seconds
+
+    def preparation_s(self, stage: Stage) -> float:
+        """Their mean, 0 before the first."""
+        count, total = self._preparations.get(stage, (0, 0.0))
+        return total / count if count else 0.0

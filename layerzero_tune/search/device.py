@@ -17,9 +17,8 @@ from layerzero_runtime.registry import Registry
 from layerzero_runtime.tables.staleness import kernel_source_hash
 from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, JobOutcome, MeasurementPolicy
 from layerzero_tune.results.measurement import LOSSES, Measurement
-from layerzero_tune.search.configurations.point import contest_at
 from layerzero_tune.search.configurations.search_policy import DEFAULT_POLICY, SearchPolicy
-from layerzero_tune.search.configurations.searched import Searched
+from layerzero_tune.search.configurations.searches import Searches
 from layerzero_tune.search.device_lock import alone_on
 from layerzero_tune.search.jobs import JobIdentity, contest_of, legal_candidates
 from layerzero_tune.worker.compile_job import CompileJob, choice_of, compile_jobs
@@ -40,11 +39,12 @@ class MeasuringDevice(Protocol):
     def spec(self) -> DeviceSpec:
         """The device that the measurements are of."""
 
-    def contests(self, context: SelectionContext, searched: Searched) -> tuple[Contest, ...]:
-        """The contests that the device offers for a point; empty if it has no candidate there.
+    @property
+    def searches(self) -> Searches | None:
+        """The searches of its kernels' configurations; None for a device that has no other contests than it offers."""
 
-        Where configurations are searched, the next ones follow from what the searches have given so far.
-        """
+    def contests(self, context: SelectionContext) -> tuple[Contest, ...]:
+        """The contests that the device offers for a point whatever is known; empty if it has no candidate there."""
 
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
         """The rows of a finished contest, and its outcome."""
@@ -81,17 +81,16 @@ class LiveDevice:
         self._kernels: Mapping[str, Kernel] = {kernel.kernel_id: kernel for kernel in registry}
         self._identity = JobIdentity(spec, policy)
         self._worker = worker
-        self._search_policy = search_policy
+        self.searches: Searches | None = Searches(registry, self._identity, search_policy)
         self._compilers = compilers
         self._expected: Iterable[Contest] = ()
         self._lost: dict[str, JobOutcome] = {} if lost is None else lost
         self._hanging: dict[tuple[str, str], JobOutcome] = {}
 
-    def contests(self, context: SelectionContext, searched: Searched) -> tuple[Contest, ...]:
+    def contests(self, context: SelectionContext) -> tuple[Contest, ...]:
+        """All kernels in the configurations that they choose themselves."""
         candidates = self.candidates(context)
-        if not candidates:
-            return ()
-        return (contest_at(context, candidates, self._kernels, self._identity, searched, self._search_policy),)
+        return (self.contest(context, candidates),) if candidates else ()
 
     def candidates(self, context: SelectionContext) -> tuple[Candidate, ...]:
         return legal_candidates(self._registry, context.with_device(self.spec))
@@ -227,8 +226,10 @@ class RecordedDevice:
         """The recorded points."""
         return tuple(self._by_context)
 
-    def contests(self, context: SelectionContext, searched: Searched) -> tuple[Contest, ...]:
-        return tuple(_recorded(self._contests[contest_id]) for contest_id in self._by_context.get(context, ()))
+    searches: Searches | None = None
+
+    def contests(self, context: SelectionContext) -> tuple[Contest, ...]:
+        return tuple(contest_of_rows(self._contests[contest_id]) for contest_id in self._by_context.get(context, ()))
 
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
         rows = tuple(self._contests[contest.contest_id])
@@ -241,13 +242,16 @@ class RecordedDevice:
         """Nothing: replaying compiles nothing."""
 
 
-def _recorded(rows: Sequence[Measurement]) -> Contest:
-    """The contest that gave these rows; its id is a hash, so the number of its repeat is found by trying.
+def contest_of_rows(rows: Sequence[Measurement]) -> Contest:
+    """The contest that gave these rows; its id is a hash, so the number of its repeat is found by trying. Those that
+    had final rounds are its anchors: a repeat is about them.
 
     Raises:
         ResultsError: its measurement policy is unknown, or no repeat gives the recorded id.
     """
-    candidates = tuple(Candidate(row.kernel_id, row.configuration, row.is_default) for row in rows)
+    candidates = tuple(
+        Candidate(row.kernel_id, row.configuration, row.is_default, bool(row.samples_ns)) for row in rows
+    )
     job_ids = tuple(row.job_id for row in rows)
     try:
         policy = MeasurementPolicy(**rows[0].policy)

@@ -9,7 +9,9 @@ from typing import Literal
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operation import Operation, Sizes
+from layerzero_tune.compile.judge import Choice
 from layerzero_tune.compile.regret import RegretModel
+from layerzero_tune.identity import canonical_json
 from layerzero_tune.measure.contest import Contest
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.search.between import Between, points_between
@@ -24,6 +26,7 @@ from layerzero_tune.search.contest_time import (
 )
 from layerzero_tune.search.device import MeasuringDevice
 from layerzero_tune.search.key_regret import KeyRegret
+from layerzero_tune.search.key_searches import KeySearches
 
 # Expected regret below which no point is added between those of the workload.
 ENOUGH = 0.005
@@ -34,7 +37,7 @@ APART = 100
 # How contests rank that reach no bound; those that do go before.
 ANY_OTHER = (1.0, 0.0, 0.0)
 
-Kind = Literal["point", "edge", "probe", "repeat"]
+Kind = Literal["point", "edge", "probe", "repeat", "search", "entry"]
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,18 @@ class Planned:
 
     Attributes:
         kind: a "point" of the workload; a new point at an "edge", between different winners, or a "probe" between equal
-            ones; a "repeat" of a contest that leaves a doubt.
-        regret: expected regret at the point, log ratio.
-        seconds: what it is expected to take.
+            ones; a "repeat" of a contest that leaves a doubt; a "search" of a kernel's configurations, which is the
+            first of its contests; the "entry" of configurations that searches have found.
+        regret: expected regret at the point, log ratio; of configurations, their expected gain there.
+        seconds: what it is expected to take, a search with all of its contests.
+        preparation_s: how much of that goes to loading and compiling kernels.
     """
 
     kind: Kind
     contest: Contest
     regret: float
     seconds: float
+    preparation_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class KeyAgenda:
         operation: the key's operation.
         regret: the regret that is left under the key.
         waiting: contests of the workload that were not measured, by sizes.
-        searched: what searches of configurations have given.
+        searched: what searches of configurations have given, under all keys.
         refine: whether points are added between those of the workload, once these are measured.
     """
 
@@ -106,9 +112,12 @@ class KeyAgenda:
         self._clock = clock
         self._operation = operation
         self._waiting = {sizes: deque(contests) for sizes, contests in waiting.items()}
-        self._searched = searched
         self._refine = refine
-        self._last: dict[Sizes, dict[SelectionContext, Contest]] = {}
+        self._searches = None if device.searches is None else KeySearches(device.searches, regret, searched)
+        if self._searches is not None:
+            for sizes, contests in waiting.items():
+                self._searches.add(sizes, contests[0].context)
+        self._last: dict[Sizes, dict[frozenset[str], Contest]] = {}
         self._measured: dict[Sizes, tuple[SelectionContext, CallTimes]] = {}
         self._since: dict[Sizes, int] = {}
         self._between: tuple[tuple[Between, Contest], ...] = ()
@@ -119,9 +128,18 @@ class KeyAgenda:
     def ranking(self) -> Sequence[Ranked]:
         """What may come next, best first."""
         if self._ranking is None:
-            items = [*self._points(), *self._repeats(), *(self._added() if self._refine and not self._waiting else ())]
+            searches = dict(self._searching())
+            items = [*self._points(searches), *self._repeats(), *self._entries()]
+            items += [found for sizes, found in searches.items() if sizes not in self._waiting]
+            if self._refine and not self._waiting:
+                items += self._added()
             self._ranking = sorted(items, key=lambda item: item.rank)
         return self._ranking
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether anything was measured under the key."""
+        return bool(self._measured)
 
     def waiting(self) -> Iterable[Planned]:
         """The workload's contests that were not measured."""
@@ -134,11 +152,16 @@ class KeyAgenda:
         self.regret.learn(sizes, rows)
         self._measured[sizes] = (rows[0].context, call_times(rows))
         self._since[sizes] = number
+        if self._searches is not None:
+            self._searches.add(sizes, rows[0].context)
         self._ranking = None
 
     def note_last(self, sizes: Sizes, contest: Contest) -> None:
-        """The contest that a repeat of its point would follow."""
-        self._last.setdefault(sizes, {})[contest.context] = contest
+        """A contest that a repeat would follow, unless a later repeat of it is known."""
+        last = self._last.setdefault(sizes, {})
+        jobs = frozenset(contest.job_ids)
+        if jobs not in last or last[jobs].repeat < contest.repeat:
+            last[jobs] = contest
         self._ranking = None
 
     def strike(self, sizes: Sizes, contest: Contest) -> None:
@@ -150,9 +173,18 @@ class KeyAgenda:
                 del self._waiting[sizes]
         self._ranking = None
 
-    def begin(self, sizes: Sizes) -> None:
-        """A contest at these sizes is in flight."""
-        self.regret.begin(sizes)
+    def begin(self, sizes: Sizes, planned: Planned) -> None:
+        """It is in flight."""
+        if planned.kind == "search" and self._searches is not None:
+            self._searches.begin(searched_kernel(planned), sizes)
+        else:
+            self.regret.begin(sizes)
+        self._ranking = None
+
+    def end_search(self, sizes: Sizes, planned: Planned) -> None:
+        """A search is over, or left to another run."""
+        assert self._searches is not None
+        self._searches.end(searched_kernel(planned), sizes)
         self._ranking = None
 
     def expect(self, sizes: Sizes) -> None:
@@ -166,18 +198,22 @@ class KeyAgenda:
         self.regret.renew()
         self._ranking = None
 
-    def _points(self) -> Iterable[Ranked]:
+    def _points(self, searches: Mapping[Sizes, Ranked]) -> Iterable[Ranked]:
+        """The workload's points; one that a search waits for ranks as the search does."""
         count = len(self._measured)
         for sizes, contests in self._waiting.items():
             bounds = self.regret.new_bounds(sizes)
             coverage = (0.0, count, -bounds) if bounds else ANY_OTHER
-            yield self._ranked(sizes, self._planned("point", sizes, contests[0]), coverage)
+            found = self._ranked(sizes, self._planned("point", sizes, contests[0]), coverage)
+            yield replace(found, rank=min(found.rank, searches[sizes].rank)) if sizes in searches else found
 
     def _repeats(self) -> Iterable[Ranked]:
         for sizes, contests in self._last.items():
             if sizes in self._waiting or not self.regret.leaves_doubt(sizes):
                 continue
-            again = next((found for last in contests.values() if (found := self._device.again(last))), None)
+            served = self.regret.served(sizes)
+            telling = sorted(contests.values(), key=lambda contest: not _holds(contest, served))
+            again = next((found for last in telling if (found := self._device.again(last))), None)
             if again is not None:
                 not_before = self._since[sizes] + APART
                 yield self._ranked(sizes, self._planned("repeat", sizes, again), not_before=not_before)
@@ -193,19 +229,32 @@ class KeyAgenda:
                     point.sizes, self._planned("edge" if point.is_edge else "probe", point.sizes, contest)
                 )
 
+    def _searching(self) -> Iterable[tuple[Sizes, Ranked]]:
+        """The searches of configurations that are worth most."""
+        for found in () if self._searches is None else self._searches.searches():
+            contest, left = found.step.contest, found.step.left
+            preparation_s = left * self._clock.preparation_s("search")
+            timing_s = left * contest_s(self._call_times(found.sizes, contest), contest.policy) * self._clock.correction
+            planned = Planned("search", contest, found.gain, timing_s + preparation_s, preparation_s)
+            yield found.sizes, Ranked(_rank(found.worth, planned, found.sizes), planned, 0)
+
+    def _entries(self) -> Iterable[Ranked]:
+        """What searches have found, where it was not measured yet."""
+        for found in () if self._searches is None else self._searches.entries():
+            planned = replace(self._planned("entry", found.sizes, found.contest), regret=found.gain)
+            worth = found.gain * self.regret.demanded(found.sizes)
+            yield Ranked(_rank(worth, planned, found.sizes), planned, 0)
+
     def _doubtful_between(self, model: RegretModel) -> Iterable[tuple[Between, Contest]]:
         for point in points_between(self._operation, model):
-            contests = (
-                self._device.contests(point.context, self._searched)
-                if self.regret.regret(point.sizes) >= ENOUGH
-                else ()
-            )
+            contests = self._device.contests(point.context) if self.regret.regret(point.sizes) >= ENOUGH else ()
             if contests:
                 yield point, contests[0]
 
     def _planned(self, kind: Kind, sizes: Sizes, contest: Contest) -> Planned:
         seconds = contest_s(self._call_times(sizes, contest), contest.policy) * self._clock.correction
-        return Planned(kind, contest, self.regret.regret(sizes), seconds)
+        preparation_s = self._clock.preparation_s("later" if self._measured else "first")
+        return Planned(kind, contest, self.regret.regret(sizes), seconds + preparation_s, preparation_s)
 
     def _ranked(
         self,
@@ -214,11 +263,29 @@ class KeyAgenda:
         coverage: tuple[float, float, float] = ANY_OTHER,
         not_before: int = 0,
     ) -> Ranked:
-        worth = round(self.regret.worth(sizes) / planned.seconds, 9)
-        return Ranked((*coverage, -worth, *sizes), planned, not_before)
+        return Ranked(_rank(self.regret.worth(sizes), planned, sizes, coverage), planned, not_before)
 
     def _call_times(self, sizes: Sizes, contest: Contest) -> CallTimes:
         near = self.regret.nearest_measured(sizes)
         if near is None or not self._measured[near][1].screened:
             return guessed_call_times(self._operation, contest.context, len(contest.candidates))
         return scaled_to(self._operation, contest.context, *self._measured[near])
+
+
+def searched_kernel(planned: Planned) -> str:
+    """The kernel whose configurations a planned search looks for."""
+    return planned.contest.candidates[0].kernel_id
+
+
+def _rank(
+    worth: float, planned: Planned, sizes: Sizes, coverage: tuple[float, float, float] = ANY_OTHER
+) -> tuple[float, ...]:
+    return (*coverage, -round(worth / planned.seconds, 9), *sizes)
+
+
+def _holds(contest: Contest, choice: Choice | None) -> bool:
+    """Whether the choice competes in the contest."""
+    return any(
+        choice == (candidate.kernel_id, canonical_json(dict(candidate.configuration)))
+        for candidate in contest.candidates
+    )

@@ -11,8 +11,9 @@ import numpy as np
 from layerzero_runtime.operation import Operation, Sizes
 from layerzero_tune.compile.arrays import Floats, Mask
 from layerzero_tune.compile.distrust import disturbed_contests
-from layerzero_tune.compile.judge import Verdict, judge
+from layerzero_tune.compile.judge import Choice, Verdict, judge
 from layerzero_tune.compile.regret import Estimate, RegretModel, largest_loss, place_of, reach_over, vouching
+from layerzero_tune.identity import canonical_json
 from layerzero_tune.measure.statistics import LOG_RESOLUTION
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.search.doubt import leaves_doubt
@@ -151,10 +152,10 @@ class KeyRegret:
         reaches, around; for sizes that have one already, as the deviation of a mean of contests falls."""
         if sizes in self._rows:
             contests = len({row.contest_id for row in self._rows[sizes]})
-            return self._weight(sizes) * self.regret(sizes) * (1.0 - math.sqrt(contests / (contests + 1)))
+            return self.demanded(sizes) * self.regret(sizes) * (1.0 - math.sqrt(contests / (contests + 1)))
         if sizes in self._index:
             return float(self._all_worths[self._index[sizes]])
-        return self._weight(sizes) * self.regret(sizes)
+        return self.demanded(sizes) * self.regret(sizes)
 
     def nearest_measured(self, sizes: Sizes) -> Sizes | None:
         """The nearest sizes with a contest, None before the first."""
@@ -168,6 +169,34 @@ class KeyRegret:
         if sizes not in self._doubts:
             self._doubts[sizes] = leaves_doubt(self._rows[sizes])
         return self._doubts[sizes]
+
+    def is_measured(self, sizes: Sizes) -> bool:
+        """Whether a contest at these sizes was taken in."""
+        return sizes in self._rows
+
+    def served(self, sizes: Sizes) -> Choice | None:
+        """What an entry would give at measured sizes; None without a time. It may lag by a few contests."""
+        verdict = self._verdicts.get(sizes)
+        return None if verdict is None else _served(verdict)
+
+    def behind(self, sizes: Sizes, kernel_id: str) -> Mapping[Choice, float]:
+        """For each choice of the kernel with a time at measured sizes, log(its time / time of what an entry would
+        give)."""
+        verdict = self._verdicts.get(sizes)
+        if verdict is None:
+            return {}
+        lead = _log_ratio(verdict, _served(verdict))
+        standings = verdict.standings.items()
+        return {choice: standing.log_ratio - lead for choice, standing in standings if choice[0] == kernel_id}
+
+    def tried(self, sizes: Sizes) -> frozenset[Choice]:
+        """The choices that were measured at these sizes, with or without a time."""
+        rows = self._rows.get(sizes, ())
+        return frozenset((row.kernel_id, canonical_json(dict(row.configuration))) for row in rows)
+
+    def octaves(self, sizes: Sizes, others: Sequence[Sizes]) -> Floats:
+        """How far the others are away, in octaves of the sizes together."""
+        return _lengths(self._placed(others) - np.array(place_of(sizes, self.free)))
 
     def new_bounds(self, sizes: Sizes) -> int:
         """How many bounds of the demand (smallest and largest sizes, the largest product) a contest here would be the
@@ -210,7 +239,7 @@ class KeyRegret:
         rows = self._rows[verdict.sizes]
         trusted = len({row.contest_id for row in rows if row.status == "ok"} - disturbed_contests(rows))
         deviation = CONTEST_DEVIATION / math.sqrt(trusted) if trusted else DISTURBED_DEVIATION
-        served = min(verdict.acceptable, key=lambda choice: (_log_ratio(verdict, choice), choice))
+        served = _served(verdict)
         own = Estimate(_log_ratio(verdict, served), 0.0, deviation)
         if not math.isfinite(own.log_ratio):
             return UNKNOWN
@@ -261,12 +290,10 @@ class KeyRegret:
 
     def _distances(self, sizes: Sizes) -> Floats:
         """From the demanded sizes, in octaves."""
-        offsets = self._places - np.array(place_of(sizes, self.free))
-        distances: Floats = np.sqrt((offsets * offsets).sum(axis=1))
-        return distances
+        return _lengths(self._places - np.array(place_of(sizes, self.free)))
 
-    def _weight(self, sizes: Sizes) -> float:
-        """The demand at these sizes; between the demanded ones, that of the nearest."""
+    def demanded(self, sizes: Sizes) -> float:
+        """The weight of these sizes; between the demanded ones, that of the nearest."""
         if sizes in self.demand:
             return self.demand[sizes]
         return float(self._weights[int(self._distances(sizes).argmin())])
@@ -275,6 +302,17 @@ class KeyRegret:
         return np.array([place_of(sizes, self.free) for sizes in cells], dtype=np.float64)
 
 
-def _log_ratio(verdict: Verdict, choice: tuple[str, str]) -> float:
+def _lengths(offsets: Floats) -> Floats:
+    """Of each row."""
+    lengths: Floats = np.sqrt((offsets * offsets).sum(axis=1))
+    return lengths
+
+
+def _served(verdict: Verdict) -> Choice:
+    """What an entry may give here, the fastest of it."""
+    return min(verdict.acceptable, key=lambda choice: (_log_ratio(verdict, choice), choice))
+
+
+def _log_ratio(verdict: Verdict, choice: Choice) -> float:
     standing = verdict.standings.get(choice)
     return math.inf if standing is None else standing.log_ratio

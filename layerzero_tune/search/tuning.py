@@ -18,10 +18,9 @@ from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import Results, ResultsStore
 from layerzero_tune.search.agenda import Agenda
 from layerzero_tune.search.budget import Deadline
-from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.device import MeasuringDevice
 from layerzero_tune.search.executor import Executor, InTurn, Measured
-from layerzero_tune.search.key_agenda import Planned
+from layerzero_tune.search.key_agenda import Planned, searched_kernel
 from layerzero_tune.workload.lines import WorkloadLine
 
 # What the end of a run takes, compacting the files and summing up, on a 2-core AMD EPYC: so much at least, and so much
@@ -41,7 +40,7 @@ class TuningPlan:
 
     Attributes:
         lines: the points with at least one contest, and their weights.
-        offered: the contests of each point; that of a search of configurations stands for all that follow there.
+        offered: the contests of each point; those of configurations come on top, as they are found.
         held: the rows that the store holds, by contest.
         without_candidates: points at which nothing can be measured.
         quarantined: damaged files that were set aside, whose contests count as missing.
@@ -123,8 +122,7 @@ def plan_tuning(device: MeasuringDevice, lines: Sequence[WorkloadLine], store: R
     held: dict[str, list[Measurement]] = {}
     for row in stored.rows:
         held.setdefault(row.contest_id, []).append(row)
-    searched = Searched(row for rows in held.values() for row in rows)
-    offered = {line.context: device.contests(line.context, searched) for line in lines}
+    offered = {line.context: device.contests(line.context) for line in lines}
     return TuningPlan(
         lines=tuple(line for line in lines if offered[line.context]),
         offered=offered,
@@ -246,17 +244,19 @@ class _Run:
                     self._flights[contest.contest_id] = _Flight(planned, contest, stack.pop_all())
                     return
                 self._agenda.learn(planned, rows, contest=contest)
-            if not contest.is_search:
+            if planned.kind != "search":
                 return
         self._agenda.strike(planned)
 
     def _next_of(self, planned: Planned) -> Contest | None:
-        """The planned contest, if it is still missing; for that of a search, which begins with what its neighbours have
-        given by now, whatever its point offers until the search is over."""
-        offered: Sequence[Contest] = (planned.contest,)
-        if planned.contest.is_search:
-            offered = self._device.contests(planned.contest.context, self._agenda.searched)
-        return next((contest for contest in offered if contest.contest_id not in self._agenda.done), None)
+        """The planned contest, if it is still missing; of a search, which begins with what others have given by now,
+        its next one until it is over."""
+        if planned.kind != "search":
+            return planned.contest if planned.contest.contest_id not in self._agenda.done else None
+        assert self._device.searches is not None
+        kernel_id, context = searched_kernel(planned), planned.contest.context
+        step = self._device.searches.step(context, kernel_id, self._agenda.searched)
+        return None if step is None else step.contest
 
     def _coming(self) -> Iterator[Contest]:
         """What is likely to be measured next, worked out where somebody asks."""
@@ -271,11 +271,10 @@ class _Run:
         self._store.append(measured.rows)
         del self._flights[flight.contest.contest_id]
         flight.lease.close()
-        # A replay takes no time that says anything, and a search more than the first of its contests.
-        is_timed = outcome.outcomes and not planned.contest.is_search
-        taken_s = measured.taken_s - outcome.preparation_s if is_timed else None
-        self._agenda.learn(planned, measured.rows, taken_s, flight.contest)
+        # A replay takes no time that says anything.
+        taken_s = measured.taken_s - outcome.preparation_s if outcome.outcomes else None
+        self._agenda.learn(planned, measured.rows, taken_s, outcome.preparation_s, flight.contest)
         step = replace(planned, contest=flight.contest)
         self._watcher.finished(FinishedContest(step, measured.rows, outcome.preparation_s, self._agenda.left))
-        if planned.contest.is_search:
+        if planned.kind == "search":
             self._begin(planned)

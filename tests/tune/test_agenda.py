@@ -18,7 +18,6 @@ from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.agenda import Agenda, cell_of
 from layerzero_tune.search.between import CLOSEST
-from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.device import RecordedDevice
 from layerzero_tune.search.key_agenda import ENOUGH, Planned
 from layerzero_tune.workload.lines import WorkloadLine
@@ -42,8 +41,10 @@ class LandscapeDevice:
 
     expect = RecordedDevice.expect
 
-    def contests(self, context: SelectionContext, searched: Searched) -> tuple[Contest, ...]:
-        return RecordedDevice(self.rows(context)).contests(context, searched)
+    searches = None
+
+    def contests(self, context: SelectionContext) -> tuple[Contest, ...]:
+        return RecordedDevice(self.rows(context)).contests(context)
 
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
         return tuple(self.rows(contest.context)), ContestOutcome((), "")
@@ -53,7 +54,7 @@ class LandscapeDevice:
 
 
 def agenda(device: LandscapeDevice, lines: Sequence[WorkloadLine], *, refine: bool = False) -> Agenda:
-    offered = {line.context: device.contests(line.context, Searched()) for line in lines}
+    offered = {line.context: device.contests(line.context) for line in lines}
     return Agenda(device, lines, offered, NOTHING, refine=refine)
 
 
@@ -272,7 +273,7 @@ def test_what_is_held_counts_as_if_the_run_had_measured_it(tmp_path: Path) -> No
     held: dict[str, list[Measurement]] = {}
     for row in store.read().rows:
         held.setdefault(row.contest_id, []).append(row)
-    offered = {line.context: device.contests(line.context, Searched()) for line in lines}
+    offered = {line.context: device.contests(line.context) for line in lines}
     continued = Agenda(device, lines, offered, held, refine=False)
     assert [planned.contest.contest_id for planned in followed(device, continued)] == whole[6:]
 

@@ -21,7 +21,6 @@ from layerzero_runtime.registry import Registry
 from layerzero_tune.command_line import run_devices
 from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, JobOutcome
 from layerzero_tune.results.store import ResultsStore
-from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.device import LiveDevice
 from layerzero_tune.worker import process
 from layerzero_tune.worker.compile_job import CompileJob, compile_jobs
@@ -211,7 +210,7 @@ class ClocklessWorker(WorkerProcess):
 def offered_by(device: LiveDevice, mode: str, configuration: dict[str, int]) -> list[Contest]:
     """A contest of the device's own kernel at each of two static keys."""
     contexts = [replace(context, mode=mode) for context in (RMS, BFLOAT16)]
-    found = [device.contests(context, Searched())[0] for context in contexts]
+    found = [device.contests(context)[0] for context in contexts]
     return [
         replace(one, candidates=(replace(one.candidates[1], configuration=configuration),), job_ids=one.job_ids[1:])
         for one in found
@@ -253,7 +252,7 @@ def test_beside_a_contest_in_which_the_host_is_timed_nothing_is_compiled(compile
 
 def test_what_compiling_took_is_preparation_and_no_part_of_the_contest(compilers: Compilers) -> None:
     device = live_device(ClocklessWorker(lambda: None), compilers, "compiling.takes_its_time")
-    (offered,) = device.contests(RMS, Searched())
+    (offered,) = device.contests(RMS)
     slow = replace(offered, candidates=(Candidate("compiling.takes_its_time", {"steps": 100}),), job_ids=("one",))
     _, outcome = device.measure(slow)
     assert outcome.preparation_s >= 1.0
@@ -261,7 +260,7 @@ def test_what_compiling_took_is_preparation_and_no_part_of_the_contest(compilers
 
 def test_an_expected_contest_that_nobody_can_prepare_is_not_worked_out() -> None:
     device = live_device(ClocklessWorker(lambda: None), None, "compiling.notes")
-    (offered,) = device.contests(RMS, Searched())
+    (offered,) = device.contests(RMS)
     asked: list[Contest] = []
     device.expect(asked.append(found) or found for found in (offered,))  # type: ignore[func-returns-value]
     device.measure(offered)

@@ -23,7 +23,6 @@ from layerzero_runtime.registry import Registry
 from layerzero_tune.measure.contest import Contest, ContestOutcome, JobOutcome, MeasurementPolicy
 from layerzero_tune.results.leases import LEASE_S, LEASES, Leases
 from layerzero_tune.results.store import ResultsStore
-from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.device import LiveDevice, RecordedDevice
 from layerzero_tune.search.device_lock import alone_on
 from layerzero_tune.search.tuning import tune
@@ -160,7 +159,7 @@ def test_a_contest_is_measured_alone_on_its_device(tmp_path: Path, monkeypatch: 
 
     spec = detect_device("cpu")
     device = LiveDevice(spec, Registry(builtin_kernels()), MeasurementPolicy(), Watch())
-    (contest,) = device.contests(norm(1), Searched())
+    (contest,) = device.contests(norm(1))
     device.measure(contest)
     assert seen == [False]
     assert is_free(folder, "cpu")
@@ -176,7 +175,7 @@ def test_a_contest_that_another_run_has_stored_is_not_measured_again(tmp_path: P
     second, third = (
         contest
         for context in device.contexts
-        for contest in device.contests(context, Searched())
+        for contest in device.contests(context)
         if contest.contest_id != first.contest_id
     )
     other = ResultsStore(tmp_path)

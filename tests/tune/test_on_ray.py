@@ -24,7 +24,6 @@ from layerzero_tune.results.leases import LEASES
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search import on_ray
 from layerzero_tune.search.budget import Deadline
-from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.device import LiveDevice, RecordedDevice
 from layerzero_tune.search.on_ray import LiveNode, OnRay
 from layerzero_tune.search.tuning import tune
@@ -145,7 +144,7 @@ def on_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("on_a_node")
 def test_a_node_with_another_device_is_refused() -> None:
-    (contest,) = RecordedDevice(recorded_rows()).contests(recorded_rows()[0].context, Searched())
+    (contest,) = RecordedDevice(recorded_rows()).contests(recorded_rows()[0].context)
     with pytest.raises(LayerZeroError, match=r"offers the resource cpu_synthetic.*but its device is"):
         on_ray._measure_on_node(LiveNode(DEVICE, ()), contest)
 
@@ -154,7 +153,7 @@ def test_a_node_with_another_device_is_refused() -> None:
 def test_a_node_with_other_kernels_or_versions_is_refused() -> None:
     spec = detect_device("cpu")
     here = LiveDevice(spec, Registry(builtin_kernels()), MeasurementPolicy(), WorkerProcess())
-    (contest,) = here.contests(norm(8), Searched())
+    (contest,) = here.contests(norm(8))
     node = LiveNode(spec, ())
     with ExitStack() as stack:
         assert node.open(stack).measures(contest)

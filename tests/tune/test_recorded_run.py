@@ -18,7 +18,6 @@ from layerzero_tune.compile.emit import EmittedTable, emit
 from layerzero_tune.compile.pipeline import compile_table
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
-from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.device import RecordedDevice
 from tests.tune.command import start
 from tests.tune.command import tune as tune_command
@@ -177,8 +176,8 @@ def test_what_is_stored_before_a_failure_stays(tmp_path: Path) -> None:
 def test_a_recorded_device_offers_what_it_holds_and_nothing_else(tmp_path: Path) -> None:
     rows = [*rows_at(8), *rows_at(8, repeat=3), *rows_at(64)]
     device = RecordedDevice(rows[::-1])
-    assert len(device.contests(norm(8), Searched())) == 2
-    assert sorted(contest.repeat for contest in device.contests(norm(8), Searched())) == [0, 3]
+    assert len(device.contests(norm(8))) == 2
+    assert sorted(contest.repeat for contest in device.contests(norm(8))) == [0, 3]
     plan = planned_at(device, [norm(8), norm(9)], ResultsStore(tmp_path / "none"))
     assert len(plan.missing) == 2
     assert plan.without_candidates == (norm(9),)
@@ -196,7 +195,7 @@ def test_recordings_that_cannot_be_replayed_are_refused() -> None:
         RecordedDevice([*rows_at(1), other])
     partial = RecordedDevice(rows_at(1)[:1])
     with pytest.raises(ResultsError, match="does not follow from its jobs; measure this point again"):
-        partial.contests(norm(1), Searched())
+        partial.contests(norm(1))
     older = RecordedDevice([replace(row, policy={"rounds": 3, "trials": 7}) for row in rows_at(1)])
     with pytest.raises(ResultsError, match="policy that this release does not know"):
-        older.contests(norm(1), Searched())
+        older.contests(norm(1))

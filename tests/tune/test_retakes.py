@@ -15,7 +15,6 @@ from layerzero_tune.measure.contention import MAX_SHARE
 from layerzero_tune.measure.contest import Contest, ContestOutcome
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
-from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.device import MAX_TAKES, LiveDevice, RecordedDevice
 from layerzero_tune.search.doubt import leaves_doubt
 from layerzero_tune.search.tuning import FinishedContest
@@ -37,8 +36,10 @@ class SharedDevice:
         self.times = times
         self.taken: Taken = []
 
-    def contests(self, context: SelectionContext, searched: Searched) -> tuple[Contest, ...]:
-        return RecordedDevice(contest_rows(context, self.times)).contests(context, searched)
+    searches = None
+
+    def contests(self, context: SelectionContext) -> tuple[Contest, ...]:
+        return RecordedDevice(contest_rows(context, self.times)).contests(context)
 
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
         context = contest.context
@@ -83,7 +84,7 @@ def test_where_the_neighbour_stays_the_run_ends_all_the_same(tmp_path: Path) -> 
 def test_a_run_that_was_cut_continues_with_what_it_owed(tmp_path: Path, takes: int) -> None:
     device = SharedDevice({1: 2})
     store = ResultsStore(tmp_path)
-    for contest in device.contests(norm(1), Searched()):
+    for contest in device.contests(norm(1)):
         for repeat in range(takes):
             rows, _ = device.measure(replace(contest, repeat=repeat))
             store.append(rows)
@@ -100,9 +101,9 @@ def test_a_contest_without_any_time_is_not_taken_again(tmp_path: Path) -> None:
     store = ResultsStore(tmp_path)
     store.append([replace(row, contention=1.0) for row in rows])
     assert planned_at(device, POINTS[1:], store).found == 0
-    (contest,) = RecordedDevice(rows).contests(norm(1), Searched())
+    (contest,) = RecordedDevice(rows).contests(norm(1))
     offering = SharedDevice({})
-    offering.contests = lambda context, searched: (contest,)  # type: ignore[method-assign]
+    offering.contests = lambda context: (contest,)  # type: ignore[method-assign]
     assert agenda_at(offering, POINTS[:1], store).next() is None
 
 

@@ -7,7 +7,6 @@ import pytest
 from layerzero_tune.command_line.output import duration_text
 from layerzero_tune.command_line.run_progress import RunProgress
 from layerzero_tune.search.budget import Deadline
-from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.device import RecordedDevice
 from layerzero_tune.search.key_agenda import Planned
 from layerzero_tune.search.tuning import FinishedContest
@@ -18,7 +17,7 @@ FASTER = {"torch.rms_norm": 3000.0, "torch.rms_norm.fused": 2000.0}
 
 def finished(times: Times) -> FinishedContest:
     rows = tuple(contest_rows(norm(8), times))
-    (contest,) = RecordedDevice(rows).contests(norm(8), Searched())
+    (contest,) = RecordedDevice(rows).contests(norm(8))
     return FinishedContest(Planned("point", contest, 0.1, 1.0), rows, 2.0, 5)
 
 

@@ -9,11 +9,12 @@ import pytest
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.kernels import builtin_kernels
+from layerzero_runtime.registry import Registry
 from layerzero_runtime.selection.limits import rejections
-from layerzero_tune.measure.contest import Candidate, ContestOutcome, JobOutcome
-from layerzero_tune.search.configurations.point import contest_at
+from layerzero_tune.measure.contest import ContestOutcome, JobOutcome
 from layerzero_tune.search.configurations.search_policy import SearchPolicy
 from layerzero_tune.search.configurations.searched import Searched
+from layerzero_tune.search.configurations.searches import Searches
 from layerzero_tune.search.configurations.trial import text_of
 from layerzero_tune.search.configurations.valid import valid_configurations
 from layerzero_tune.search.device import rows_of
@@ -47,7 +48,8 @@ def triton_context(operation: str, size: int) -> SelectionContext:
 def test_a_search_proposes_what_the_kernel_allows_on_the_device_and_fewer_near_another(
     kernel_id: str, operation: str
 ) -> None:
-    kernel, identity, searched = TRITON[kernel_id], JobIdentity(H100, POLICY), Searched()
+    kernel, searched = TRITON[kernel_id], Searched()
+    searches = Searches(Registry(TRITON.values()), JobIdentity(H100, POLICY), SEARCH)
     counts: list[int] = []
     for size in (2048, 4096):
         context = triton_context(operation, size)
@@ -55,7 +57,8 @@ def test_a_search_proposes_what_the_kernel_allows_on_the_device_and_fewer_near_a
         valid = valid_configurations(kernel.space, context.with_device(H100)) if kernel.space else ()
         assert len(valid) > SearchPolicy().enumerated
         proposed: list[str] = []
-        while (contest := contest_at(context, [Candidate(kernel_id)], TRITON, identity, searched, SEARCH)).is_search:
+        while (step := searches.step(context, kernel_id, searched)) is not None:
+            contest = step.contest
             fresh = [candidate.configuration for candidate in contest.candidates[1:]]
             times = [1e6 + sum(hash(value) for value in c.configuration.values()) for c in contest.candidates]
             jobs = tuple(JobOutcome("ok", screen_ns=float(time)) for time in times)
@@ -65,5 +68,7 @@ def test_a_search_proposes_what_the_kernel_allows_on_the_device_and_fewer_near_a
         assert len(set(proposed)) == len(proposed)
         assert set(proposed) <= set(map(text_of, valid))
         counts.append(len(proposed))
-        assert 1 < len(contest.candidates) <= 1 + SEARCH.finalists
+        found = [proposal.configuration for proposal in searches.proposals(context, kernel_id, searched)]
+        assert 1 <= len(found) <= SEARCH.finalists
+        assert set(map(text_of, found)) <= set(proposed)
     assert counts == [SEARCH.measurements, SEARCH.near_measurements]

@@ -29,19 +29,29 @@ def next_batch(
         seeds: configurations to begin with, the most promising first; those that are not valid here are left out.
         bound_ns: the shortest time of a call that the device allows, in ns, where it is known.
     """
-    known = {text_of(trial.configuration): trial for trial in trials}
+    known = {text_of(trial.configuration) for trial in trials}
     left = {text: configuration for configuration in valid if (text := text_of(configuration)) not in known}
-    spent = len(valid) - len(left)
-    is_enumerated = len(valid) <= policy.enumerated
-    count = min(policy.batch, len(left), (len(valid) if is_enumerated else policy.measurements) - spent)
-    if count <= 0 or _reaches(bound_ns, trials, policy.bound_margin):
+    count = min(policy.batch, left_to_measure(valid, trials, policy, bound_ns))
+    if count == 0:
         return ()
     first = {text: left[text] for text in map(text_of, seeds) if text in left}
-    if is_enumerated:
+    if len(valid) <= policy.enumerated:
         return tuple(islice((first | left).values(), count))
     from layerzero_tune.search.configurations.tpe import propose  # Optuna takes a second to import
 
     return propose(valid, trials, tuple(first.values()), count, policy.seed)
+
+
+def left_to_measure(
+    valid: Sequence[Configuration], trials: Sequence[Trial], policy: SearchPolicy, bound_ns: float | None
+) -> int:
+    """How many configurations a search may still measure, 0 once it is over; arguments as for `next_batch`."""
+    if _reaches(bound_ns, trials, policy.bound_margin):
+        return 0
+    known = {text_of(trial.configuration) for trial in trials}
+    spent = sum(text_of(configuration) in known for configuration in valid)
+    limit = len(valid) if len(valid) <= policy.enumerated else min(policy.measurements, len(valid))
+    return max(0, limit - spent)
 
 
 def best_trials(trials: Sequence[Trial], count: int) -> tuple[Configuration, ...]:

@@ -10,7 +10,7 @@ from layerzero_runtime.kernel import Configuration
 from layerzero_tune.identity import canonical_json
 from layerzero_tune.results.measurement import Measurement
 
-_OWN_CHOICE = canonical_json({})
+OWN_CHOICE = canonical_json({})
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ def trials_of(rows: Iterable[Measurement]) -> tuple[Trial, ...]:
     times: dict[str, list[float]] = {}
     configurations: dict[str, tuple[Configuration, int]] = {}
     for number, contest in enumerate(contests.values()):
-        own = contest.get(_OWN_CHOICE)
+        own = contest.get(OWN_CHOICE)
         anchor = None if own is None else own.screen_ns
         for text, row in contest.items():
-            if text == _OWN_CHOICE:
+            if text == OWN_CHOICE:
                 continue
             configurations.setdefault(text, (row.configuration, number))
             if row.status == "ok" and row.screen_ns is not None:
