@@ -94,7 +94,7 @@ def test_what_enters_meets_the_present_winner_as_an_anchor(tmp_path: Path) -> No
 def test_a_run_that_was_stopped_anywhere_goes_on_with_the_same_contests(tmp_path: Path) -> None:
     whole = run(ClockedDevice([DEFAULT, MANY.kernel_id]), ResultsStore(tmp_path / "whole"), PLAIN)
     assert sum(len(contest.candidates) - 1 for contest in whole[1:-1]) == SEARCH.measurements
-    for stop in (1, 6, len(whole) - 1):
+    for stop in (1, 4, len(whole) - 1):
         store = ResultsStore(tmp_path / str(stop))
         device = ClockedDevice([DEFAULT, MANY.kernel_id])
 
@@ -113,8 +113,7 @@ def test_few_points_are_searched_and_all_measure_what_was_found(tmp_path: Path) 
     points = grid(norm, (8, 16, 32, 64, 4096), (1024, 2048))
     measured = run(ClockedDevice([DEFAULT, PASSES.kernel_id]), ResultsStore(tmp_path), *points)
     searched = {contest.context for contest in measured if contest.is_search}
-    # Two octaves apart at least, and far from all others one of its own.
-    assert len(searched) == 3
+    assert len(searched) == 4  # none has another within an octave
     assert sum(context.rows == 4096 for context in searched) == 1
     entered = Counter(c.context for c in measured if not c.is_search and configurations(c, PASSES.kernel_id)[-1])
     assert entered == dict.fromkeys(points, 1)
