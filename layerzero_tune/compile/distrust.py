@@ -29,11 +29,12 @@ ROUND_SHARE = 0.005
 
 
 def is_disturbed(rows: Sequence[Measurement]) -> bool:
-    """Whether a contest, given by all its rows, ran beside other processes, or its anchor drifted.
+    """Whether a contest, given by all its rows, ran beside other processes or on a GPU that was slowed down, or its
+    anchor drifted.
 
     The anchor is the default, or without its rounds the first kernel that has some.
     """
-    return rows[0].is_contended or _drifts(rows)
+    return rows[0].is_contended or rows[0].is_slowed or _drifts(rows)
 
 
 def doubts(row: Measurement, logs: Logs) -> list[float]:

@@ -109,12 +109,13 @@ def describe_choice(choice: Choice) -> str:
 def judge(rows: Iterable[Measurement]) -> dict[tuple[str, StaticKey], tuple[Verdict, ...]]:
     """Verdicts by operation and static key, sorted by sizes; cells in which nothing has a time are left out.
 
-    Searches of configurations bear no witness: of many noisy screenings the best one is lucky.
+    Searches of configurations bear no witness: of many noisy screenings the best one is lucky. Nor do contests during
+    which the GPU was slowed down.
     """
     cells: dict[tuple[str, StaticKey, Sizes], list[Measurement]] = {}
     by_context: dict[int, list[Measurement]] = {}  # rows share their contexts, whose keys take longer than their ids
     for row in rows:
-        if row.is_search:
+        if row.is_search or row.is_slowed:
             continue
         cell = by_context.get(id(row.context))
         if cell is None:

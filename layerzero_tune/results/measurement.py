@@ -88,6 +88,11 @@ class Measurement:
         return self.contention > MAX_SHARE
 
     @property
+    def is_slowed(self) -> bool:
+        """Whether the GPU was held down by power or heat while the contest was timed, although it waited."""
+        return self.gpu is not None and bool(self.gpu.get("slowed"))
+
+    @property
     def is_search(self) -> bool:
         """Whether it is of a contest that searches a kernel's configurations, as `Contest.is_search` says."""
         return self.policy.get("rounds") == 0

@@ -16,8 +16,9 @@ from layerzero_tune.results.measurement import Measurement
 # its own contests take.
 OVERHEAD = 2.5
 OVERHEAD_S = 0.05
-# A core that nobody has measured: guesses for a call of which nothing is known, on the slow side.
-GUESSED_FLOPS = 6e10
+# Guesses for a call of which nothing is known, on the slow side: operations per second of a core that nobody has
+# measured, and of a GPU.
+GUESSED_FLOPS = {"cpu": 6e10, "cuda": 3e13}
 GUESSED_CALL_S = 2e-5
 # One contest counts for so many times what was expected of it at most: one that waited for a quiet machine says nothing
 # of the others.
@@ -44,9 +45,9 @@ def call_times(rows: Iterable[Measurement]) -> CallTimes:
     return CallTimes(tuple(seconds), tuple(s for s, row in zip(seconds, timed, strict=True) if row.samples_ns))
 
 
-def guessed_call_times(operation: Operation, context: SelectionContext, candidates: int) -> CallTimes:
+def guessed_call_times(operation: Operation, context: SelectionContext, candidates: int, platform: str) -> CallTimes:
     """By the work of the call alone."""
-    call = GUESSED_CALL_S + operation.flops(context) / GUESSED_FLOPS
+    call = GUESSED_CALL_S + operation.flops(context) / GUESSED_FLOPS.get(platform, GUESSED_FLOPS["cpu"])
     return CallTimes((call,) * candidates, (call,) * min(candidates, GUESSED_FINALISTS))
 
 

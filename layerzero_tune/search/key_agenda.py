@@ -268,7 +268,9 @@ class KeyAgenda:
     def _call_times(self, sizes: Sizes, contest: Contest) -> CallTimes:
         near = self.regret.nearest_measured(sizes)
         if near is None or not self._measured[near][1].screened:
-            return guessed_call_times(self._operation, contest.context, len(contest.candidates))
+            return guessed_call_times(
+                self._operation, contest.context, len(contest.candidates), self._device.spec.platform
+            )
         return scaled_to(self._operation, contest.context, *self._measured[near])
 
 

@@ -66,9 +66,9 @@ class Shard:
 
 
 def _seconds(cell: Sequence[WorkloadLine]) -> float:
-    """What contests at these points may take, as far as their work says."""
+    """What contests at these points may take, as far as their work says; the same parts on every machine."""
     return math.fsum(
-        contest_s(guessed_call_times(operation_named(context.operation), context, GUESSED_FINALISTS), _POLICY)
+        contest_s(guessed_call_times(operation_named(context.operation), context, GUESSED_FINALISTS, "cpu"), _POLICY)
         for context in {line.context for line in cell}
     )
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 RUNTIME_FOLDER = TemporaryDirectory(prefix="layerzero-tests-")
 # Modules of kernels that the tests name are imported from the project's root; no table but the test's own is found.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in (TABLES_VARIABLE, "COLUMNS")} | {
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     "XDG_RUNTIME_DIR": RUNTIME_FOLDER.name,
 }
 

@@ -187,3 +187,12 @@ def test_contract_four_and_independence_of_order(samples: list[list[float]], ord
         assert paired_log_ratio(pooled[name], pooled[DEFAULT[0]]).high < -math.log1p(MINIMUM_GAIN)
     order.shuffle(rows)
     assert verdict(rows) == found
+
+
+def test_times_of_a_gpu_that_was_slowed_down_bear_no_witness() -> None:
+    usual = contest_rows(norm(8), {"torch.rms_norm": 1000.0, "synthetic.lean": 900.0})
+    slowed = contest_rows(norm(8), {"torch.rms_norm": 1000.0, "synthetic.lean": 500.0}, repeat=1)
+    slowed = [replace(row, gpu={"slowed": ["power cap"]}) for row in slowed]
+    assert judge([*usual, *slowed]) == judge(usual)
+    assert judge(slowed) == {}
+    assert disturbed_contests([*usual, *slowed]) == {slowed[0].contest_id}

@@ -148,6 +148,18 @@ def test_a_kernel_that_is_far_behind_is_not_searched(tmp_path: Path) -> None:
         assert any(contest.is_search for contest in measured) == searched
 
 
+def test_searches_that_find_nothing_make_others_less_likely(tmp_path: Path) -> None:
+    points = grid(norm, (1, 64, 4096, 262144), (64, 4096, 262144))
+    counts = []
+    for found in (True, False):
+        device = ClockedDevice([DEFAULT, PASSES.kernel_id])
+        device.cost = cost if found else lambda configuration: 1.0 + 0.1 * bool(configuration)
+        measured = run(device, ResultsStore(tmp_path / str(found)), *points)
+        counts.append(len({contest.context for contest in measured if contest.is_search}))
+    assert counts[0] == len(points)
+    assert counts[1] < len(points)
+
+
 def test_the_point_that_stands_for_most_is_searched_first(tmp_path: Path) -> None:
     points = [norm(rows) for rows in (1, 64, 128, 256, 65536)]
     measured = run(ClockedDevice([DEFAULT, PASSES.kernel_id]), ResultsStore(tmp_path), *points)

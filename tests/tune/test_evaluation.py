@@ -123,3 +123,18 @@ def test_a_choice_that_fails_ends_the_evaluation_but_keeps_its_contests(snapshot
     with pytest.raises(ResultsError, match=r"'torch\.rms_norm\.fused' has no time at .*died as scripted"):
         evaluated(device, snapshot, tmp_path / "held-out")
     assert len(ResultsStore(tmp_path / "held-out").contest_ids()) == 1
+
+
+def test_a_shape_is_taken_again_while_the_gpu_is_slowed_down(snapshot: Snapshot, tmp_path: Path) -> None:
+    class Slowed(ScriptedDevice):
+        def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
+            rows, outcome = super().measure(replace(contest, repeat=0))
+            ids = {row.job_id: row for row in rows}
+            slowed = {"slowed": ["power cap"] if contest.repeat < 2 else []}
+            again = (replace(ids[job], contest_id=contest.contest_id, gpu=slowed) for job in contest.job_ids)
+            return tuple(again), outcome
+
+    device = Slowed({DEFAULT: 2000.0, FUSED: 1000.0}, {})
+    found = evaluate(device, snapshot, [norm(20)], ResultsStore(tmp_path / "held-out"), "a" * 32)
+    assert len(ResultsStore(tmp_path / "held-out").contest_ids()) == 2
+    assert [score.efficiency for score in found.scores] == [1.0]

@@ -140,3 +140,17 @@ def test_a_second_contest_may_settle_the_doubt(tmp_path: Path) -> None:
     second = contest_rows(norm(1), TIMES | {"synthetic.wide": 990.0}, repeat=1)
     assert leaves_doubt(first)
     assert not leaves_doubt([*first, *second])
+
+
+def test_a_point_whose_gpu_was_slowed_down_counts_as_not_measured(tmp_path: Path) -> None:
+    class Slowed(SharedDevice):
+        def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
+            rows, outcome = super().measure(contest)
+            slowed = {"slowed": ["power cap"] if contest.repeat == 0 and contest.context.rows == 2 else []}
+            return tuple(replace(row, gpu=slowed) for row in rows), outcome
+
+    device = Slowed({})
+    seen = run(device, tmp_path)
+    assert sorted(device.taken) == [(1, 0), (2, 0), (2, 1), (3, 0)]
+    assert seen[-1].planned.kind == "repeat"
+    assert seen[-1].planned.regret > 0.0

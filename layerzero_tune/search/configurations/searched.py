@@ -30,6 +30,11 @@ class Searched:
         """The kernel's rows at the point."""
         return self._points.get(_group(kernel_id, context), {}).get(context, ())
 
+    def points(self, kernel_id: str) -> list[tuple[SelectionContext, Sequence[Measurement]]]:
+        """All points with rows of the kernel, under all static keys."""
+        groups = (points for (kernel, _, _), points in self._points.items() if kernel == kernel_id)
+        return [found for points in groups for found in points.items()]
+
     def around(self, kernel_id: str, context: SelectionContext) -> list[tuple[float, Sequence[Measurement]]]:
         """The kernel's rows at each other point of the static key, after how far it is: the nearest point first, in
         octaves of its sizes."""

@@ -102,6 +102,15 @@ class Searches:
         _, policy = self._beginning(kernel_id, context, searched)
         return not left_to_measure(self._valid_at(kernel_id, context), trials, policy, self._bound_ns(context))
 
+    def gains(self, kernel_id: str, searched: Searched) -> tuple[float, ...]:
+        """By how much, in log time, each search of the kernel that is over has beaten the kernel's own choice."""
+        found = []
+        for context, rows in searched.points(kernel_id):
+            if self.is_over(context, kernel_id, searched):
+                trials, _ = self._trials_at(context, kernel_id, rows)
+                found.append(max((-t.log_ratio for t in trials if t.log_ratio is not None), default=0.0))
+        return tuple(max(0.0, gain) for gain in found)
+
     def proposals(self, context: SelectionContext, kernel_id: str, searched: Searched) -> tuple[Proposal, ...]:
         """What to measure beside other kernels at a point: of the kernel's own search there, if it is over, the
         finalists; else those of the nearest searches around, as far as they are near and allowed here."""
