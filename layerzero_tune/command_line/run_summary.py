@@ -20,6 +20,13 @@ from layerzero_tune.search.key_agenda import Kind, Planned
 from layerzero_tune.search.shard import Shard
 from layerzero_tune.search.tuning import TuningEnd, TuningPlan
 
+_EXTRA: Mapping[Kind, str] = {
+    "edge": "at edges",
+    "probe": "probes",
+    "repeat": "repeats",
+    "search": "in searches of configurations",
+    "entry": "of what these found",
+}
 # Until the worker process has imported torch nothing is measured.
 STARTING_S = 5.0
 
@@ -204,7 +211,7 @@ def json_summary(
 
 def _extra_text(kinds: Mapping[Kind, int]) -> str:
     """How many of the contests are no points of the workload's own."""
-    extra = ", ".join(f"{count} {kind}s" for kind, count in sorted(kinds.items()) if kind != "point")
+    extra = ", ".join(f"{count} {_EXTRA[kind]}" for kind, count in sorted(kinds.items()) if kind != "point")
     return f" ({extra})" if extra else ""
 
 

@@ -80,6 +80,16 @@ class Verdict:
     reference_ns: float
     measured_at: str
 
+    @property
+    def served(self) -> Choice:
+        """The fastest of what an entry may give here."""
+        return min(self.acceptable, key=lambda choice: (self.log_ratio(choice), choice))
+
+    def log_ratio(self, choice: Choice) -> float:
+        """log(time of the choice / time of the reference), infinite for a choice without a time."""
+        standing = self.standings.get(choice)
+        return math.inf if standing is None else standing.log_ratio
+
     def gains(self, choice: Choice) -> bool:
         """Whether the choice is proved to gain on the default here."""
         standing = self.standings.get(choice)
@@ -104,6 +114,12 @@ class _Contest:
 def describe_choice(choice: Choice) -> str:
     kernel_id, configuration = choice
     return kernel_id if configuration == "{}" else f"{kernel_id} {configuration}"
+
+
+def best_choice(rows: Iterable[Measurement]) -> Choice | None:
+    """The fastest choice that an entry may give at a point, by all of its rows; None where nothing has a time."""
+    found = [verdict for verdicts in judge(rows).values() for verdict in verdicts]
+    return found[0].served if found else None
 
 
 def judge(rows: Iterable[Measurement]) -> dict[tuple[str, StaticKey], tuple[Verdict, ...]]:

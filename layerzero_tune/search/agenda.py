@@ -14,7 +14,7 @@ from layerzero_tune.measure.contest import Contest
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.contest_time import ContestClock
-from layerzero_tune.search.device import MeasuringDevice, contest_of_rows
+from layerzero_tune.search.device import MeasuringDevice
 from layerzero_tune.search.key_agenda import KeyAgenda, Planned, Ranked
 from layerzero_tune.search.key_regret import KeyRegret
 from layerzero_tune.workload.lines import WorkloadLine
@@ -60,13 +60,8 @@ class Agenda:
             key, sizes = cell_of(rows[0].context)
             if key in self._keys and not rows[0].is_search:
                 self._keys[key].take_in(sizes, rows)
-                if device.searches is not None and any(row.configuration for row in rows):
-                    self._keys[key].note_last(sizes, contest_of_rows(rows))
-        for contests in offered.values():
-            for contest in contests:
-                if contest.contest_id in held and not contest.is_search:
-                    key, sizes = cell_of(contest.context)
-                    self._keys[key].note_last(sizes, _latest(device, contest, held))
+                if (contest := device.recalled(rows)) is not None:
+                    self._keys[key].note_last(sizes, contest)
         for agenda in self._keys.values():
             agenda.renew()
 
@@ -217,13 +212,6 @@ def cell_of(context: SelectionContext) -> tuple[Key, Sizes]:
     """The static key and the sizes of a point."""
     operation = operation_named(context.operation)
     return (operation.name, operation.static_key(context)), operation.sizes(context)
-
-
-def _latest(device: MeasuringDevice, contest: Contest, held: Collection[str]) -> Contest:
-    """The last of the repeats of a stored contest that are stored, too."""
-    while (again := device.again(contest)) is not None and again.contest_id in held:
-        contest = again
-    return contest
 
 
 def _key_agendas(

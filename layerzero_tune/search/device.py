@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from time import perf_counter
+from types import MappingProxyType
 from typing import Protocol
 
 from layerzero_runtime.context import SelectionContext
@@ -15,12 +16,13 @@ from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.libraries import library_version
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.tables.staleness import kernel_source_hash
+from layerzero_tune.compile.judge import best_choice
 from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, JobOutcome, MeasurementPolicy
 from layerzero_tune.results.measurement import LOSSES, Measurement
 from layerzero_tune.search.configurations.search_policy import DEFAULT_POLICY, SearchPolicy
 from layerzero_tune.search.configurations.searches import Searches
 from layerzero_tune.search.device_lock import alone_on
-from layerzero_tune.search.jobs import JobIdentity, contest_of, legal_candidates
+from layerzero_tune.search.jobs import JobIdentity, contest_of, entering, legal_candidates
 from layerzero_tune.worker.compile_job import CompileJob, choice_of, compile_jobs
 from layerzero_tune.worker.compilers import Compilers
 from layerzero_tune.worker.process import WorkerProcess
@@ -30,6 +32,10 @@ from layerzero_tune.worker.process import WorkerProcess
 MAX_TAKES = 3
 # More repeats of one contest than any tuning makes.
 MAX_REPEATS = 64
+
+
+# By contest, the rows that are known of a point.
+Held = Mapping[str, Sequence[Measurement]]
 
 
 class MeasuringDevice(Protocol):
@@ -43,14 +49,22 @@ class MeasuringDevice(Protocol):
     def searches(self) -> Searches | None:
         """The searches of its kernels' configurations; None for a device that has no other contests than it offers."""
 
-    def contests(self, context: SelectionContext) -> tuple[Contest, ...]:
-        """The contests that the device offers for a point whatever is known; empty if it has no candidate there."""
+    def contests(self, context: SelectionContext, held: Held = MappingProxyType({})) -> tuple[Contest, ...]:
+        """The contests that the device offers for a point, of which some may be held; empty if it has no candidate
+        there. Those of configurations come on top, as they are found.
+
+        Args:
+            held: by contest the rows that are known of the point.
+        """
 
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
         """The rows of a finished contest, and its outcome."""
 
     def again(self, contest: Contest) -> Contest | None:
         """The contest once more, for one that leaves a doubt; None if that is of no use."""
+
+    def recalled(self, rows: Sequence[Measurement]) -> Contest | None:
+        """The contest that gave these rows, if the device would measure the same again; None if not."""
 
     def expect(self, contests: Iterable[Contest]) -> None:
         """Contests that are likely to follow the next one; a device that prepares none does not look at them."""
@@ -87,10 +101,21 @@ class LiveDevice:
         self._lost: dict[str, JobOutcome] = {} if lost is None else lost
         self._hanging: dict[tuple[str, str], JobOutcome] = {}
 
-    def contests(self, context: SelectionContext) -> tuple[Contest, ...]:
-        """All kernels in the configurations that they choose themselves."""
+    def contests(self, context: SelectionContext, held: Held = MappingProxyType({})) -> tuple[Contest, ...]:
+        """All kernels in the configurations that they choose themselves; those that came later than what is held, in a
+        contest of their own with the default and what is best so far."""
         candidates = self.candidates(context)
-        return (self.contest(context, candidates),) if candidates else ()
+        whole = self.contest(context, candidates)
+        known = {row.job_id for rows in held.values() for row in rows}
+        entrants = [found for found, job_id in zip(candidates, whole.job_ids, strict=True) if job_id not in known]
+        if len(entrants) == len(candidates):
+            return (whole,) if candidates else ()
+        found = [contest_of_rows(rows) for rows in held.values() if any(row.job_id in whole.job_ids for row in rows)]
+        before = tuple(contest for contest in found if contest.repeat == 0) or tuple(found)
+        if not entrants:
+            return before
+        served = best_choice(row for rows in held.values() for row in rows)
+        return (*before, entering(context, served, entrants, candidates, self._kernels, self._identity))
 
     def candidates(self, context: SelectionContext) -> tuple[Candidate, ...]:
         return legal_candidates(self._registry, context.with_device(self.spec))
@@ -151,6 +176,14 @@ class LiveDevice:
     def give_up(self) -> None:
         """From another thread: end what is being measured, which raises `GivenUpError` there."""
         self._worker.give_up()
+
+    def recalled(self, rows: Sequence[Measurement]) -> Contest | None:
+        current = (
+            (kernel := self._kernels.get(row.kernel_id)) is not None
+            and self._identity.of(row.context, kernel, Candidate(row.kernel_id, row.configuration)) == row.job_id
+            for row in rows
+        )
+        return contest_of_rows(rows) if all(current) else None
 
     def measures(self, contest: Contest) -> bool:
         """Whether the contest's jobs are what this process would measure: the same device, sources and versions."""
@@ -228,7 +261,7 @@ class RecordedDevice:
 
     searches: Searches | None = None
 
-    def contests(self, context: SelectionContext) -> tuple[Contest, ...]:
+    def contests(self, context: SelectionContext, held: Held = MappingProxyType({})) -> tuple[Contest, ...]:
         return tuple(contest_of_rows(self._contests[contest_id]) for contest_id in self._by_context.get(context, ()))
 
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
@@ -236,6 +269,9 @@ class RecordedDevice:
         return rows, ContestOutcome((), rows[0].measured_at)
 
     def again(self, contest: Contest) -> Contest | None:
+        return None
+
+    def recalled(self, rows: Sequence[Measurement]) -> Contest | None:
         return None
 
     def expect(self, contests: Iterable[Contest]) -> None:

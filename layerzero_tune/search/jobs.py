@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from layerzero_runtime.context import SelectionContext
@@ -13,7 +14,8 @@ from layerzero_runtime.operations import operation_named
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.selection.limits import rejections
 from layerzero_runtime.tables.staleness import kernel_source_hash, version_that_matters
-from layerzero_tune.identity import content_hash
+from layerzero_tune.compile.judge import Choice
+from layerzero_tune.identity import canonical_json, content_hash
 from layerzero_tune.measure.contest import Candidate, Contest, MeasurementPolicy
 
 
@@ -50,6 +52,24 @@ def legal_candidates(registry: Registry, context: SelectionContext) -> tuple[Can
         if not rejections(kernel.spec.limits, context) and missing_requirement(kernel.spec.requires) is None
     ]
     return tuple(sorted(legal, key=lambda candidate: (not candidate.is_default, candidate.kernel_id)))
+
+
+def entering(
+    context: SelectionContext,
+    served: Choice | None,
+    entrants: Iterable[Candidate],
+    legal: Sequence[Candidate],
+    kernels: Mapping[str, Kernel],
+    identity: JobIdentity,
+) -> Contest:
+    """The contest in which candidates that come later meet the default, if it is legal at the point, and what is best
+    so far there, which both reach the final rounds whatever the screening says."""
+    first = [candidate for candidate in legal if candidate.is_default]
+    if served is not None and (served[0], json.loads(served[1])) not in [(c.kernel_id, c.configuration) for c in first]:
+        first.append(Candidate(served[0], json.loads(served[1]), is_anchor=True))
+    known = {(found.kernel_id, canonical_json(dict(found.configuration))) for found in first}
+    others = [c for c in entrants if (c.kernel_id, canonical_json(dict(c.configuration))) not in known]
+    return contest_of(context, [*first, *others], kernels, identity)
 
 
 def contest_of(

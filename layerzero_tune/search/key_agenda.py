@@ -211,8 +211,10 @@ class KeyAgenda:
         for sizes, contests in self._last.items():
             if sizes in self._waiting or not self.regret.leaves_doubt(sizes):
                 continue
-            served = self.regret.served(sizes)
-            telling = sorted(contests.values(), key=lambda contest: not _holds(contest, served))
+            in_doubt = self.regret.in_doubt(sizes)
+            held = [(len(in_doubt & _choices(contest)), contest) for contest in contests.values()]
+            most = max(count for count, _ in held)
+            telling = (contest for count, contest in held if count == most)
             again = next((found for last in telling if (found := self._device.again(last))), None)
             if again is not None:
                 not_before = self._since[sizes] + APART
@@ -285,9 +287,5 @@ def _rank(
     return (*coverage, -round(worth / planned.seconds, 9), *sizes)
 
 
-def _holds(contest: Contest, choice: Choice | None) -> bool:
-    """Whether the choice competes in the contest."""
-    return any(
-        choice == (candidate.kernel_id, canonical_json(dict(candidate.configuration)))
-        for candidate in contest.candidates
-    )
+def _choices(contest: Contest) -> set[Choice]:
+    return {(found.kernel_id, canonical_json(dict(found.configuration))) for found in contest.candidates}

@@ -16,7 +16,7 @@ from layerzero_tune.compile.regret import Estimate, RegretModel, largest_loss, p
 from layerzero_tune.identity import canonical_json
 from layerzero_tune.measure.statistics import LOG_RESOLUTION
 from layerzero_tune.results.measurement import Measurement
-from layerzero_tune.search.doubt import leaves_doubt
+from layerzero_tune.search.doubt import close_choices, leaves_doubt
 
 # Log ratio that a call of the default is taken to lose where nothing is known: on an H100 it takes 1.28 times the time
 # of the best over 798 shapes (EVIDENCE 1).
@@ -179,7 +179,7 @@ class KeyRegret:
     def served(self, sizes: Sizes) -> Choice | None:
         """What an entry would give at measured sizes; None without a time. It may lag by a few contests."""
         verdict = self._verdicts.get(sizes)
-        return None if verdict is None else _served(verdict)
+        return None if verdict is None else verdict.served
 
     def behind(self, sizes: Sizes, kernel_id: str) -> Mapping[Choice, float]:
         """For each choice of the kernel with a time at measured sizes, log(its time / time of what an entry would
@@ -187,7 +187,7 @@ class KeyRegret:
         verdict = self._verdicts.get(sizes)
         if verdict is None:
             return {}
-        lead = _log_ratio(verdict, _served(verdict))
+        lead = verdict.log_ratio(verdict.served)
         standings = verdict.standings.items()
         return {choice: standing.log_ratio - lead for choice, standing in standings if choice[0] == kernel_id}
 
@@ -199,6 +199,11 @@ class KeyRegret:
     def octaves(self, sizes: Sizes, others: Sequence[Sizes]) -> Floats:
         """How far the others are away, in octaves of the sizes together."""
         return _lengths(self._placed(others) - np.array(place_of(sizes, self.free)))
+
+    def in_doubt(self, sizes: Sizes) -> frozenset[Choice]:
+        """The choices at measured sizes of which another contest may tell which is best; none without a time."""
+        verdict = self._verdicts.get(sizes)
+        return frozenset() if verdict is None else close_choices(verdict)
 
     def new_bounds(self, sizes: Sizes) -> int:
         """How many bounds of the demand (smallest and largest sizes, the largest product) a contest here would be the
@@ -241,8 +246,8 @@ class KeyRegret:
         rows = self._rows[verdict.sizes]
         trusted = len({row.contest_id for row in rows if row.status == "ok"} - disturbed_contests(rows))
         deviation = CONTEST_DEVIATION / math.sqrt(trusted) if trusted else DISTURBED_DEVIATION
-        served = _served(verdict)
-        own = Estimate(_log_ratio(verdict, served), 0.0, deviation)
+        served = verdict.served
+        own = Estimate(verdict.log_ratio(served), 0.0, deviation)
         if not math.isfinite(own.log_ratio):
             return UNKNOWN
         others = (
@@ -308,13 +313,3 @@ def _lengths(offsets: Floats) -> Floats:
     """Of each row."""
     lengths: Floats = np.sqrt((offsets * offsets).sum(axis=1))
     return lengths
-
-
-def _served(verdict: Verdict) -> Choice:
-    """What an entry may give here, the fastest of it."""
-    return min(verdict.acceptable, key=lambda choice: (_log_ratio(verdict, choice), choice))
-
-
-def _log_ratio(verdict: Verdict, choice: Choice) -> float:
-    standing = verdict.standings.get(choice)
-    return math.inf if standing is None else standing.log_ratio

@@ -6,7 +6,6 @@ of a key are searched, those that stand for the most, and the others measure wha
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ import numpy as np
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.arrays import Floats
-from layerzero_tune.compile.judge import MINIMUM_GAIN, Choice
+from layerzero_tune.compile.judge import MINIMUM_GAIN
 from layerzero_tune.compile.regret import Estimate, largest_loss
-from layerzero_tune.measure.contest import Candidate, Contest
+from layerzero_tune.measure.contest import Contest
 from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.configurations.searches import NEAR_OCTAVES, Proposal, Searches, SearchStep
 from layerzero_tune.search.configurations.trial import OWN_CHOICE
@@ -175,7 +174,7 @@ class KeySearches:
         entrants = gains[:ENTRANTS]
         if not entrants or entrants[0][0] < math.log1p(MINIMUM_GAIN):
             return None
-        contest = self._searches.entry(context, _candidate(served), (proposal for _, proposal in entrants))
+        contest = self._searches.entry(context, served, (proposal for _, proposal in entrants))
         return Entry(sizes, contest, entrants[0][0])
 
 
@@ -184,7 +183,3 @@ def _expected_gain(behind: float, proposal: Proposal) -> float:
     `behind` (log ratios)."""
     deviation = math.hypot(SCREENED_DEVIATION, DEVIATION_PER_OCTAVE * proposal.octaves)
     return largest_loss(Estimate(0.0, 0.0, 0.0), [Estimate(behind + proposal.log_ratio, 0.0, deviation)])
-
-
-def _candidate(choice: Choice) -> Candidate:
-    return Candidate(choice[0], json.loads(choice[1]))

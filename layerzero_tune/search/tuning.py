@@ -122,7 +122,11 @@ def plan_tuning(device: MeasuringDevice, lines: Sequence[WorkloadLine], store: R
     held: dict[str, list[Measurement]] = {}
     for row in stored.rows:
         held.setdefault(row.contest_id, []).append(row)
-    offered = {line.context: device.contests(line.context) for line in lines}
+    known: dict[SelectionContext, dict[str, Sequence[Measurement]]] = {}
+    for contest_id, rows in held.items():
+        if not rows[0].is_search:
+            known.setdefault(rows[0].context, {})[contest_id] = rows
+    offered = {line.context: device.contests(line.context, known.get(line.context, {})) for line in lines}
     return TuningPlan(
         lines=tuple(line for line in lines if offered[line.context]),
         offered=offered,

@@ -10,7 +10,7 @@ from layerzero_runtime.kernel import Configuration
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.registry import Registry
 from layerzero_tune.evaluate.public_calls import KERNELS as PUBLIC
-from layerzero_tune.measure.contest import Contest, ContestOutcome, JobOutcome, MeasurementPolicy
+from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, JobOutcome, MeasurementPolicy
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.configurations.search_policy import SearchPolicy
@@ -46,14 +46,16 @@ class ClockedDevice(LiveDevice):
         self.cost = cost
         self.clock = 0
 
+    def time(self, candidate: Candidate) -> float:
+        """Of a call, in us."""
+        return self.cost(candidate.configuration)
+
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
         self.clock += 1
         outcomes = tuple(
             JobOutcome("failed", "does not compile")
             if candidate.configuration.get("order") == "broken"
-            else JobOutcome(
-                "ok", screen_ns=(time := 1e3 * self.cost(candidate.configuration)), samples_ns=(time,) * rounds
-            )
+            else JobOutcome("ok", screen_ns=(time := 1e3 * self.time(candidate)), samples_ns=(time,) * rounds)
             for candidate in contest.candidates
             for rounds in [contest.policy.rounds]
         )

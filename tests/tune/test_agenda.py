@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.agenda import Agenda, cell_of
 from layerzero_tune.search.between import CLOSEST
-from layerzero_tune.search.device import RecordedDevice
+from layerzero_tune.search.device import Held, RecordedDevice, contest_of_rows
 from layerzero_tune.search.key_agenda import ENOUGH, Planned
 from layerzero_tune.workload.lines import WorkloadLine
 from tests.tune.synthetic_landscapes import beyond, landscapes
@@ -41,9 +42,12 @@ class LandscapeDevice:
 
     expect = RecordedDevice.expect
 
+    def recalled(self, rows: Sequence[Measurement]) -> Contest | None:
+        return contest_of_rows(rows)
+
     searches = None
 
-    def contests(self, context: SelectionContext) -> tuple[Contest, ...]:
+    def contests(self, context: SelectionContext, held: Held = MappingProxyType({})) -> tuple[Contest, ...]:
         return RecordedDevice(self.rows(context)).contests(context)
 
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -15,7 +16,7 @@ from layerzero_tune.measure.contention import MAX_SHARE
 from layerzero_tune.measure.contest import Contest, ContestOutcome
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
-from layerzero_tune.search.device import MAX_TAKES, LiveDevice, RecordedDevice
+from layerzero_tune.search.device import MAX_TAKES, Held, LiveDevice, RecordedDevice, contest_of_rows
 from layerzero_tune.search.doubt import leaves_doubt
 from layerzero_tune.search.tuning import FinishedContest
 from tests.tune.synthetic_results import DEVICE, Times, contest_rows, norm
@@ -35,11 +36,12 @@ class SharedDevice:
         self.disturbed = disturbed
         self.times = times
         self.taken: Taken = []
+        self.offered: tuple[Contest, ...] = ()
 
     searches = None
 
-    def contests(self, context: SelectionContext) -> tuple[Contest, ...]:
-        return RecordedDevice(contest_rows(context, self.times)).contests(context)
+    def contests(self, context: SelectionContext, held: Held = MappingProxyType({})) -> tuple[Contest, ...]:
+        return self.offered or RecordedDevice(contest_rows(context, self.times)).contests(context)
 
     def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
         context = contest.context
@@ -50,6 +52,9 @@ class SharedDevice:
 
     again = LiveDevice.again
     expect = RecordedDevice.expect
+
+    def recalled(self, rows: Sequence[Measurement]) -> Contest | None:
+        return contest_of_rows(rows)
 
 
 def run(device: SharedDevice, folder: Path, points: tuple[SelectionContext, ...] = POINTS) -> list[FinishedContest]:
@@ -103,7 +108,7 @@ def test_a_contest_without_any_time_is_not_taken_again(tmp_path: Path) -> None:
     assert planned_at(device, POINTS[1:], store).found == 0
     (contest,) = RecordedDevice(rows).contests(norm(1))
     offering = SharedDevice({})
-    offering.contests = lambda context: (contest,)  # type: ignore[method-assign]
+    offering.offered = (contest,)
     assert agenda_at(offering, POINTS[:1], store).next() is None
 
 

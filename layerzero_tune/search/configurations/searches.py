@@ -19,7 +19,7 @@ from layerzero_tune.search.configurations.search_policy import SearchPolicy
 from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.configurations.trial import Trial, text_of, trials_of
 from layerzero_tune.search.configurations.valid import valid_configurations
-from layerzero_tune.search.jobs import JobIdentity, contest_of, legal_candidates
+from layerzero_tune.search.jobs import JobIdentity, contest_of, entering, legal_candidates
 
 # Of so many points around one the best configurations begin its search, so many of each.
 NEIGHBOURS = 3
@@ -135,15 +135,11 @@ class Searches:
                     proposed.setdefault(text_of(configuration), proposal)
         return tuple(proposed.values())
 
-    def entry(self, context: SelectionContext, anchor: Candidate, entrants: Iterable[Proposal]) -> Contest:
-        """The contest in which configurations meet what is the best of the point so far, and the default."""
-        default = Candidate(operation_named(context.operation).default_kernel, is_default=True)
+    def entry(self, context: SelectionContext, served: Choice, entrants: Iterable[Proposal]) -> Contest:
+        """The contest in which configurations meet what is best at the point so far, and the default."""
         legal = legal_candidates(self._registry, context.with_device(self._identity.device))
-        first = [default] if any(found.is_default for found in legal) else []
-        if not (first and anchor.kernel_id == default.kernel_id and not anchor.configuration):
-            first.append(replace(anchor, is_anchor=True))
-        others = (Candidate(found.kernel_id, found.configuration) for found in entrants)
-        return contest_of(context, (*first, *others), self._kernels, self._identity)
+        entered = (Candidate(found.kernel_id, found.configuration) for found in entrants)
+        return entering(context, served, entered, legal, self._kernels, self._identity)
 
     def _beginning(
         self, kernel_id: str, context: SelectionContext, searched: Searched
