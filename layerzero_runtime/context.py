@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from layerzero_runtime.context_checks import check_bytes, check_choice, check_size, checked_number, is_integer
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.errors import ContextError, ContextTypeError
 
@@ -121,22 +121,22 @@ class SelectionContext:
             if not getattr(self, name):
                 set_field(self, name, default)
         for name, allowed in _CHOICES.items():
-            _check_choice(name, getattr(self, name), allowed)
+            check_choice(name, getattr(self, name), allowed)
         for name in _SIZES:
-            _check_size(name, getattr(self, name))
+            check_size(name, getattr(self, name))
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ContextTypeError(f"{name} must be true or false, not {getattr(self, name)!r}")
         for name in _NUMBERS:
             if name != "scale" or self.scale is not None:
                 # As floats, so that 1 and 1.0 are written out, and hashed, alike.
-                set_field(self, name, _checked_number(name, getattr(self, name)))
-        if not _is_integer(self.stride_last_dim):
+                set_field(self, name, checked_number(name, getattr(self, name)))
+        if not is_integer(self.stride_last_dim):
             raise ContextTypeError(f"stride_last_dim must be an integer, not {self.stride_last_dim!r}")
         if self.quant_format is not None:
-            _check_choice("quant_format", self.quant_format, QUANT_FORMATS)
+            check_choice("quant_format", self.quant_format, QUANT_FORMATS)
         if self.workspace_limit is not None:
-            _check_bytes("workspace_limit", self.workspace_limit)
+            check_bytes("workspace_limit", self.workspace_limit)
         if self.is_cuda_graph_capturing:
             set_field(self, "mode", "graph")
         if not 0.0 <= self.dropout_p <= 1.0:
@@ -275,42 +275,3 @@ FIELD_NAMES = tuple(f.name for f in fields(SelectionContext) if f.name != "devic
 def is_usual_scale(scale: float, head_dim: int) -> bool:
     """Whether a scale is attention's usual 1/sqrt(head_dim), up to the rounding of a Python float."""
     return math.isclose(scale, 1.0 / math.sqrt(head_dim), rel_tol=1e-9)
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if not isinstance(value, str):
-        raise ContextTypeError(f"{name} must be a string, not {value!r}")
-    if value not in allowed:
-        raise ContextError(f"{name} is {value!r}, allowed: {', '.join(allowed)}")
-
-
-def _checked_number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ContextTypeError(f"{name} must be a number, not {value!r}")
-    if not abs(value) <= sys.float_info.max:
-        raise ContextError(f"{name} is {value}, required a finite number")
-    return float(value)
-
-
-def _check_bytes(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ContextTypeError(f"{name} must be an integer, not {value!r}")
-    if value < 0:
-        raise ContextError(f"{name} is {value}, required at least 0 bytes")
-
-
-def _is_integer(value: object) -> bool:
-    """Also of a size that `torch.compile` keeps symbolic while it traces a call."""
-    if isinstance(value, int):
-        return not isinstance(value, bool)
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.SymInt)
-
-
-def _check_size(name: str, value: object) -> None:
-    if value is None:
-        return
-    if not _is_integer(value):
-        raise ContextTypeError(f"{name} must be an integer, not {value!r}")
-    if value < 1:  # type: ignore[operator]
-        raise ContextError(f"{name} is {value}, a size must be at least 1")

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from layerzero_runtime.calls.serving import serve
-from layerzero_runtime.context import FIELD_NAMES, MODES, SelectionContext
+from layerzero_runtime.calls.binding import Binding, keep_decided, kernel_by_sizes
+from layerzero_runtime.context import FIELD_NAMES, SelectionContext
 from layerzero_runtime.device import detect_device
-from layerzero_runtime.dispatch import current_snapshot
 from layerzero_runtime.errors import ContextError, ContextTypeError
-from layerzero_runtime.kernel import KernelFunction
-from layerzero_runtime.operation import Operation
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.operations.norm import LAYER_EPS, RMS_EPS
-from layerzero_runtime.serving.execution import current_mode
 from layerzero_runtime.serving.published import PUBLISHED
 
 # Sizes that stand for any: a static key does not hold them.
@@ -29,48 +25,10 @@ _ANY = {
 }
 
 
-# Sizes whose leaf a bound function keeps; beyond, it begins anew.
-MAX_SIZES = 1024
-# What serves the calls of a bound function while what was seen is that of the snapshot in force: (seen, what was
-# decided by sizes, then decide, functions, count_call, recover of the route). One tuple, so that threads see parts that
-# fit together.
-_Serving = tuple[
-    object, dict[Any, Any], Callable[..., int], list[KernelFunction], Callable[[], int], Callable[..., Any]
-]
-# What no snapshot has seen: after a call in graph mode the next one looks for its route again.
-_NEVER = object()
-
-
-class _Binding:
-    """Static features, and the route that they have in the snapshot in force and the caller's mode."""
-
-    def __init__(self, operation: Operation, context: SelectionContext, features: Mapping[str, Any]) -> None:
-        self.operation = operation
-        self.features = dict(features)
-        self._contexts = {mode: replace(context, mode=mode) for mode in MODES}
-
-    def serving(self) -> _Serving:
-        """What serves under the snapshot and in the mode of here and now."""
-        mode, snapshot = current_mode(), current_snapshot()
-        route = snapshot.route(self.operation, self._contexts[mode], {**self.features, "mode": mode})
-        seen = snapshot.seen if mode == "eager" else _NEVER
-        return seen, {}, route.decide, route.functions, route.count_call, route.recover
-
-    def serve_empty(self, arguments: tuple[Any, ...]) -> Any:
-        return serve(current_snapshot(), self.operation, arguments, self.features)
-
-
-def _keep(leaves: dict[Any, Any], key: Any, leaf: Any) -> None:
-    if len(leaves) >= MAX_SIZES:
-        leaves.clear()
-    leaves[key] = leaf
-
-
 def bind(operation: str, *, device: str = "auto", equal_lengths: bool = False, **features: Any) -> Callable[..., Any]:
     """An operation for one set of static features. The function that it gives takes the operation's tensors:
     (query, key, value), (x, weight), (x, residual, weight), (x, weight, bias), (gate, up) or (x, weight, scale_x,
-    scale_w)
-    and, where `has_bias` was given, bias.
+    scale_w) and, where `has_bias` was given, bias.
 
     It trusts its caller: dtypes, devices, head counts, `hidden_size` and all else that was given here is a promise for
     every call, and so are plain tensors without gradients and autocast. What is looked at per call: the query's shape
@@ -109,7 +67,7 @@ def bind(operation: str, *, device: str = "auto", equal_lengths: bool = False, *
     declared.validate(context)
     described = ("layout", "causal_alignment") if family == "attention" else ("approximate",)
     named = described if operation.startswith("attention") or operation == "mlp.geglu" else ()
-    binding = _Binding(declared, context, {name: getattr(context, name) for name in named})
+    binding = Binding(declared, context, {name: getattr(context, name) for name in named})
     if family == "attention":
         if context.layout != "bhsd":
             raise ContextError(f"layout is {context.layout!r}; bound attention takes bhsd, transpose its views")
@@ -119,7 +77,7 @@ def bind(operation: str, *, device: str = "auto", equal_lengths: bool = False, *
         equal = binding
         if operation == "attention.causal":
             # Calls whose lengths happen to be equal are of another static key.
-            equal = _Binding(declared, replace(context, seq_len_k=context.seq_len_q), binding.features)
+            equal = Binding(declared, replace(context, seq_len_k=context.seq_len_q), binding.features)
         return _two_shapes(binding, equal, kv_heads)
     width = features.get("hidden_size")
     if family == "mlp":
@@ -129,22 +87,9 @@ def bind(operation: str, *, device: str = "auto", equal_lengths: bool = False, *
     return _rms(binding, width, eps, context.offset) if operation == "norm.rms" else _three(binding, width, eps)
 
 
-def _kernel_by_sizes(binding: _Binding) -> Callable[..., KernelFunction]:
-    serving = binding.serving()
-
-    def kernel(*sizes: int) -> KernelFunction:
-        nonlocal serving
-        if PUBLISHED.eager is not serving[0]:
-            serving = binding.serving()
-        _, _, decide, functions, _, _ = serving
-        return functions[decide(*sizes)]
-
-    return kernel
-
-
 # One function for each way of reading sizes and each number of arguments: to share their parts, or to pass arguments on
 # as a list, costs as much as all the checks.
-def _one_shape(binding: _Binding, kv_heads: int) -> Callable[..., Any]:
+def _one_shape(binding: Binding, kv_heads: int) -> Callable[..., Any]:
     serving = binding.serving()
     further_axes = len(binding.operation.axes) - 1
 
@@ -161,18 +106,18 @@ def _one_shape(binding: _Binding, kv_heads: int) -> Callable[..., Any]:
                 return binding.serve_empty((query, key, value, None, 0.0, None))
             lengths = (length,) * further_axes
             leaf = decide(batch * kv_heads, *lengths)
-            _keep(leaves, sizes, leaf)
+            keep_decided(leaves, sizes, leaf)
         count_call()
         try:
             return functions[leaf](query, key, value, None, 0.0, None)
         except Exception as error:  # noqa: BLE001 - recover judges it
             return recover(error, (query, key, value, None, 0.0, None))
 
-    bound.kernel = _kernel_by_sizes(binding)  # type: ignore[attr-defined]
+    bound.kernel = kernel_by_sizes(binding)  # type: ignore[attr-defined]
     return bound
 
 
-def _two_shapes(binding: _Binding, equal: _Binding, kv_heads: int) -> Callable[..., Any]:
+def _two_shapes(binding: Binding, equal: Binding, kv_heads: int) -> Callable[..., Any]:
     """`equal` is the binding of calls whose lengths are equal."""
     serving = binding.serving()
 
@@ -190,7 +135,7 @@ def _two_shapes(binding: _Binding, equal: _Binding, kv_heads: int) -> Callable[.
             route = equal.serving() if length_q == length_k else serving
             _, _, decide, functions, count_call, recover = route
             found = (functions, decide(batch * kv_heads, length_q, length_k), count_call, recover)
-            _keep(leaves, sizes, found)
+            keep_decided(leaves, sizes, found)
         functions, leaf, count_call, recover = found
         count_call()
         try:
@@ -198,7 +143,7 @@ def _two_shapes(binding: _Binding, equal: _Binding, kv_heads: int) -> Callable[.
         except Exception as error:  # noqa: BLE001 - recover judges it
             return recover(error, (query, key, value, None, 0.0, None))
 
-    bound.kernel = _kernel_by_sizes(binding)  # type: ignore[attr-defined]
+    bound.kernel = kernel_by_sizes(binding)  # type: ignore[attr-defined]
     return bound
 
 
@@ -208,7 +153,7 @@ def _rows(x: Tensor, width: int | None) -> tuple[int, int]:
     return (x.numel() // wide if wide else 0), wide
 
 
-def _rms(binding: _Binding, width: int | None, eps: float, offset: float) -> Callable[..., Any]:
+def _rms(binding: Binding, width: int | None, eps: float, offset: float) -> Callable[..., Any]:
     serving = binding.serving()
 
     def bound(x: Tensor, weight: Tensor) -> Any:
@@ -223,18 +168,18 @@ def _rms(binding: _Binding, width: int | None, eps: float, offset: float) -> Cal
             if not rows:
                 return binding.serve_empty((x, weight, eps, offset))
             leaf = decide(rows, wide)
-            _keep(leaves, sizes, leaf)
+            keep_decided(leaves, sizes, leaf)
         count_call()
         try:
             return functions[leaf](x, weight, eps, offset)
         except Exception as error:  # noqa: BLE001 - recover judges it
             return recover(error, (x, weight, eps, offset))
 
-    bound.kernel = _kernel_by_sizes(binding)  # type: ignore[attr-defined]
+    bound.kernel = kernel_by_sizes(binding)  # type: ignore[attr-defined]
     return bound
 
 
-def _gated(binding: _Binding, width: int | None) -> Callable[..., Any]:
+def _gated(binding: Binding, width: int | None) -> Callable[..., Any]:
     serving = binding.serving()
 
     def bound(gate: Tensor, up: Tensor) -> Any:
@@ -249,18 +194,18 @@ def _gated(binding: _Binding, width: int | None) -> Callable[..., Any]:
             if not rows:
                 return binding.serve_empty((gate, up))
             leaf = decide(rows, wide)
-            _keep(leaves, sizes, leaf)
+            keep_decided(leaves, sizes, leaf)
         count_call()
         try:
             return functions[leaf](gate, up)
         except Exception as error:  # noqa: BLE001 - recover judges it
             return recover(error, (gate, up))
 
-    bound.kernel = _kernel_by_sizes(binding)  # type: ignore[attr-defined]
+    bound.kernel = kernel_by_sizes(binding)  # type: ignore[attr-defined]
     return bound
 
 
-def _linear(binding: _Binding) -> Callable[..., Any]:
+def _linear(binding: Binding) -> Callable[..., Any]:
     serving = binding.serving()
 
     def bound(x: Tensor, weight: Tensor, scale_x: Tensor, scale_w: Tensor, bias: Tensor | None = None) -> Any:
@@ -275,18 +220,18 @@ def _linear(binding: _Binding) -> Callable[..., Any]:
             if not (rows and weight.shape[0]):
                 return binding.serve_empty((x, weight, scale_x, scale_w, bias))
             leaf = decide(rows, wide, weight.shape[0])
-            _keep(leaves, sizes, leaf)
+            keep_decided(leaves, sizes, leaf)
         count_call()
         try:
             return functions[leaf](x, weight, scale_x, scale_w, bias)
         except Exception as error:  # noqa: BLE001 - recover judges it
             return recover(error, (x, weight, scale_x, scale_w, bias))
 
-    bound.kernel = _kernel_by_sizes(binding)  # type: ignore[attr-defined]
+    bound.kernel = kernel_by_sizes(binding)  # type: ignore[attr-defined]
     return bound
 
 
-def _three(binding: _Binding, width: int | None, eps: float) -> Callable[..., Any]:
+def _three(binding: Binding, width: int | None, eps: float) -> Callable[..., Any]:
     serving = binding.serving()
 
     def bound(x: Tensor, second: Tensor, third: Tensor) -> Any:
@@ -301,12 +246,12 @@ def _three(binding: _Binding, width: int | None, eps: float) -> Callable[..., An
             if not rows:
                 return binding.serve_empty((x, second, third, eps))
             leaf = decide(rows, wide)
-            _keep(leaves, sizes, leaf)
+            keep_decided(leaves, sizes, leaf)
         count_call()
         try:
             return functions[leaf](x, second, third, eps)
         except Exception as error:  # noqa: BLE001 - recover judges it
             return recover(error, (x, second, third, eps))
 
-    bound.kernel = _kernel_by_sizes(binding)  # type: ignore[attr-defined]
+    bound.kernel = kernel_by_sizes(binding)  # type: ignore[attr-defined]
     return bound

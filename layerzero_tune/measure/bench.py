@@ -9,6 +9,7 @@ from functools import cache
 from layerzero_runtime.device import DeviceSpec, detect_device
 from layerzero_runtime.errors import ContextError
 from layerzero_tune.measure.clock import Clock, WallClock
+from layerzero_tune.measure.contention import ProcessorTime
 from layerzero_tune.measure.cuda_clock import EagerClock, GraphClock
 from layerzero_tune.measure.full_speed import Speed
 from layerzero_tune.measure.gpu_state import GpuWatch
@@ -23,6 +24,8 @@ class Bench:
         name: torch's name of the device.
         is_shared: whether other processes that use this machine's processors slow a contest down; the device time of a
             graph does not ask what they do.
+        tuner: the process that has others beside this one measure, where they may have the cores that a contest leaves
+            free: the host's part of a GPU's calls takes one core, kernels of a CPU take all.
         gpu: the watch over the state of a GPU, None for a CPU.
     """
 
@@ -31,11 +34,13 @@ class Bench:
     clock: Clock
     speed: Speed
     is_shared: bool = True
+    tuner: int | None = None
     gpu: GpuWatch | None = None
 
     @classmethod
-    def of(cls, device: str, mode: str) -> Bench:
-        """The bench for a device ("cpu", "cuda:N") and an execution mode.
+    def of(cls, device: str, mode: str, tuner: int | None = None) -> Bench:
+        """The bench for a device ("cpu", "cuda:N") and an execution mode; `tuner` is the process that has others beside
+        this one measure, if there is one.
 
         Raises:
             ContextError: the device has no such mode.
@@ -47,10 +52,14 @@ class Bench:
             name, watch = f"cuda:{index}", _gpu_watch(index)
             if mode == "graph":
                 return cls(name, spec, GraphClock(index), watch, is_shared=False, gpu=watch)
-            return cls(name, spec, EagerClock(index), watch, gpu=watch)
+            return cls(name, spec, EagerClock(index), watch, tuner=tuner, gpu=watch)
         if mode != "eager":
             raise ContextError(f"mode is {mode!r}: CPUs have 'eager' only; measure graphs on a CUDA device")
         return cls("cpu", spec, WallClock(), _parallel_speed())
+
+    def now(self) -> ProcessorTime:
+        """The processor time until now."""
+        return ProcessorTime.now(self.tuner)
 
     def current(self) -> AbstractContextManager[object]:
         """Makes the device the current one."""

@@ -19,7 +19,7 @@ from layerzero_runtime.selection.transforms import apply_transforms
 from layerzero_tune.measure.admission import refusal
 from layerzero_tune.measure.bench import Bench
 from layerzero_tune.measure.clock import BLOCKS, Rotation, TimedCalls, take_sample, warm_up
-from layerzero_tune.measure.contention import MAX_ATTEMPTS, MAX_SHARE, ProcessorTime, others_share
+from layerzero_tune.measure.contention import MAX_ATTEMPTS, MAX_SHARE, others_share
 from layerzero_tune.measure.contest import COMPILING_CALL, LOAD, Candidate, Contest, ContestOutcome, JobOutcome
 from layerzero_tune.measure.correctness import Check, judge, tolerances
 from layerzero_tune.measure.entrants import Entrants, Progress
@@ -46,12 +46,13 @@ def measure_contest(
     device: str = "cpu",
     settled: Mapping[int, JobOutcome] = _NOTHING_SETTLED,
     progress: Progress = lambda candidate, step: None,
+    tuner: int | None = None,
 ) -> ContestOutcome:
     """Measure the contest's candidates on a device of this machine (torch's name for it), in this process.
 
     Everything runs under `torch.inference_mode`, as the loops of serving engines do: no autograd is recorded and no
     version counters are kept. Threads are torch's default. `settled` holds outcomes that are known already (of kernels
-    that killed an earlier process), by index; those candidates are not touched.
+    that killed an earlier process), by index; those candidates are not touched. `tuner` is as for `Bench.of`.
 
     Raises:
         ContextError: the point cannot be measured on the device: graph mode on a CPU, an unknown operation or dtype, a
@@ -61,7 +62,7 @@ def measure_contest(
     """
     import torch
 
-    bench = Bench.of(device, contest.context.mode)
+    bench = Bench.of(device, contest.context.mode, tuner)
     with torch.inference_mode(), bench.current():
         run = _ContestRun(contest, kernels, bench, settled, progress)
         outcomes = run.run()
@@ -195,11 +196,11 @@ class _ContestRun:
             return
         for _ in range(MAX_ATTEMPTS):
             self.full_speed = FullSpeed(self.bench.speed, lambda: self.progress(None, "waiting for the machine"))
-            start = ProcessorTime.now()
+            start = self.bench.now()
             self.full_speed.wait()
             self.gpu_states.clear()
             self._time(Rotation(sets), source)
-            others = others_share(start, ProcessorTime.now()) if self.bench.is_shared else 0.0
+            others = others_share(start, self.bench.now()) if self.bench.is_shared else 0.0
             self.contention = max(others, self.full_speed.lost)
             if others <= MAX_SHARE:
                 break

@@ -18,7 +18,13 @@ Part = TypeVar("Part")
 
 
 class Speed(Protocol):
-    """The speed of a device."""
+    """The speed of a device.
+
+    Attributes:
+        is_of_processors: whether other processes that use this machine's processors can take it.
+    """
+
+    is_of_processors: bool
 
     def lost(self) -> float:
         """The share of the speed that is missing now, 0 if that is no more than usual."""
@@ -45,7 +51,7 @@ class FullSpeed:
             self._patience_s -= _LOOK_S
             start = ProcessorTime.now()
             sleep(_LOOK_S)
-            if others_share(start, ProcessorTime.now()) > MAX_SHARE:
+            if self._speed.is_of_processors and others_share(start, ProcessorTime.now()) > MAX_SHARE:
                 self._patience_s = 0.0
 
     def take(self, part: Callable[[], Part]) -> Part:

@@ -110,6 +110,8 @@ class GpuWatch:
         last: the state that was read last.
     """
 
+    is_of_processors = False
+
     def __init__(self, uuid: str) -> None:
         self.last = GpuState()
         self._handle = ctypes.c_void_p()

@@ -28,6 +28,8 @@ class ParallelSpeed:
     `measure` gives the loop's time in any unit, `now` the time in s.
     """
 
+    is_of_processors = True
+
     def __init__(self, measure: Callable[[], float], now: Callable[[], float] = monotonic) -> None:
         self._measure = measure
         self._now = now

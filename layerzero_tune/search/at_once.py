@@ -6,11 +6,10 @@ import logging
 import math
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Thread
-from types import TracebackType
-from typing import Self
 
 from layerzero_runtime.errors import LayerZeroError
 from layerzero_tune.measure.contest import Contest
@@ -29,7 +28,7 @@ class _Ended:
     result: Measured | BaseException
 
 
-class AtOnce:
+class AtOnce(AbstractContextManager["AtOnce"]):
     """An executor over devices of one product: a contest is measured by one of them, in that device's worker process.
 
     A device that cannot measure any more (its worker does not start again) leaves the run, with a warning, and another
@@ -44,12 +43,7 @@ class AtOnce:
         self._failed: set[str] = set()
         self._ended: SimpleQueue[_Ended] = SimpleQueue()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for device, _ in self._busy.values():
             device.give_up()
         for _, thread in self._busy.values():

@@ -10,12 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from layerzero_runtime.device import DeviceSpec, detect_device, forget_devices
 from layerzero_runtime.errors import LayerZeroError
@@ -77,7 +76,7 @@ class RecordedNode:
         return RecordedDevice(ResultsStore(self.folder).read().rows)
 
 
-class OnRay:
+class OnRay(AbstractContextManager["OnRay"]):
     """An executor over the nodes of a running Ray cluster that offer the device's product.
 
     Args:
@@ -103,12 +102,7 @@ class OnRay:
                 f"no node of the Ray cluster offers the resource {spec.slug}: {_start_text(spec.slug)}"
             )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._ray.shutdown()  # ends what this run has in flight
 
     @property

@@ -10,10 +10,9 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from time import monotonic
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from layerzero_runtime.errors import LayerZeroError
 from layerzero_tune.measure.contest import JobOutcome
@@ -41,7 +40,7 @@ def compiler_count(processors: int | None = None) -> int:
     return max(1, min(MAX_COMPILERS, processors - _BUSY_PROCESSORS))
 
 
-class Compilers:
+class Compilers(AbstractContextManager["Compilers"]):
     """A pool of processes, each started when it is first needed.
 
     What compiles without its device is compiled here: the loads of kernels, not their first calls. What fails here, or
@@ -66,12 +65,7 @@ class Compilers:
         self._hanging: dict[tuple[str, str], JobOutcome] = {}
         self._faults: Counter[str] = Counter()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -9,14 +9,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Event
-from types import MappingProxyType, TracebackType
-from typing import IO, Self
+from types import MappingProxyType
+from typing import IO
 
 from layerzero_runtime.errors import LayerZeroError
 from layerzero_runtime.serving.recovery import says_out_of_memory
@@ -120,7 +120,7 @@ class _Child:
         self.output.close()
 
 
-class WorkerProcess:
+class WorkerProcess(AbstractContextManager["WorkerProcess"]):
     """A subprocess that measures contests one after the other and is replaced when one of them kills it.
 
     It is started when it is first needed, or before by `start`. It runs in a process group of its own: Ctrl-C reaches
@@ -139,12 +139,7 @@ class WorkerProcess:
         self._ready = False
         self._is_given_up = Event()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @property

@@ -35,7 +35,9 @@ def tuner(
     space: RecordedSpace, trials: Sequence[Trial], seeds: Sequence[Configuration], seed: int, budget: int
 ) -> Sequence[Configuration]:
     """What the tuner does, in its batches."""
-    return next_batch(space.valid, trials, seeds, SearchPolicy(measurements=budget, seed=seed))
+    return next_batch(
+        {text_of(found): found for found in space.valid}, trials, seeds, SearchPolicy(measurements=budget, seed=seed)
+    )
 
 
 def at_random(

@@ -119,6 +119,7 @@ def test_a_first_selection_imports_nothing_that_is_slow_to_import(folder: Path, 
     assert {"layerzero_runtime", "layerzero_tables"} <= modules
 
 
+@pytest.mark.alone
 def test_the_import_is_fast() -> None:
     assert median(run(TIMED)[0] for _ in range(STARTS)) < IMPORT_LIMIT_MS
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 
 from layerzero_runtime.context import SelectionContext
@@ -15,11 +16,14 @@ from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.workload.presets import preset_workload
 from tests.tune.synthetic_results import DEVICE, Times, measured
 
+BOTH_DTYPES = ("float32", "bfloat16")
+
 
 @cache
-def recorded_rows() -> tuple[Measurement, ...]:
-    """The contests of the quick preset: 2% noise, a screening, and now and then a kernel that fails."""
-    contexts = [line.context for line in preset_workload("quick", tuple(OPERATIONS))]
+def recorded_rows(dtypes: tuple[str, ...] = ("float32",)) -> tuple[Measurement, ...]:
+    """The contests of the quick preset in these types: 2% noise, a screening, and now and then a kernel that fails."""
+    lines = preset_workload("quick", tuple(OPERATIONS))
+    contexts = [line.context for line in lines if line.context.dtype in dtypes]
     return tuple(
         sorted(measured(contexts, _times, noise=0.02, screen=1.5), key=lambda row: (row.contest_id, row.job_id))
     )
@@ -42,10 +46,11 @@ def _times(context: SelectionContext) -> Times:
     return times | ({legal[2]: "failed"} if len(legal) > 2 and elements % 7 == 1 else {})
 
 
+def recorded_contests() -> list[list[Measurement]]:
+    """The rows of each contest."""
+    return [list(rows) for _, rows in groupby(recorded_rows(), key=lambda row: row.contest_id)]
+
+
 def record(directory: Path) -> None:
     """Write the recorded run into a results folder."""
-    store = ResultsStore(directory)
-    rows = recorded_rows()
-    for contest_id in sorted({row.contest_id for row in rows}):
-        store.append([row for row in rows if row.contest_id == contest_id])
-    store.compact()
+    ResultsStore(directory).absorb(recorded_contests())

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 from layerzero_runtime.context import SelectionContext
-from layerzero_runtime.operations import operation_named
+from layerzero_runtime.operation import StaticKey
+from layerzero_runtime.operations import OPERATIONS, operation_named
 from layerzero_runtime.selection.limits import rejections
 from layerzero_tune.workload.presets import preset_workload
 from tests.tune.synthetic_kernels import KERNELS
@@ -73,9 +75,15 @@ def _spread(line: Sequence[int], steps: int) -> list[int]:
 
 def preset_points(like: SelectionContext) -> list[SelectionContext]:
     """The points of the standard preset with the static key of this one: 30 to 70."""
-    operation = operation_named(like.operation)
-    lines = preset_workload("standard", (operation.name,))
-    return [line.context for line in lines if operation.static_key(line.context) == operation.static_key(like)]
+    key = operation_named(like.operation).static_key(like)
+    return [context for found, context in _standard_points() if found == (like.operation, key)]
+
+
+@cache
+def _standard_points() -> tuple[tuple[tuple[str, StaticKey], SelectionContext], ...]:
+    """The points of the standard preset with what a table tells them apart by before their sizes."""
+    found = (line.context for line in preset_workload("standard", tuple(OPERATIONS)))
+    return tuple(((c.operation, operation_named(c.operation).static_key(c)), c) for c in found)
 
 
 def beyond(crossing: float, size: int | None, slope: float = SLOPE) -> float:

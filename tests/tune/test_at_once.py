@@ -163,6 +163,7 @@ def test_a_contest_that_two_devices_fail_at_ends_the_run(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_worker_that_is_killed_is_replaced_and_the_other_goes_on(tmp_path: Path) -> None:
     devices, workers = described_gpus(2, RMS)
     first = workers[0]

@@ -119,6 +119,7 @@ def test_a_budget_that_is_long_enough_skips_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_live_run_keeps_its_budget_and_leaves_a_table(tmp_path: Path) -> None:
     results, start = tmp_path / "results", time.monotonic()
     done = tune("run", "--device", "cpu", "--ops", "norm,mlp", "--budget", "25s", "--out", results, **NO_COMPILER)

@@ -7,31 +7,34 @@ import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerzero_tune.compile.emit import emit
+from layerzero_tune.compile.emit import EmittedTable, emit
 from layerzero_tune.compile.pipeline import compile_table
 from layerzero_tune.results.store import ResultsStore
 from tests.tune.command import tune
-from tests.tune.recordings import recorded_rows
+from tests.tune.recordings import recorded_contests, recorded_rows
 from tests.tune.synthetic_results import ALL_KERNELS
 
-TABLE = emit(compile_table(recorded_rows(), ALL_KERNELS))
+
+@cache
+def table() -> EmittedTable:
+    return emit(compile_table(recorded_rows(), ALL_KERNELS))
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of many files: contests apart, and two compacted parts."""
     folder = tmp_path_factory.mktemp("results")
-    rows = recorded_rows()
-    contests = sorted({row.contest_id for row in rows})
+    contests = recorded_contests()
     store = ResultsStore(folder)
-    for number, contest_id in enumerate(contests):
-        store.append([row for row in rows if row.contest_id == contest_id])
+    for number, rows in enumerate(contests):
+        store.append(rows)
         if number == len(contests) // 2:
             store.compact()
     return folder
@@ -44,7 +47,7 @@ def test_the_order_of_rows_and_kernels_is_of_no_account(seed: int) -> None:
     rows, kernels = list(recorded_rows()), list(ALL_KERNELS)
     order.shuffle(rows)
     order.shuffle(kernels)
-    assert emit(compile_table(rows, kernels)) == TABLE
+    assert emit(compile_table(rows, kernels)) == table()
 
 
 def test_files_in_another_order_compile_to_the_same_bytes(results: Path, tmp_path: Path) -> None:
@@ -59,15 +62,15 @@ def test_files_in_another_order_compile_to_the_same_bytes(results: Path, tmp_pat
     ResultsStore(compacted).compact()
     assert len(list(compacted.glob("*.parquet"))) == 1
     for folder in (results, copy, compacted):
-        assert emit(compile_table(ResultsStore(folder).read().rows, ALL_KERNELS)) == TABLE
+        assert emit(compile_table(ResultsStore(folder).read().rows, ALL_KERNELS)) == table()
 
 
 @pytest.mark.parametrize("seed", ["0", "1", "4242"])
 def test_processes_with_other_hash_seeds_write_the_same_bytes(results: Path, tmp_path: Path, seed: str) -> None:
     done = tune("compile", results, "--out", tmp_path, PYTHONHASHSEED=seed)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / TABLE.slug / "__init__.py").read_bytes() == TABLE.module.encode()
-    assert (tmp_path / TABLE.slug / "evidence.json").read_bytes() == TABLE.evidence.encode()
+    assert (tmp_path / table().slug / "__init__.py").read_bytes() == table().module.encode()
+    assert (tmp_path / table().slug / "evidence.json").read_bytes() == table().evidence.encode()
 
 
 @pytest.mark.parametrize("towards", [-math.inf, math.inf])
@@ -81,11 +84,11 @@ def test_a_machine_whose_logarithms_end_in_another_bit_compiles_the_same(
 
     for name in ("log", "log2", "exp", "log1p", "expm1"):
         monkeypatch.setattr(math, name, off_by_a_bit(getattr(math, name)))
-    assert emit(compile_table(recorded_rows(), ALL_KERNELS)) == TABLE
+    assert emit(compile_table(recorded_rows(), ALL_KERNELS)) == table()
 
 
 def test_another_time_gives_another_table() -> None:
     rows = list(recorded_rows())
     timed = next(index for index, row in enumerate(rows) if row.samples_ns)
     rows[timed] = replace(rows[timed], samples_ns=tuple(2.0 * time for time in rows[timed].samples_ns))
-    assert emit(compile_table(rows, ALL_KERNELS)).module != TABLE.module
+    assert emit(compile_table(rows, ALL_KERNELS)).module != table().module

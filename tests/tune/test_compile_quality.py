@@ -22,7 +22,7 @@ from layerzero_runtime.selection.limits import rejections
 from layerzero_runtime.tables.table import MISS, Table
 from layerzero_tune.compile.judge import judge
 from layerzero_tune.compile.region import Region
-from tests.tune.recordings import recorded_rows
+from tests.tune.recordings import BOTH_DTYPES, recorded_rows
 from tests.tune.synthetic_landscapes import Landscape, beyond, corners, landscapes, preset_points
 from tests.tune.synthetic_results import ALL_KERNELS, DEVICE, compiled, measured, norm, served, table_of
 from tests.tune.trees import edges
@@ -157,12 +157,13 @@ def _some_sizes(region: Region) -> Iterator[Sizes]:
 
 def test_every_key_and_every_bucket_is_reached_by_a_call() -> None:
     """Over all operations of the quick preset: the key that the runtime builds for a call finds the entry."""
-    form = compiled(recorded_rows())
+    rows = recorded_rows(BOTH_DTYPES)
+    form = compiled(rows)
     table = table_of(form)
     assert len(form.entries) > 20
     contexts = {
         (row.context.operation, operation_named(row.context.operation).static_key(row.context)): row.context
-        for row in recorded_rows()
+        for row in rows
     }
     for entry in form.entries:
         operation = operation_named(entry.operation)

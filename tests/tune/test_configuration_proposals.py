@@ -18,7 +18,7 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import SpecError
 from layerzero_runtime.kernel import Configuration, ConfigurationSpace
 from layerzero_tune.search.configurations import tpe
-from layerzero_tune.search.configurations.proposals import best_trials, finalists, next_batch
+from layerzero_tune.search.configurations.proposals import best_trials, finalists, left_to_measure, next_batch
 from layerzero_tune.search.configurations.search_policy import SearchPolicy
 from layerzero_tune.search.configurations.trial import Trial, text_of
 from layerzero_tune.search.configurations.valid import MAX_COMBINATIONS, valid_configurations
@@ -36,6 +36,10 @@ class Landscape:
     valid: tuple[Configuration, ...]
     clock: Clock
 
+    @property
+    def by_text(self) -> dict[str, Configuration]:
+        return {text_of(configuration): configuration for configuration in self.valid}
+
     def trials(self, configurations: Sequence[Configuration]) -> tuple[Trial, ...]:
         ratios = [(configuration, self.clock(configuration)) for configuration in configurations]
         return tuple(Trial(c, ratio, None if ratio is None else 1e3 * math.exp(ratio)) for c, ratio in ratios)
@@ -44,7 +48,7 @@ class Landscape:
 def search(landscape: Landscape, policy: SearchPolicy, seeds: Sequence[Configuration] = ()) -> list[Trial]:
     """The trials of a whole search, in order; each batch follows from nothing but those before it."""
     trials: list[Trial] = []
-    while batch := next_batch(landscape.valid, trials, seeds, policy):
+    while batch := next_batch(landscape.by_text, trials, seeds, policy):
         assert len(batch) <= policy.batch
         trials += landscape.trials(batch)
         assert len(trials) <= len(landscape.valid)
@@ -72,7 +76,7 @@ def landscapes(draw: st.DrawFn) -> Landscape:
             return None
         return chance(configuration, "time", 1000) / 500.0 - 1.0
 
-    return Landscape(valid_configurations(space, NORM), clock)
+    return Landscape(tuple(valid_configurations(space, NORM).values()), clock)
 
 
 @settings(max_examples=40, deadline=None)
@@ -98,7 +102,7 @@ def test_a_search_goes_on_from_any_trials_as_if_it_had_never_stopped(landscape: 
     stopped = data.draw(st.integers(0, len(trials) // SEARCH.batch)) * SEARCH.batch
     again = [Trial(dict(reversed(list(t.configuration.items()))), t.log_ratio, t.time_ns) for t in trials[:stopped]]
     expected = [text_of(trial.configuration) for trial in trials[stopped : stopped + SEARCH.batch]]
-    assert list(map(text_of, next_batch(landscape.valid, again, (), SEARCH))) == expected
+    assert list(map(text_of, next_batch(landscape.by_text, again, (), SEARCH))) == expected
 
 
 @settings(max_examples=25, deadline=None)
@@ -158,18 +162,20 @@ def test_the_search_ends_at_the_roofline() -> None:
     trials = landscape.trials(landscape.valid[6:10])
     assert trials[0].time_ns is not None
     policy = SearchPolicy(bound_margin=0.05)
-    assert next_batch(landscape.valid, trials, bound_ns=trials[0].time_ns / 1.06, policy=policy)
-    assert not next_batch(landscape.valid, trials, bound_ns=trials[0].time_ns / 1.04, policy=policy)
-    assert next_batch(landscape.valid, landscape.trials([]), bound_ns=1e9, policy=policy)
+    assert next_batch(landscape.by_text, trials, bound_ns=trials[0].time_ns / 1.06, policy=policy)
+    assert not next_batch(landscape.by_text, trials, bound_ns=trials[0].time_ns / 1.04, policy=policy)
+    assert next_batch(landscape.by_text, landscape.trials([]), bound_ns=1e9, policy=policy)
 
 
 def test_trials_of_configurations_that_are_valid_no_more_count_for_nothing() -> None:
     landscape = line(400)
     trials = search(landscape, SEARCH)
     others = tuple(Trial({"block": -1, "warps": 4, "gone": True}, -5.0, 1.0) for _ in range(3))
-    assert next_batch(landscape.valid, (*others, *trials[:12]), (), SEARCH) == next_batch(
-        landscape.valid, trials[:12], (), SEARCH
+    assert next_batch(landscape.by_text, (*others, *trials[:12]), (), SEARCH) == next_batch(
+        landscape.by_text, trials[:12], (), SEARCH
     )
+    left = left_to_measure(landscape.by_text, trials[:12], SEARCH, None)
+    assert left_to_measure(landscape.by_text, (*others, *trials[:12]), SEARCH, None) == left == 18
 
 
 def test_the_best_are_the_fastest_that_have_a_ratio() -> None:
@@ -198,11 +204,21 @@ def test_half_of_the_finalists_are_of_the_earliest_contests() -> None:
 
 def test_valid_configurations_come_in_the_order_of_the_declaration() -> None:
     space = ConfigurationSpace({"warps": (8, 4), "block": (1, 2)}, lambda c, context: c != {"warps": 8, "block": 2})
-    assert valid_configurations(space, NORM) == (
-        {"warps": 8, "block": 1},
-        {"warps": 4, "block": 1},
-        {"warps": 4, "block": 2},
-    )
+    assert list(valid_configurations(space, NORM).items()) == [
+        ('{"block":1,"warps":8}', {"warps": 8, "block": 1}),
+        ('{"block":1,"warps":4}', {"warps": 4, "block": 1}),
+        ('{"block":2,"warps":4}', {"warps": 4, "block": 2}),
+    ]
+
+
+@pytest.mark.parametrize("count", [30, 200])
+def test_what_is_valid_depends_on_the_context_whether_combinations_are_kept_or_not(count: int) -> None:
+    values = tuple(range(count))
+    space = ConfigurationSpace({"a": values, "b": values}, lambda c, context: c["a"] * c["b"] == context.rows)
+    for rows in (4, 6, 4):
+        valid = valid_configurations(space, replace(NORM, rows=rows))
+        assert list(valid.values()) == [{"a": a, "b": rows // a} for a in range(1, rows + 1) if rows % a == 0]
+        assert list(valid) == list(map(text_of, valid.values()))
 
 
 def test_restrictions_that_fail_and_spaces_too_large_are_refused_by_name() -> None:
@@ -219,7 +235,7 @@ def test_optuna_is_imported_where_a_search_begins_and_not_for_an_enumeration() -
 import sys
 from layerzero_tune.search.configurations.proposals import next_batch
 from layerzero_tune.search.device import LiveDevice
-few, many = ([{"block": block} for block in range(count)] for count in (200, 201))
+few, many = ({str(block): {"block": block} for block in range(count)} for count in (200, 201))
 assert next_batch(few, ()) and "optuna" not in sys.modules
 assert next_batch(many, ()) and "optuna" in sys.modules
 """
@@ -230,6 +246,6 @@ def test_a_batch_holds_different_proposals_of_one_study() -> None:
     """What is proposed runs on in the study, so the estimator spreads over a batch; the study is quiet."""
     landscape = line(400)
     trials = landscape.trials(landscape.valid[:40:2])
-    batch = tpe.propose(landscape.valid, trials, (), 8, seed=0)
+    batch = tpe.propose(landscape.by_text, trials, (), 8, seed=0)
     assert len(set(map(text_of, batch))) == 8
-    assert tpe.propose(landscape.valid, trials, (), 3, seed=0) == batch[:3]
+    assert tpe.propose(landscape.by_text, trials, (), 3, seed=0) == batch[:3]

@@ -402,6 +402,7 @@ def test_without_a_time_of_the_kernels_own_choice_there_is_no_ratio() -> None:
     assert all(trial.log_ratio is None for trial in found)
 
 
+@pytest.mark.alone
 def test_the_command_searches_on_this_machine(tmp_path: Path) -> None:
     """Real kernels and times: the kernel's own choice, two passes, beats no other by far, so that it is searched."""
     workload = tmp_path / "workload.jsonl"

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import math
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from layerzero_runtime.device import DeviceSpec, detect_device
 from layerzero_tune.measure import bench, contest_run, full_speed
 from layerzero_tune.measure.contention import MAX_ATTEMPTS, ProcessorTime, others_share
 from layerzero_tune.measure.full_speed import PATIENCE_S, FullSpeed
+from layerzero_tune.measure.gpu_state import GpuWatch
 from layerzero_tune.measure.parallel_speed import WINDOW_S, ParallelSpeed, parallel_loop
 from layerzero_tune.worker.kernels import load_kernels
+from layerzero_tune.worker.main import answer
+from layerzero_tune.worker.progress_board import ProgressBoard
+from layerzero_tune.worker.protocol import Finished, Request
 from tests.tune.contests import contest
 
 _BUSY = "import time\nend = time.time() + 60\nwhile time.time() < end: pass"
@@ -24,6 +34,42 @@ def test_own_work_is_not_others() -> None:
     assert others_share(start, ProcessorTime(machine_s=11.0, own_s=2.0, wall_s=1.0)) == 0.0
     assert others_share(start, ProcessorTime(machine_s=None, own_s=2.0, wall_s=1.0)) == 0.0
     assert others_share(start, ProcessorTime(machine_s=12.0, own_s=2.0, wall_s=1.0)) > 0.0
+
+
+def shares(own_s: float, siblings_s: float, foreign_s: float) -> float:
+    """The share of others over a second in which so many processor seconds went to these processes."""
+    start = ProcessorTime(machine_s=10.0, own_s=1.0, wall_s=0.0, siblings_s=7.0)
+    busy_s = own_s + siblings_s + foreign_s
+    return others_share(start, ProcessorTime(10.0 + busy_s, 1.0 + own_s, 1.0, 7.0 + siblings_s))
+
+
+@pytest.mark.parametrize(
+    ("siblings_s", "foreign_s", "share"),
+    [(0.0, 0.0, 0.0), (3.0, 0.0, 0.0), (7.0, 0.0, 4 / 16), (1.0, 2.0, 2 / 16), (7.0, 2.0, 6 / 16)],
+)
+def test_siblings_may_take_cores_that_are_free(
+    monkeypatch: pytest.MonkeyPatch, siblings_s: float, foreign_s: float, share: float
+) -> None:
+    """Up to a quarter of 16 cores with the one that measures, all told."""
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    assert shares(1.0, siblings_s, foreign_s) == pytest.approx(share)
+
+
+def test_who_takes_more_than_the_free_cores_alone_leaves_none_to_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert shares(1.0, 0.5, 0.0) == pytest.approx(0.25)
+
+
+_SECONDS = st.floats(0.0, 16.0)
+
+
+@given(_SECONDS, _SECONDS, _SECONDS, st.floats(0.0, 1.0))
+def test_siblings_count_for_something_between_nothing_and_foreign_processes(
+    own_s: float, siblings_s: float, foreign_s: float, more_s: float
+) -> None:
+    share = shares(own_s, siblings_s, foreign_s)
+    assert shares(own_s, 0.0, foreign_s) - 1e-9 <= share <= shares(own_s, 0.0, foreign_s + siblings_s) + 1e-9
+    assert share <= shares(own_s, siblings_s + more_s, foreign_s) + 1e-9
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/stat")
@@ -37,16 +83,65 @@ def test_a_busy_neighbour_is_seen() -> None:
     assert share > 0.1
 
 
-@pytest.mark.parametrize(
-    ("shares", "attempts"), [([0.01], 1), ([0.5, 0.2, 0.02], 3), ([0.5, 0.4, 0.3, 0.0], MAX_ATTEMPTS)]
-)
-def test_a_disturbed_contest_is_timed_again(
-    monkeypatch: pytest.MonkeyPatch, shares: list[float], attempts: int
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/PID/stat")
+def test_what_a_run_has_started_are_siblings_down_to_those_that_have_ended() -> None:
+    """A process below another one takes a second; then both end."""
+    second = "end = time.process_time() + 1.0\nwhile time.process_time() < end: pass"
+    below = f"import sys, time\n{second}\nsys.stdin.read()"
+    starts = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {below!r}])"
+    start = ProcessorTime.now(os.getpid())
+    with subprocess.Popen([sys.executable, "-c", starts], stdin=subprocess.PIPE) as child:
+        deadline = time.monotonic() + 60.0
+        while ProcessorTime.now(child.pid).siblings_s < 1.0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert ProcessorTime.now(os.getpid()).siblings_s - start.siblings_s >= 1.0
+        child.communicate()
+    ended = ProcessorTime.now(os.getpid())
+    assert ended.siblings_s - start.siblings_s >= 1.0
+    # What this process itself takes is no sibling's.
+    exec(second, {"time": time})
+    assert ProcessorTime.now(os.getpid()).siblings_s - ended.siblings_s < 0.5
+    assert ProcessorTime.now().siblings_s == 0.0
+
+
+@pytest.mark.parametrize(("mode", "tuner"), [("eager", 7), ("graph", None)])
+def test_the_siblings_of_a_contest_are_asked_for_where_it_leaves_cores(
+    mode: str, tuner: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    gpu = DeviceSpec("cuda", "NVIDIA H100 80GB HBM3", index=0)
+    monkeypatch.setattr(bench, "detect_device", lambda name: gpu if name == "cuda:0" else detect_device(name))
+    monkeypatch.setattr(bench, "_gpu_watch", lambda index: None)
+    assert bench.Bench.of("cuda:0", mode, 7).tuner == tuner
+    assert bench.Bench.of("cpu", "eager", 7).tuner is None
+
+
+def test_a_contest_beside_siblings_counts_them_where_its_bench_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+
+    def now(run: int | None = None) -> ProcessorTime:
+        asked.append(run)
+        return ProcessorTime(None, 0.0, 0.0)
+
+    here = bench.Bench.of("cpu", "eager")
+    beside = replace(here, speed=ParallelSpeed(lambda: 1.0), tuner=os.getppid())
+    monkeypatch.setattr(bench.Bench, "of", lambda *arguments: beside if arguments[2] == os.getppid() else here)
+    monkeypatch.setattr(ProcessorTime, "now", now)
+    board = ProgressBoard.create()
+    reply = answer(Request(contest("torch.rms_norm"), {}), load_kernels(), "cpu", board, math.inf)
+    board.close()
+    assert isinstance(reply, Finished)
+    assert asked == [os.getppid()] * 2
+
+
+@pytest.mark.parametrize(
+    ("found", "attempts"), [([0.01], 1), ([0.5, 0.2, 0.02], 3), ([0.5, 0.4, 0.3, 0.0], MAX_ATTEMPTS)]
+)
+def test_a_disturbed_contest_is_timed_again(monkeypatch: pytest.MonkeyPatch, found: list[float], attempts: int) -> None:
     seen: list[float] = []
 
     def share(start: ProcessorTime, end: ProcessorTime) -> float:
-        seen.append(shares[len(seen)])
+        seen.append(found[len(seen)])
         return seen[-1]
 
     monkeypatch.setattr(contest_run, "others_share", share)
@@ -144,6 +239,16 @@ def test_nobody_waits_for_other_processes(monkeypatch: pytest.MonkeyPatch) -> No
     assert speed.lost == pytest.approx(0.2)
 
 
+def test_a_gpu_that_is_slow_is_waited_for_whatever_the_processors_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(full_speed, "others_share", lambda start, end: 0.5)
+    monkeypatch.setattr(full_speed, "sleep", lambda seconds: None)
+    machine = Machine([8.0, 10.0, 10.0, 8.0, 8.0])
+    monkeypatch.setattr(machine.speed, "is_of_processors", GpuWatch.is_of_processors, raising=False)
+    taken, speed = parts_of(machine, 1)
+    assert taken == [1]
+    assert speed.lost == 0.0
+
+
 @pytest.mark.usefixtures("quiet")
 def test_the_screening_and_every_round_of_a_contest_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine([8.0, 8.0, 10.0, 8.0, 8.0, 8.0, 10.0, 8.0, 8.0, 8.0, 8.0])
@@ -175,4 +280,4 @@ def test_a_contest_says_which_speed_it_lacked(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_loop_takes_a_time() -> None:
-    assert 100.0 < parallel_loop()() < 1e7
+    assert 100.0 < parallel_loop()() < 1e9

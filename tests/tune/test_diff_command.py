@@ -17,7 +17,7 @@ from layerzero_tune.diff.document import LARGEST
 from layerzero_tune.results.store import ResultsStore
 from tests.tune.command import CommandsHere, Ended
 from tests.tune.diff_sides import FUSED, OTHER_DEVICE, rows_with, write_results, write_table
-from tests.tune.recordings import recorded_rows
+from tests.tune.recordings import BOTH_DTYPES, recorded_rows
 from tests.tune.synthetic_results import DEVICE, Times, cross, full, grid, measured, norm
 
 Sides = tuple[Path, Path]
@@ -36,7 +36,7 @@ def results(tmp_path: Path) -> Sides:
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Sides:
     """Tables of one recording, and of it with a default that takes half as long again: they differ at many shapes."""
     folder = tmp_path_factory.mktemp("recorded")
-    rows = recorded_rows()
+    rows = recorded_rows(BOTH_DTYPES)
     slower = [
         replace(row, samples_ns=tuple(1.5 * time for time in row.samples_ns)) if row.is_default else row for row in rows
     ]

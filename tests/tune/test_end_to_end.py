@@ -40,6 +40,7 @@ NO_COMPILER = {"CXX": "no-such-compiler"}
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_run_compile_explain_evaluate(tmp_path: Path) -> None:
     (tmp_path / "w.jsonl").write_text(WORKLOAD)
     results, tables, held_out = tmp_path / "results", tmp_path / "tables", tmp_path / "held-out"
@@ -106,6 +107,7 @@ def test_run_compile_explain_evaluate(tmp_path: Path) -> None:
     assert (tables / spec.slug / "__init__.py").read_bytes() == module
 
 
+@pytest.mark.alone
 def test_ctrl_c_ends_the_worker_too(tmp_path: Path) -> None:
     (tmp_path / "w.jsonl").write_text(WORKLOAD)
     out = tmp_path / "results"

@@ -33,8 +33,8 @@ def watched_gpu(nvml_library: Path, monkeypatch: pytest.MonkeyPatch) -> GpuWatch
     monkeypatch.setattr(nvml, "LIBRARIES", (str(nvml_library),))
     watch = GpuWatch(H100_UUID)
 
-    def watched(device: str, mode: str) -> Bench:
-        return replace(bench_of(device, mode), speed=watch, gpu=watch)
+    def watched(device: str, mode: str, tuner: int | None) -> Bench:
+        return replace(bench_of(device, mode, tuner), speed=watch, gpu=watch)
 
     # Whatever else runs on this machine.
     monkeypatch.setattr(contest_run, "others_share", lambda start, end: 0.0)

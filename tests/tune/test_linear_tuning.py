@@ -79,6 +79,7 @@ def test_shapes_drawn_between_measured_ones_are_as_wide_as_layers_are() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_run_compile_evaluate(tmp_path: Path) -> None:
     lines = [
         {"operation": name, "dtype": dtype, "rows": rows, "in_features": 256, "out_features": 128, "scale_x": "row"}

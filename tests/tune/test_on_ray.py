@@ -64,7 +64,7 @@ def test_the_table_is_that_of_the_local_executor(
         out, tables = tmp_path / executor, tmp_path / f"tables-{executor}"
         words = ("run", "--device", f"recorded:{recorded_results}", "--ops", "norm,mlp", "--out", out, "--json")
         report = command(*words, "--executor", executor).json
-        assert report["contests_measured"] == len(ResultsStore(out).contest_ids()) > 100
+        assert report["contests_measured"] == len(ResultsStore(out).contest_ids()) > 50
         assert command("compile", out, "--out", tables).status == 0
         compiled.append({path.relative_to(tables): path.read_bytes() for path in tables.rglob("*.*")})
     assert compiled[0] == compiled[1]
@@ -72,6 +72,7 @@ def test_the_table_is_that_of_the_local_executor(
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_workers_of_a_cluster_measure_this_cpu(cluster: Any, command: CommandsHere, tmp_path: Path) -> None:
     (tmp_path / "w.jsonl").write_text(WORKLOAD)
     out = tmp_path / "out"

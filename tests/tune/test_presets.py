@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -35,8 +36,9 @@ ALL = tuple(OPERATIONS)
 LONGEST = {"quick": 8192, "standard": 32768, "full": 131072}
 
 
-def contexts(preset: str, device: DeviceSpec = H100, operations: tuple[str, ...] = ALL) -> list[SelectionContext]:
-    return [line.context for line in preset_workload(preset, operations, device)]
+@cache
+def contexts(preset: str, device: DeviceSpec = H100, operations: tuple[str, ...] = ALL) -> tuple[SelectionContext, ...]:
+    return tuple(line.context for line in preset_workload(preset, operations, device))
 
 
 def held_bytes(context: SelectionContext) -> int:
@@ -125,7 +127,7 @@ def test_what_the_memory_does_not_hold_is_left_out(memory_bytes: int | None) -> 
 
 def test_a_part_of_the_operations_has_the_same_points() -> None:
     some = ("attention.cross", "norm.rms")
-    assert contexts("quick", operations=some) == [c for c in contexts("quick") if c.operation in some]
+    assert list(contexts("quick", operations=some)) == [c for c in contexts("quick") if c.operation in some]
 
 
 def test_a_run_on_a_gpu_takes_a_preset(

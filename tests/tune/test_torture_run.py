@@ -46,6 +46,7 @@ MESSAGES = {
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.scenario("FS-001", "FS-002", "FS-003", "FS-004", "FS-005")
 def test_a_torture_run_ends_by_itself_and_records_what_each_kernel_did(tmp_path: Path) -> None:
     workload, out = tmp_path / "w.jsonl", tmp_path / "results"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 
 from layerzero_runtime.kernel import Configuration
@@ -12,7 +12,7 @@ from layerzero_tune.search.configurations.trial import Trial, text_of
 
 
 def next_batch(
-    valid: Sequence[Configuration],
+    valid: Mapping[str, Configuration],
     trials: Sequence[Trial],
     seeds: Sequence[Configuration] = (),
     policy: SearchPolicy = DEFAULT_POLICY,
@@ -24,13 +24,13 @@ def next_batch(
     proposed again, whether it failed or not.
 
     Args:
-        valid: all configurations to choose from, in a fixed order.
+        valid: all configurations to choose from by their texts, in a fixed order.
         trials: what is known, in the order of its measurement.
         seeds: configurations to begin with, the most promising first; those that are not valid here are left out.
         bound_ns: the shortest time of a call that the device allows, in ns, where it is known.
     """
     known = {text_of(trial.configuration) for trial in trials}
-    left = {text: configuration for configuration in valid if (text := text_of(configuration)) not in known}
+    left = {text: configuration for text, configuration in valid.items() if text not in known}
     count = min(policy.batch, left_to_measure(valid, trials, policy, bound_ns))
     if count == 0:
         return ()
@@ -43,13 +43,12 @@ def next_batch(
 
 
 def left_to_measure(
-    valid: Sequence[Configuration], trials: Sequence[Trial], policy: SearchPolicy, bound_ns: float | None
+    valid: Mapping[str, Configuration], trials: Sequence[Trial], policy: SearchPolicy, bound_ns: float | None
 ) -> int:
     """How many configurations a search may still measure, 0 once it is over; arguments as for `next_batch`."""
     if _reaches(bound_ns, trials, policy.bound_margin):
         return 0
-    known = {text_of(trial.configuration) for trial in trials}
-    spent = sum(text_of(configuration) in known for configuration in valid)
+    spent = len({text_of(trial.configuration) for trial in trials} & valid.keys())
     limit = len(valid) if len(valid) <= policy.enumerated else min(policy.measurements, len(valid))
     return max(0, limit - spent)
 

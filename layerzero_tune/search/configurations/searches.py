@@ -65,7 +65,7 @@ class Searches:
         self._screening = replace(identity, policy=replace(identity.policy, rounds=0))
         self._policy = policy
         self._trials: dict[tuple[str, SelectionContext], tuple[int, tuple[Trial, ...], bool]] = {}
-        self._valid: dict[tuple[str, SelectionContext], tuple[Configuration, ...]] = {}
+        self._valid: dict[tuple[str, SelectionContext], Mapping[str, Configuration]] = {}
 
     def searchable(self, context: SelectionContext) -> tuple[str, ...]:
         """The kernels that are legal at the point and have configurations to choose from."""
@@ -174,7 +174,7 @@ class Searches:
         kernel = self._kernels[row.kernel_id]
         return self._screening.of(row.context, kernel, Candidate(row.kernel_id, row.configuration))
 
-    def _valid_at(self, kernel_id: str, context: SelectionContext) -> tuple[Configuration, ...]:
+    def _valid_at(self, kernel_id: str, context: SelectionContext) -> Mapping[str, Configuration]:
         """Kept: a search asks for them at each step."""
         if (kernel_id, context) not in self._valid:
             space = self._kernels[kernel_id].space

@@ -32,7 +32,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def propose(
-    valid: Sequence[Configuration],
+    valid: Mapping[str, Configuration],
     trials: Sequence[Trial],
     seeds: Sequence[Configuration],
     count: int,
@@ -44,9 +44,8 @@ def propose(
     estimator takes for a bad one, so that a batch spreads. A draw that is known is told its trial's value, one that is
     not valid is told as pruned; then another one is drawn.
     """
-    texts = {text_of(configuration): configuration for configuration in valid}
-    known = {text: trial for trial in trials if (text := text_of(trial.configuration)) in texts}
-    left = {text: configuration for text, configuration in texts.items() if text not in known}
+    known = {text: trial for trial in trials if (text := text_of(trial.configuration)) in valid}
+    left = {text: configuration for text, configuration in valid.items() if text not in known}
     chance = random.Random(f"{seed} {len(known)}")
     begun = [text for text in dict.fromkeys(map(text_of, seeds)) if text in left]
     others = [text for text in left if text not in begun]
@@ -55,16 +54,17 @@ def propose(
         return tuple(left[text] for text in begun[:count])
     sampler = optuna.samplers.TPESampler(n_startup_trials=1, multivariate=True, seed=chance.getrandbits(31))
     study = optuna.create_study(sampler=sampler)
-    values = {name: tuple(dict.fromkeys(configuration[name] for configuration in valid)) for name in valid[0]}
+    names = next(iter(valid.values()))
+    values = {name: tuple(dict.fromkeys(found[name] for found in valid.values())) for name in names}
     distributions: Distributions = {name: CategoricalDistribution(found) for name, found in values.items()}
     # What is not valid comes first: the estimator weighs trials less the older they are.
-    study.add_trials([_pruned(found, distributions) for found in _not_valid(texts, values, len(known), chance)])
+    study.add_trials([_pruned(found, distributions) for found in _not_valid(valid, values, len(known), chance)])
     study.add_trials([_frozen(trial, distributions) for trial in known.values()])
     for text in begun:
         study.enqueue_trial(dict(left[text]))
     proposed: list[Configuration] = []
     draws = 0
-    while len(proposed) < min(count, len(texts) - len(known)):
+    while len(proposed) < min(count, len(valid) - len(known)):
         asked = study.ask(distributions)
         text = text_of(asked.params)
         if text in left:
