@@ -14,26 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import layerzero_runtime as lz
-from layerzero_runtime.context import SelectionContext
-from layerzero_runtime.device import DeviceSpec
-from layerzero_runtime.kernel import Kernel, KernelFunction
+from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.kernels import flash_attention_4, flashinfer_attention, plain_calls
 from layerzero_runtime.operations import OPERATIONS
-from layerzero_runtime.selection.limits import rejections
-from layerzero_runtime.selection.transforms import apply_transforms
 from tests.runtime import attention_stand_ins as stand_ins
-from tests.runtime.kernel_calls import KERNELS, Call, calls, plain_call, relative_error
+from tests.runtime.attention_adapters import ADAPTERS, H100, PAIRS, attention_call, loaded, on_h100, quant_format
+from tests.runtime.kernel_calls import Call, calls, relative_error
 from tests.runtime.test_kernels import FIXED, named
 
-H100 = DeviceSpec(platform="cuda", name="NVIDIA H100 80GB HBM3", compute_capability=(9, 0), multiprocessors=132)
-LIBRARIES = ("flash_attn_4", "flash_attn_3", "flash_attn", "flashinfer_python", "xformers", "sageattention")
-BACKENDS = ("torch.sdpa.flash", "torch.sdpa.cudnn", "torch.sdpa.efficient")
-ADAPTERS = {
-    kernel_id: kernel
-    for kernel_id, kernel in KERNELS.items()
-    if kernel_id in BACKENDS or (kernel.spec.library in LIBRARIES and kernel.spec.operations[0].startswith("attention"))
-}
-PAIRS = [(kernel, operation) for kernel in ADAPTERS.values() for operation in kernel.spec.operations]
 each_pair = pytest.mark.parametrize(("kernel", "operation"), named(PAIRS))
 
 
@@ -84,18 +72,6 @@ def _libraries(
         yield
 
 
-def on_h100(call: Call, **features: Any) -> Call:
-    return Call(replace(call.context, device=H100, **features), call.arguments)
-
-
-def loaded(kernel: Kernel, context: SelectionContext) -> KernelFunction:
-    return apply_transforms(kernel.load(context, {}), kernel.spec, context)
-
-
-def quant_format(kernel: Kernel) -> str | None:
-    return kernel.spec.quant_formats[0]
-
-
 def assert_right(kernel: Kernel, call: Call) -> None:
     before = [argument.clone() for argument in call.arguments[:3]]
     output = loaded(kernel, call.context)(*call.arguments)
@@ -122,26 +98,6 @@ def test_accepted_calls_reach_the_library_in_its_own_form(kernel: Kernel, operat
         assert_right(kernel, call)
 
     agrees()
-
-
-def attention_call(
-    operation: str,
-    sizes: tuple[int, int, int, int, int, int],
-    *,
-    layout: str = "bhsd",
-    dtype: torch.dtype = torch.float16,
-    **features: Any,
-) -> Call:
-    """sizes: (batch, heads, kv_heads, seq_len_q, seq_len_k, head_dim)."""
-    torch.manual_seed(0)
-    batch, heads, kv_heads, length_q, length_k, width = sizes
-    shapes = ((batch, heads, length_q, width), *[(batch, kv_heads, length_k, width)] * 2)
-    tensors = [torch.randn(shape).to(dtype) for shape in shapes]
-    if layout == "bshd":
-        tensors = [tensor.transpose(1, 2).contiguous() for tensor in tensors]
-    arguments = (*tensors, None, 0.0, None)
-    context = OPERATIONS[operation].describe(*arguments, layout=layout, causal_alignment="bottom_right", **features)
-    return Call(replace(context, device=H100), arguments)
 
 
 @each_pair
@@ -191,123 +147,7 @@ def test_tensors_that_cannot_be_loaded_in_vectors_are_copied(kernel: Kernel, ope
     assert_right(kernel, Call(call.context, arguments))
 
 
-# What is refused, one step inside and outside of each limit.
-
-PLAIN: dict[str, Any] = {
-    "dtype": "bfloat16",
-    "batch_size": 1,
-    "num_heads": 8,
-    "num_kv_heads": 2,
-    "head_dim": 128,
-    "seq_len_q": 64,
-    "seq_len_k": 64,
-    "causal_alignment": "bottom_right",
-}
-LIMITS: dict[str, list[tuple[dict[str, Any], dict[str, Any], str]]] = {
-    "torch.sdpa.flash": [
-        ({"head_dim": 256}, {"head_dim": 264}, "HEAD_DIM_NOT_AT_MOST"),
-        ({"head_dim": 72}, {"head_dim": 76}, "HEAD_DIM_NOT_MULTIPLE_OF"),
-        ({"seq_len_k": 65}, {"seq_len_k": 65, "causal_alignment": "top_left"}, "CAUSAL_MASK_NOT_ONE_OF"),
-        ({"dtype": "float16"}, {"dtype": "float32"}, "DTYPE_NOT_ONE_OF"),
-        ({"stride_last_dim": 1}, {"stride_last_dim": 2}, "STRIDE_LAST_DIM_NOT_ONE_OF"),
-        ({}, {"v_head_dim": 64}, "OTHER_V_HEAD_DIM_NOT_ONE_OF"),
-        ({}, {"requires_grad": True}, "REQUIRES_GRAD_NOT_ONE_OF"),
-        ({"workspace_limit": 2**26}, {"workspace_limit": 2**25}, "WORKSPACE_LIMIT_NOT_AT_LEAST"),
-    ],
-    "torch.sdpa.cudnn": [
-        ({"head_dim": 128}, {"head_dim": 136}, "HEAD_DIM_NOT_AT_MOST"),
-        ({"seq_len_k": 65, "causal_alignment": "top_left"}, {"seq_len_k": 65}, "CAUSAL_MASK_NOT_ONE_OF"),
-        ({"seq_len_q": 2, "seq_len_k": 2}, {"seq_len_q": 1, "seq_len_k": 1}, "SEQ_LEN_K_NOT_AT_LEAST"),
-        ({"batch_size": 32767}, {"batch_size": 32768}, "BATCH_KV_HEADS_NOT_AT_MOST"),
-        ({}, {"requires_deterministic": True}, "REQUIRES_DETERMINISTIC_NOT_ONE_OF"),
-    ],
-    "torch.sdpa.efficient": [
-        ({"head_dim": 512}, {"head_dim": 500}, "HEAD_DIM_NOT_MULTIPLE_OF"),
-        ({"v_head_dim": 64}, {"v_head_dim": 68}, "OTHER_V_HEAD_DIM_NOT_MULTIPLE_OF"),
-        ({"dtype": "float32"}, {"dtype": "float64"}, "DTYPE_NOT_ONE_OF"),
-        ({"batch_size": 32767}, {"batch_size": 32768}, "BATCH_KV_HEADS_NOT_AT_MOST"),
-        ({"workspace_limit": 2**40}, {"workspace_limit": 2**39}, "WORKSPACE_LIMIT_NOT_AT_LEAST"),
-    ],
-    "flash_attn_4.forward": [
-        ({"head_dim": 256}, {"head_dim": 264}, "HEAD_DIM_NOT_AT_MOST"),
-        ({"head_dim": 72}, {"head_dim": 76}, "HEAD_DIM_NOT_MULTIPLE_OF"),
-        ({"seq_len_k": 65}, {"seq_len_k": 65, "causal_alignment": "top_left"}, "CAUSAL_MASK_NOT_ONE_OF"),
-        ({}, {"device": replace(H100, compute_capability=(8, 9))}, "SM_NOT_AT_LEAST"),
-        ({}, {"device": replace(H100, compute_capability=(10, 0))}, "SM_NOT_AT_MOST"),
-    ],
-    "flash_attn_3.forward": [
-        ({"head_dim": 256}, {"head_dim": 264}, "HEAD_DIM_NOT_AT_MOST"),
-        ({}, {"device": replace(H100, compute_capability=(8, 9))}, "SM_NOT_AT_LEAST"),
-        ({"seq_len_k": 65}, {"seq_len_k": 65, "causal_alignment": "top_left"}, "CAUSAL_MASK_NOT_ONE_OF"),
-    ],
-    "flash_attn.forward": [
-        ({"head_dim": 256}, {"head_dim": 264}, "HEAD_DIM_NOT_AT_MOST"),
-        (
-            {"device": replace(H100, compute_capability=(8, 0))},
-            {"device": replace(H100, compute_capability=(7, 5))},
-            "SM_NOT_AT_LEAST",
-        ),
-        ({"seq_len_k": 65}, {"seq_len_k": 65, "causal_alignment": "top_left"}, "CAUSAL_MASK_NOT_ONE_OF"),
-    ],
-    "flashinfer_python.single_fa2": [
-        ({"batch_size": 1}, {"batch_size": 2}, "BATCH_SIZE_NOT_AT_MOST"),
-        ({"head_dim": 64}, {"head_dim": 96}, "HEAD_DIM_NOT_ONE_OF"),
-        ({"seq_len_k": 2**18}, {"seq_len_k": 2**18 + 1}, "SEQ_LEN_K_NOT_AT_MOST"),
-        ({"seq_len_k": 65}, {"seq_len_k": 65, "causal_alignment": "top_left"}, "CAUSAL_MASK_NOT_ONE_OF"),
-    ],
-    "flashinfer_python.single_fa3": [
-        ({"batch_size": 1}, {"batch_size": 2}, "BATCH_SIZE_NOT_AT_MOST"),
-        ({"head_dim": 256}, {"head_dim": 192}, "HEAD_DIM_NOT_ONE_OF"),
-        ({}, {"device": replace(H100, compute_capability=(8, 9))}, "SM_NOT_AT_LEAST"),
-    ],
-    "xformers.split_k": [
-        (
-            {"operation": "attention.full", "head_dim": 64},
-            {"operation": "attention.full", "head_dim": 96},
-            "HEAD_DIM_NOT_ONE_OF",
-        ),
-        (
-            {"operation": "attention.cross", "seq_len_k": 128},
-            {"operation": "attention.cross", "seq_len_q": 65, "seq_len_k": 128},
-            "SEQ_LEN_Q_NOT_AT_MOST",
-        ),
-    ],
-    "sageattention.causal": [
-        ({"quant_format": "int8"}, {}, "QUANT_FORMAT_NOT_ONE_OF"),
-        ({"quant_format": "int8"}, {"quant_format": "int8", "seq_len_k": 65}, "CAUSAL_MASK_NOT_ONE_OF"),
-        ({"quant_format": "int8", "head_dim": 96}, {"quant_format": "int8", "head_dim": 192}, "HEAD_DIM_NOT_ONE_OF"),
-    ],
-    "sageattention.full": [
-        (
-            {"operation": "attention.cross", "quant_format": "int8", "seq_len_k": 128},
-            {"operation": "attention.cross", "quant_format": "int8", "seq_len_k": 127},
-            "SEQ_LEN_K_NOT_MULTIPLE_OF",
-        ),
-    ],
-}
-
-
-@pytest.mark.parametrize(
-    ("kernel_id", "inside", "outside", "code"),
-    [
-        pytest.param(kernel_id, *case, id=f"{kernel_id}-{case[2]}")
-        for kernel_id, cases in LIMITS.items()
-        for case in cases
-    ],
-)
-def test_each_limit_refuses_the_first_call_beyond_it(
-    kernel_id: str, inside: dict[str, Any], outside: dict[str, Any], code: str
-) -> None:
-    def refused(changes: dict[str, Any]) -> list[str]:
-        fields = {"operation": "attention.causal", "device": H100, **PLAIN, **changes}
-        return [rejection.code for rejection in rejections(ADAPTERS[kernel_id].spec.limits, SelectionContext(**fields))]
-
-    assert refused(inside) == []
-    assert refused(outside) == [code]
-
-
-def test_every_adapter_has_its_limits_tried() -> None:
-    assert LIMITS.keys() == ADAPTERS.keys()
+# Launches past the public functions.
 
 
 def test_a_last_block_of_keys_that_is_not_full_is_wrong_in_sage_attention() -> None:
@@ -317,9 +157,6 @@ def test_a_last_block_of_keys_that_is_not_full_is_wrong_in_sage_attention() -> N
     assert not call.accepts(kernel)
     output = loaded(kernel, call.context)(*call.arguments)
     assert relative_error((output,), call.reference()) > 0.1
-
-
-# Launches past the public functions.
 
 
 def stats_of(name: str, load: Callable[[], Any]) -> int:
@@ -475,10 +312,3 @@ def test_memory_efficient_attention_copies_no_keys_where_batch_and_heads_are_one
     if is_dense or group == 1:
         assert handed.data_ptr() == key.data_ptr()
     assert group == 1 or handed.stride(1) == 0
-
-
-def test_math_serves_on_cuda_devices_while_its_scores_are_small() -> None:
-    kernel = KERNELS["torch.sdpa.math"]
-    call = on_h100(plain_call("attention.full", "bfloat16"))
-    assert call.accepts(kernel)
-    assert not on_h100(call, batch_size=2**17).accepts(kernel)
