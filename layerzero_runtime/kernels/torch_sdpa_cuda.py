@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 
 from layerzero_runtime.context import ALIGNMENTS, SelectionContext
 from layerzero_runtime.kernel import Configuration, Kernel, KernelFunction, KernelSpec
-from layerzero_runtime.kernels.attention_inputs import SOURCES, are_aligned, dense_copies, on_seeing_rows, vector_mask
+from layerzero_runtime.kernels.attention_inputs import (
+    SOURCES,
+    are_aligned,
+    are_aligned_and_unexpanded,
+    dense_copies,
+    on_seeing_rows,
+    vector_mask,
+)
 from layerzero_runtime.selection.limits import Limit
 
 if TYPE_CHECKING:
@@ -46,7 +53,7 @@ def _load_cudnn(context: SelectionContext, configuration: Configuration) -> Kern
     def attend(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, scale: float | None
     ) -> Tensor:
-        if not are_aligned(query, key, value, mask):
+        if not are_aligned_and_unexpanded(query, key, value, mask):
             query, key, value = dense_copies(query, key, value)
         # Without a bias, and without the logarithms of the sums, which a backward would need.
         output: Tensor = cudnn(query, key, value, None, False, 0.0, is_causal, scale=scale)[0]
