@@ -82,6 +82,7 @@ class Bindings:
     ) -> tuple[Tensor]:
         loads_vectors(query, key, value)
         assert key.shape[2] > 1
+        assert 0 not in key.stride()
         assert (attn_bias, compute_log_sumexp, dropout_p) == (None, False, 0.0)
         self.notes.append("cudnn")
         return (attention(query, key, value, causal="top_left" if is_causal else None, scale=scale),)
