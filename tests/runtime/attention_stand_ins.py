@@ -287,7 +287,7 @@ def sage_attention(notes: Notes) -> Callable[..., Tensor]:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         assert not is_causal or q.shape[2] == k.shape[2]
         assert q.shape[3] in (64, 96, 128)
-        notes.append(tensor_layout)
+        notes.append(tensor_layout if not smooth_k else "smoothed by itself")
         if not is_causal:
             missing = -k.shape[2] % 64
             k, v = (torch.nn.functional.pad(tensor, (0, 0, 0, missing)) for tensor in (k, v))

@@ -288,6 +288,15 @@ def test_groups_are_further_dimensions_in_xformers(notes: stand_ins.Notes) -> No
     assert notes == ["4 dimensions", "5 dimensions"]
 
 
+def test_keys_are_smoothed_once_and_not_in_place_for_sage_attention(notes: stand_ins.Notes) -> None:
+    for layout in ("bhsd", "bshd"):
+        assert_right(
+            ADAPTERS["sageattention.causal"],
+            attention_call("attention.causal", (1, 4, 2, 64, 64, 64), layout=layout, quant_format="int8"),
+        )
+    assert notes == ["HND", "NHD"]
+
+
 @settings(FIXED)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.booleans())
 def test_memory_efficient_attention_copies_no_keys_where_batch_and_heads_are_one_in_memory(
