@@ -68,7 +68,8 @@ def _load(backend: str, context: SelectionContext) -> KernelFunction:
                 query, key, value, causal=is_causal, kv_layout="NHD", sm_scale=scale, backend=backend
             )
         else:
-            output = query.new_empty(query.shape)
+            # Its strides are taken for granted (prefill.cuh, `o_stride_n`).
+            output = torch.empty_like(query, memory_format=torch.contiguous_format)
             scratch = query.new_empty(_SCRATCH_BYTES, dtype=torch.uint8) if needs_scratch else output
             run(
                 query,

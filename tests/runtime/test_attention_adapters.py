@@ -177,6 +177,7 @@ def test_flash_attention_4_compiles_when_loaded_and_then_starts_what_was_compile
     for _ in range(2):
         output = function(*call.arguments)
         assert relative_error((output,), call.reference()) < 1e-3
+        assert output.is_contiguous(), "as the query is"
     assert notes == ["compiled", "compiled"]
     assert len(flash_attention.compiled) == 1
 
