@@ -99,6 +99,71 @@ def _probe_triton() -> str | None:
     return "triton is not installed: pip install 'layerzero-dispatch[triton]'"
 
 
+def _probe_flash_attn_2() -> str | None:
+    if _has_module("flash_attn.flash_attn_interface"):
+        return None
+    return "FlashAttention-2 is not installed: pip install 'layerzero-dispatch[flash-attn-2]'"
+
+
+def _probe_flash_attn_3() -> str | None:
+    if _has_module("flash_attn_interface"):
+        return None
+    return (
+        "FlashAttention-3 is not installed: run `python setup.py install` in the folder hopper of "
+        "https://github.com/Dao-AILab/flash-attention"
+    )
+
+
+def _probe_flash_attn_4() -> str | None:
+    if _has_module("flash_attn.cute.interface"):
+        return None
+    return "FlashAttention-4 is not installed: pip install 'layerzero-dispatch[flash-attn-4]'"
+
+
+def _probe_flashinfer() -> str | None:
+    if _has_module("flashinfer.prefill"):
+        return None
+    return "FlashInfer is not installed: pip install 'layerzero-dispatch[flashinfer]'"
+
+
+def _probe_xformers_split_k() -> str | None:
+    if not _has_module("xformers.ops.fmha.triton_splitk"):
+        return "xFormers is not installed: pip install 'layerzero-dispatch[xformers]'"
+    # Its fmha/flash.py imports the one where it finds the other.
+    if _has_module("flash_attn") and not _has_module("flash_attn.flash_attn_interface"):
+        return (
+            "xFormers cannot be imported beside a flash_attn without flash_attn_interface, such as FlashAttention-4: "
+            "pip install 'layerzero-dispatch[flash-attn-2]' as well, or use an environment without flash-attn-4"
+        )
+    return None
+
+
+def _probe_sageattention() -> str | None:
+    if _has_module("sageattention"):
+        return None
+    return "SageAttention is not installed: pip install 'layerzero-dispatch[sageattention]'"
+
+
+def _has_module(name: str) -> bool:
+    """Whether there is a module of that dotted name; unlike `find_spec`, this imports none of its packages."""
+    import os
+    import sys
+    from importlib.machinery import all_suffixes
+    from importlib.util import find_spec
+
+    if name in sys.modules:
+        return True
+    top, *inner = name.split(".")
+    # What is imported without a spec, as stand-ins of tests are, has no submodules beside those in sys.modules.
+    spec = find_spec(top) if top not in sys.modules else getattr(sys.modules[top], "__spec__", None)
+    if spec is None:
+        return False
+    if not inner:
+        return True
+    paths = [os.path.join(folder, *inner) for folder in spec.submodule_search_locations or ()]
+    return any(os.path.isdir(path) or any(os.path.isfile(path + end) for end in all_suffixes()) for path in paths)
+
+
 def _probe_cxx_compiler() -> str | None:
     """What Inductor compiles its CPU kernels with: $CXX or its platform default, and the headers of Python."""
     import os
@@ -132,4 +197,10 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "torch": _probe_torch,
     "triton": _probe_triton,
     "cxx_compiler": _probe_cxx_compiler,
+    "flash_attn_2": _probe_flash_attn_2,
+    "flash_attn_3": _probe_flash_attn_3,
+    "flash_attn_4": _probe_flash_attn_4,
+    "flashinfer": _probe_flashinfer,
+    "xformers_split_k": _probe_xformers_split_k,
+    "sageattention": _probe_sageattention,
 }

@@ -10,8 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from layerzero_runtime.counters import CounterGroup
-from layerzero_runtime.device import detect_device
-from layerzero_runtime.libraries import library_version, missing_requirement
+from layerzero_runtime.device import DeviceSpec, detect_device
+from layerzero_runtime.kernel import Kernel
+from layerzero_runtime.libraries import library_version
+from layerzero_runtime.selection.live_selector import LiveSelector
 from layerzero_runtime.snapshot import Snapshot
 from layerzero_runtime.tables.staleness import StaleEntry, stale_entries, stale_message, stale_reasons
 from layerzero_runtime.tables.table_candidates import TableCandidate, table_candidates
@@ -41,9 +43,7 @@ def doctor_command(
     stale = () if table is None else stale_entries(table, reasons)
     libraries = {name: library_version(name) for name in sorted({kernel.spec.library for kernel in registry})}
     unavailable = {
-        kernel.kernel_id: reason
-        for kernel in registry
-        if (reason := _unavailable_reason(kernel.spec.platforms, spec.platform, kernel.spec.requires)) is not None
+        kernel.kernel_id: reason for kernel in registry if (reason := _unavailable_reason(kernel, spec)) is not None
     }
     if json:
         print_json(
@@ -117,10 +117,15 @@ def _stale_record(entry: StaleEntry) -> dict[str, Any]:
     return asdict(entry) | {"static_key": repr(entry.static_key)}
 
 
-def _unavailable_reason(platforms: tuple[str, ...], platform: str, requires: tuple[str, ...]) -> str | None:
-    if platform not in platforms:
-        return f"runs on {', '.join(platforms)}, the device is {platform}"
-    return missing_requirement(requires)
+def _unavailable_reason(kernel: Kernel, device: DeviceSpec) -> str | None:
+    """Why the kernel cannot run on the device, None if it can."""
+    spec = kernel.spec
+    if device.platform not in spec.platforms:
+        return f"runs on {', '.join(spec.platforms)}, the device is {device.platform}"
+    capability = device.compute_capability
+    if refused := [limit.required for limit in spec.limits if limit.field == "sm" and not limit.accepts(capability)]:
+        return f"runs on compute capabilities {refused[0]}, the device has {capability}"
+    return LiveSelector.missing(kernel)
 
 
 def kernels_command(ops: OpsOption = "", kernels: KernelsOption = "", json: JsonOption = False) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -118,6 +119,68 @@ def test_a_compiler_is_found_where_a_shell_finds_it(
     monkeypatch.setenv("CXX", named.format(binaries))
     reason = missing_requirement(("cxx_compiler",)) or ""
     assert ("is not on PATH" in reason) == (shutil.which(named.format(binaries)) is None)
+
+
+ATTENTION_LIBRARIES = {
+    "flash_attn_2": ("flash_attn/flash_attn_interface.py", "flash-attn-2"),
+    "flash_attn_3": ("flash_attn_interface.py", ""),
+    "flash_attn_4": ("flash_attn/cute/interface.py", "flash-attn-4"),
+    "flashinfer": ("flashinfer/prefill.py", "flashinfer"),
+    "xformers_split_k": ("xformers/ops/fmha/triton_splitk.py", "xformers"),
+    "sageattention": ("sageattention/__init__.py", "sageattention"),
+}
+
+
+def install(folder: Path, *files: str) -> None:
+    """Modules that must not be imported."""
+    for file in files:
+        place = folder / file
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text("raise AssertionError('a probe imports nothing')\n")
+
+
+@pytest.mark.parametrize("probe", ATTENTION_LIBRARIES)
+def test_attention_libraries_that_are_not_installed_name_what_installs_them(probe: str) -> None:
+    reason = missing_requirement((probe,))
+    extra = ATTENTION_LIBRARIES[probe][1]
+    assert reason is not None
+    assert "is not installed" in reason
+    assert f"layerzero-dispatch[{extra}]" in reason if extra else "hopper" in reason
+    declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    assert not extra or extra in declared["project"]["optional-dependencies"]
+
+
+@pytest.mark.parametrize("has_init", [False, True])
+@pytest.mark.parametrize("probe", ATTENTION_LIBRARIES)
+def test_attention_libraries_are_found_by_the_module_that_is_called_and_not_imported(
+    probe: str, has_init: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ATTENTION_LIBRARIES[probe][0]
+    top = module.split("/")[0].removesuffix(".py")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    if "/" in module:
+        (tmp_path / top).mkdir()
+        if has_init:
+            install(tmp_path, f"{top}/__init__.py")
+        if module != "sageattention/__init__.py":
+            assert missing_requirement((probe,)) is not None
+            missing_requirement.cache_clear()
+    install(tmp_path, module)
+    assert missing_requirement((probe,)) is None
+    assert top not in sys.modules
+
+
+def test_xformers_is_refused_beside_a_flash_attn_that_it_cannot_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    install(tmp_path, "xformers/ops/fmha/triton_splitk.py", "flash_attn/cute/interface.py")
+    assert missing_requirement(("flash_attn_4",)) is None
+    assert "flash-attn-4" in str(missing_requirement(("xformers_split_k",)))
+    assert "flash-attn-2" in str(missing_requirement(("flash_attn_2",)))
+    install(tmp_path, "flash_attn/flash_attn_interface.py")
+    missing_requirement.cache_clear()
+    assert [missing_requirement((name,)) for name in ("xformers_split_k", "flash_attn_2")] == [None, None]
 
 
 def test_missing_headers_of_python_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from layerzero_runtime.device import DeviceSpec, detect_device
+from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.tables import table_files
 from layerzero_runtime.tables.table_files import TABLES_VARIABLE
+from layerzero_tune.command_line.inspect import _unavailable_reason
 from tests.tune.command import CommandsHere
 from tests.tune.shipped_tables import write_norm_table
 
@@ -60,3 +63,16 @@ def test_without_a_table_none_is_listed(command: CommandsHere, named: Path) -> N
     shown = command("doctor", "--device", "cpu").output
     assert "none for this device" in shown
     assert "Tables that are there" not in shown
+
+
+def test_kernels_of_other_compute_capabilities_and_of_old_or_missing_libraries_say_so() -> None:
+    kernels = {kernel.kernel_id: kernel for kernel in builtin_kernels()}
+    attention = kernels["flash_attn_4.forward"]
+    ampere = replace(H100, compute_capability=(8, 0))
+    assert _unavailable_reason(attention, CPU) == "runs on cuda, the device is cpu"
+    assert _unavailable_reason(attention, ampere) == "runs on compute capabilities >= (9, 0), the device has (8, 0)"
+    assert "layerzero-dispatch[flash-attn-4]" in str(_unavailable_reason(attention, H100))
+    flash = kernels["torch.sdpa.flash"]
+    assert _unavailable_reason(flash, H100) is None
+    newer = replace(flash, spec=replace(flash.spec, min_version="99"))
+    assert "required at least 99" in str(_unavailable_reason(newer, H100))

@@ -1,0 +1,1 @@
+"""What `scripts/host_cost.py` calls."""
