@@ -81,22 +81,31 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, found[0].split("."))) if found else ()
 
 
-def _probe_torch() -> str | None:
+def _module_probe(module: str, extra: str) -> Callable[[], str | None]:
+    """Whether the module that a kernel calls is there, not only the package that it lies in."""
+
+    def probe() -> str | None:
+        if _is_there(module):
+            return None
+        return f"{module} is not installed: pip install 'layerzero-dispatch[{extra}]'"
+
+    return probe
+
+
+def _is_there(module: str) -> bool:
+    """`find_spec` says the same, but imports the packages above the module."""
+    import os
     import sys
     from importlib.util import find_spec
 
-    if "torch" in sys.modules or find_spec("torch") is not None:
-        return None
-    return "torch is not installed: pip install 'layerzero-dispatch[tune]'"
-
-
-def _probe_triton() -> str | None:
-    import sys
-    from importlib.util import find_spec
-
-    if "triton" in sys.modules or find_spec("triton") is not None:
-        return None
-    return "triton is not installed: pip install 'layerzero-dispatch[triton]'"
+    if module in sys.modules:
+        return True
+    package, *rest = module.split(".")
+    spec = find_spec(package)
+    if spec is None or not rest:
+        return spec is not None
+    bases = [os.path.join(folder, *rest) for folder in spec.submodule_search_locations or ()]
+    return any(os.path.isfile(f"{base}.py") or os.path.isfile(os.path.join(base, "__init__.py")) for base in bases)
 
 
 def _probe_cxx_compiler() -> str | None:
@@ -129,7 +138,10 @@ def _is_on_path(program: str) -> bool:
 
 
 _PROBES: dict[str, Callable[[], str | None]] = {
-    "torch": _probe_torch,
-    "triton": _probe_triton,
+    "torch": _module_probe("torch", "tune"),
+    "triton": _module_probe("triton", "triton"),
     "cxx_compiler": _probe_cxx_compiler,
+    "liger": _module_probe("liger_kernel.ops", "liger"),
+    "quack": _module_probe("quack.rmsnorm", "quack"),
+    "flashinfer": _module_probe("flashinfer.norm", "flashinfer"),
 }

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.kernels import (
+    flashinfer_rows,
+    liger,
+    quack,
     torch_activation,
     torch_inductor,
     torch_linear,
     torch_matmul,
     torch_norm,
+    torch_norm_cuda,
     torch_sdpa,
     triton_activation,
     triton_attention,
@@ -23,6 +27,7 @@ def builtin_kernels() -> tuple[Kernel, ...]:
         *torch_sdpa.KERNELS,
         *torch_matmul.KERNELS,
         *torch_norm.KERNELS,
+        *torch_norm_cuda.KERNELS,
         *torch_activation.KERNELS,
         *torch_inductor.KERNELS,
         *torch_linear.KERNELS,
@@ -30,4 +35,7 @@ def builtin_kernels() -> tuple[Kernel, ...]:
         *triton_activation.KERNELS,
         *triton_attention.KERNELS,
         *triton_linear.KERNELS,
+        *liger.KERNELS,
+        *quack.KERNELS,
+        *flashinfer_rows.KERNELS,
     )
