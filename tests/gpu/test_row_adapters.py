@@ -6,6 +6,7 @@ What happens just outside the limits is printed (`pytest -s`), as the evidence f
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -36,13 +37,15 @@ def is_installed(kernel: Kernel) -> bool:
 
 
 ROW_OPERATIONS = ("norm.rms", "norm.add_rms", "norm.layer", "mlp.swiglu", "mlp.geglu")
+DEFAULTS = {OPERATIONS[operation].default_kernel for operation in ROW_OPERATIONS}
+# Triton kernels of our own have tests of their own.
 ADAPTERS = [
     kernel
-    for kernel in KERNELS.values()
+    for kernel_id, kernel in KERNELS.items()
     if kernel.spec.operations[0] in ROW_OPERATIONS
     and "cuda" in kernel.spec.platforms
-    and (kernel.spec.library != "torch" or "cpu" not in kernel.spec.platforms)
     and kernel.spec.library != "triton"
+    and kernel_id not in DEFAULTS
 ]
 EACH = [
     pytest.param(
@@ -55,7 +58,9 @@ EACH = [
 BY_ID = {str(param.id): param for param in EACH}
 DTYPES = ("bfloat16", "float16", "float32")
 # (rows, width): one row, several, widths that 16, 8 and 2 divide and odd ones, narrow and wide.
-SIZES = ((1, 4096), (7, 130), (513, 5120), (2048, 3072), (33, 14336), (3, 1999), (40000, 128), (40001, 64), (5, 8))
+SIZES = ((1, 4096), (7, 130), (33, 14336), (513, 5120), (2048, 3072), (3, 1999), (40000, 128), (40001, 64), (5, 8))
+# Libraries that compile for a width take half a second for each: other dtypes have fewer.
+FEW_SIZES = SIZES[:3]
 # How a matrix of rows lies in memory.
 LAYOUTS = ("contiguous", "row_slices", "strided", "transposed", "odd_address")
 
@@ -65,7 +70,7 @@ def context_of(kernel: Kernel, dtype: str, rows: int, width: int, **fields: Any)
     operation = kernel.spec.operations[0]
     fields = {
         "has_bias": operation == "norm.layer",
-        "approximate": "tanh" if kernel.kernel_id == "liger.geglu" else "none",
+        "approximate": "tanh" if operation == "mlp.geglu" else "none",
         "weight_dtype": "float32" if kernel.kernel_id == "flashinfer.layer_norm" else dtype,
         **fields,
     }
@@ -126,8 +131,9 @@ def bound(kernel: Kernel, field: str) -> int:
 def test_it_is_right_at_every_size_that_it_accepts(kernel: Kernel, dtype: str) -> None:
     if dtype not in kernel.spec.dtypes:
         pytest.skip(f"takes {', '.join(kernel.spec.dtypes)}")
-    found = [context for sizes in SIZES if accepts(kernel, context := context_of(kernel, dtype, *sizes))]
-    assert len(found) >= 6
+    sizes = SIZES if dtype == "bfloat16" else FEW_SIZES
+    found = [context for one in sizes if accepts(kernel, context := context_of(kernel, dtype, *one))]
+    assert len(found) >= len(sizes) - 1
     for context in found:
         assert fault(kernel, context) == "", context.to_dict()
 
@@ -152,7 +158,7 @@ def test_it_is_right_with_every_feature_that_it_accepts(kernel: Kernel) -> None:
     for fields in FEATURES:
         if "offset" in fields and kernel.spec.operations != ("norm.rms",):
             continue
-        for dtype in set(DTYPES).intersection(kernel.spec.dtypes):
+        for dtype in DTYPES if fields in FEATURES[:2] else DTYPES[:1]:
             context = context_of(kernel, dtype, 65, 1030, **fields)
             if accepts(kernel, context):
                 assert fault(kernel, context) == "", context.to_dict()
@@ -182,7 +188,7 @@ def test_rows_in_any_layout_that_it_accepts_give_dense_and_right_results(kernel:
     dtype, rows, width = "bfloat16", 24, 512
     context = context_of(kernel, dtype, rows, width)
     arguments = tuple(laid_out(part, layout) if is_matrix(part) else part for part in draw(context))
-    features = {"approximate": "tanh"} if kernel.kernel_id == "liger.geglu" else {}
+    features = {"approximate": "tanh"} if context.operation == "mlp.geglu" else {}
     described = OPERATIONS[context.operation].describe(*arguments, **features)
     if not accepts(kernel, described):
         assert not described.is_contiguous
@@ -235,10 +241,9 @@ def test_more_elements_than_31_bits_count_are_right(kernel: Kernel) -> None:
     """Up to the most rows that it accepts, where these fit into memory."""
     operation = kernel.spec.operations[0]
     tensors = {"norm.add_rms": 4}.get(operation, 3 if operation.startswith("mlp") else 2)
-    width = 4096 if kernel.spec.library in ("torch", "triton", "liger-kernel", "quack-kernels") else 16384
-    rows = 2**31 // width + 8
+    rows, width = 2**31 // 4096 + 8, 4096
     if kernel.spec.library == "flashinfer-python":
-        rows = bound(kernel, "rows")
+        rows, width = bound(kernel, "rows"), bound(kernel, "hidden_size")
     needed = tensors * rows * width * 2 + 2**30
     free, _ = torch.cuda.mem_get_info()
     if free < needed:
@@ -312,11 +317,12 @@ def test_a_capture_replays_on_new_values(kernel: Kernel) -> None:
     function = kernel.load(context, {})
     arguments = draw(context)
     function(*arguments)
+    before = lz.stats().get("not_compiled_in_capture", 0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = as_tuple(function(*arguments))
-    assert lz.stats().get("not_compiled_in_capture", 0) == 0 or kernel.spec.library != "torch"
+    assert lz.stats().get("not_compiled_in_capture", 0) == before
     for seed in (1, 2):
         for given, fresh in zip(arguments, draw(context, seed), strict=True):
             if isinstance(given, torch.Tensor):
@@ -386,9 +392,9 @@ def test_a_call_runs_on_the_device_of_its_tensors(kernel: Kernel) -> None:
 def test_it_serves_public_calls_after_warmup(kernel: Kernel) -> None:
     """Locked for a call, prepared by warmup, captured in a graph."""
     context = context_of(kernel, "bfloat16", 8, 2048, mode="graph")
-    x, other, weight = (part.squeeze(0) for part in torch.randn(3, 8, 2048, device="cuda").bfloat16().split(1))
+    x, other, weight = torch.randn(3, 8, 2048, device="cuda").bfloat16().unbind()
     vector = weight[0].float() if kernel.kernel_id == "flashinfer.layer_norm" else weight[0]
-    calls = {
+    calls: dict[str, Callable[[], Any]] = {
         "norm.rms": lambda: lz.rms_norm(x, vector),
         "norm.add_rms": lambda: lz.add_rms_norm(x, other, vector),
         "norm.layer": lambda: lz.layer_norm(x, vector, vector),
