@@ -184,7 +184,7 @@ def test_eps_counts(kernel: Kernel, eps: float) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kernel", EACH)
-def test_rows_in_any_layout_that_it_accepts_give_dense_and_right_results(kernel: Kernel, layout: str) -> None:
+def test_rows_in_any_layout_that_it_accepts_give_right_results(kernel: Kernel, layout: str) -> None:
     dtype, rows, width = "bfloat16", 24, 512
     context = context_of(kernel, dtype, rows, width)
     arguments = tuple(laid_out(part, layout) if is_matrix(part) else part for part in draw(context))
@@ -194,7 +194,9 @@ def test_rows_in_any_layout_that_it_accepts_give_dense_and_right_results(kernel:
         assert not described.is_contiguous
         pytest.skip("refused by its limits")
     outputs = as_tuple(kernel.load(described, {})(*arguments))
-    assert all(output.is_contiguous() and output.shape == (rows, width) for output in outputs)
+    assert all(output.shape == (rows, width) for output in outputs)
+    # torch's own keep the layout of what they are given.
+    assert kernel.spec.library == "torch" or all(output.is_contiguous() for output in outputs)
     assert relative_error(outputs, reference(described, arguments)) < 1e-2
 
 
