@@ -2,8 +2,8 @@
 
 Limits are those of liger_kernel 0.8.5, in `ops/utils.py` (`calculate_settings`: one block for a row of at most 65,536),
 `ops/rms_norm.py`, `ops/fused_add_rms_norm.py`, `ops/layer_norm.py`, `ops/swiglu.py` and `ops/geglu.py`. All take rows
-at one stride, and of gate and up at the same one. Triton compiles them when a block or an alignment first comes, the
-activations for each width.
+at one stride, and of gate and up at the same one. Triton compiles the norms when a block, a power of two, or what 16
+divides is new, and the activations for each width.
 """
 
 from __future__ import annotations
@@ -39,7 +39,19 @@ def _rms_form(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Ha
     width = x.shape[-1]
     rows = x.numel() // width
     in_blocks = width <= _BLOCK_WIDTH and rows >= _BLOCK_ROWS
-    return width, is_aligned(x, weight), in_blocks and 1 + (rows % 16 == 0)
+    return _block_form(width), is_aligned(x, weight), in_blocks and 1 + (rows % 16 == 0)
+
+
+def _norm_form(x: Tensor, *others: Any) -> Hashable:
+    return _block_form(x.shape[-1]), is_aligned(x, *(part for part in others if not isinstance(part, float)))
+
+
+def _gated_form(gate: Tensor, up: Tensor) -> Hashable:
+    return gate.shape[-1], is_aligned(gate, up)
+
+
+def _block_form(width: int) -> Hashable:
+    return (width - 1).bit_length(), width % 16 == 0
 
 
 def _load_add_rms(context: SelectionContext, configuration: Configuration) -> KernelFunction:
@@ -49,7 +61,7 @@ def _load_add_rms(context: SelectionContext, configuration: Configuration) -> Ke
         output, total, *_ = fused_add_rms_norm_forward(x, residual, weight, eps, 0.0, _CASTING)
         return output, total
 
-    return guarded("liger.add_rms_norm", normalise, _row_form, context)
+    return guarded("liger.add_rms_norm", normalise, _norm_form, context)
 
 
 def _load_layer(context: SelectionContext, configuration: Configuration) -> KernelFunction:
@@ -59,7 +71,7 @@ def _load_layer(context: SelectionContext, configuration: Configuration) -> Kern
         output: Tensor = layer_norm_forward(x, weight, bias, eps)[0]
         return output
 
-    return guarded("liger.layer_norm", normalise, _row_form, context)
+    return guarded("liger.layer_norm", normalise, _norm_form, context)
 
 
 def _load_swiglu(context: SelectionContext, configuration: Configuration) -> KernelFunction:
@@ -69,7 +81,7 @@ def _load_swiglu(context: SelectionContext, configuration: Configuration) -> Ker
         output: Tensor = swiglu_forward(gate, up)[2]
         return output
 
-    return guarded("liger.swiglu", activate, _row_form, context)
+    return guarded("liger.swiglu", activate, _gated_form, context)
 
 
 def _load_geglu(context: SelectionContext, configuration: Configuration) -> KernelFunction:
@@ -79,11 +91,7 @@ def _load_geglu(context: SelectionContext, configuration: Configuration) -> Kern
         output: Tensor = geglu_forward(gate, up)[2]
         return output
 
-    return guarded("liger.geglu", activate, _row_form, context)
-
-
-def _row_form(*arguments: Any) -> Hashable:
-    return arguments[0].shape[-1], is_aligned(*(part for part in arguments if not isinstance(part, float)))
+    return guarded("liger.geglu", activate, _gated_form, context)
 
 
 def _declare(kernel_id: str, operation: str, *limits: Limit) -> KernelSpec:
