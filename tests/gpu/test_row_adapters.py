@@ -1,28 +1,32 @@
-"""Norms and activations of other libraries on a CUDA device: right just inside their limits, in captures, on streams.
+"""Norms and activations of other libraries on a CUDA device: right just inside their limits.
 
-What happens just outside the limits is printed (`pytest -s`), as the evidence for them.
+What happens just outside them is printed (`pytest -s`), as the evidence for them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-import layerzero_runtime as lz
 from layerzero_runtime.context import SelectionContext
-from layerzero_runtime.device import detect_device
 from layerzero_runtime.kernel import Kernel
-from layerzero_runtime.libraries import missing_requirement, unfit_version
 from layerzero_runtime.operations import OPERATIONS
-from layerzero_runtime.policies.policy import Rule
-from layerzero_runtime.selection.limits import rejections
-from layerzero_tune.measure.correctness import Check, judge, tolerances
-from layerzero_tune.measure.inputs import RandomTensors
+from tests.gpu.row_adapters import (
+    BY_ID,
+    DTYPES,
+    EACH,
+    accepts,
+    as_tuple,
+    context_of,
+    draw,
+    fault,
+    is_matrix,
+    reference,
+)
 from tests.runtime.kernel_calls import KERNELS, relative_error
 
 pytestmark = [
@@ -30,96 +34,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight"),
 ]
 
-
-def is_installed(kernel: Kernel) -> bool:
-    spec = kernel.spec
-    return missing_requirement(spec.requires) is None and unfit_version(spec.library, spec.min_version) is None
-
-
-ROW_OPERATIONS = ("norm.rms", "norm.add_rms", "norm.layer", "mlp.swiglu", "mlp.geglu")
-DEFAULTS = {OPERATIONS[operation].default_kernel for operation in ROW_OPERATIONS}
-# Triton kernels of our own have tests of their own.
-ADAPTERS = [
-    kernel
-    for kernel_id, kernel in KERNELS.items()
-    if kernel.spec.operations[0] in ROW_OPERATIONS
-    and "cuda" in kernel.spec.platforms
-    and kernel.spec.library != "triton"
-    and kernel_id not in DEFAULTS
-]
-EACH = [
-    pytest.param(
-        kernel,
-        id=kernel.kernel_id,
-        marks=pytest.mark.skipif(not is_installed(kernel), reason=f"{kernel.spec.library} is not installed"),
-    )
-    for kernel in ADAPTERS
-]
-BY_ID = {str(param.id): param for param in EACH}
-DTYPES = ("bfloat16", "float16", "float32")
 # (rows, width): one row, several, widths that 16, 8 and 2 divide and odd ones, narrow and wide.
 SIZES = ((1, 4096), (7, 130), (33, 14336), (513, 5120), (2048, 3072), (3, 1999), (40000, 128), (40001, 64), (5, 8))
 # Libraries that compile for a width take half a second for each: other dtypes have fewer.
 FEW_SIZES = SIZES[:3]
 # How a matrix of rows lies in memory.
 LAYOUTS = ("contiguous", "row_slices", "strided", "transposed", "odd_address")
-
-
-def context_of(kernel: Kernel, dtype: str, rows: int, width: int, **fields: Any) -> SelectionContext:
-    """That of a call which the kernel accepts but for its sizes."""
-    operation = kernel.spec.operations[0]
-    fields = {
-        "has_bias": operation == "norm.layer",
-        "approximate": "tanh" if operation == "mlp.geglu" else "none",
-        "weight_dtype": "float32" if kernel.kernel_id == "flashinfer.layer_norm" else dtype,
-        **fields,
-    }
-    device = detect_device("cuda")
-    return SelectionContext(operation=operation, dtype=dtype, rows=rows, hidden_size=width, device=device, **fields)
-
-
-def accepts(kernel: Kernel, context: SelectionContext) -> bool:
-    return not rejections(kernel.spec.limits, context)
-
-
-def fault(kernel: Kernel, context: SelectionContext, seed: int = 0) -> str:
-    """What the tuner finds wrong with the kernel's result; "" for a right one.
-
-    Twice the error of the default counts as right; where torch's own cannot serve the call, that of rows in the
-    weight's dtype.
-    """
-    operation = OPERATIONS[context.operation]
-    check = Check.prepare(operation, context, RandomTensors("cuda", seed), seed)
-    default = check.run(default_of(context))
-    return judge(check.run(kernel.load(context, {})), tolerances(default, context.result_dtype)).message
-
-
-def default_of(context: SelectionContext) -> Any:
-    function = KERNELS[OPERATIONS[context.operation].default_kernel].load(context, {})
-    if context.operation != "norm.layer" or context.mixed_weight_dtype is None:
-        return function
-
-    def in_one_dtype(x: torch.Tensor, *others: Any) -> torch.Tensor:
-        # torch's refuses another dtype of the weight on CUDA devices.
-        alike = (part.to(x.dtype) if isinstance(part, torch.Tensor) else part for part in others)
-        output: torch.Tensor = function(x, *alike)
-        return output
-
-    return in_one_dtype
-
-
-def draw(context: SelectionContext, seed: int = 0) -> tuple[Any, ...]:
-    operation = OPERATIONS[context.operation]
-    return operation.arguments(context, RandomTensors("cuda", seed).draw(operation, context))
-
-
-def as_tuple(result: Any) -> tuple[torch.Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
-
-
-def reference(context: SelectionContext, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-    wide = (part.double() if isinstance(part, torch.Tensor) else part for part in arguments)
-    return OPERATIONS[context.operation].reference(context, *wide)
 
 
 def bound(kernel: Kernel, field: str) -> int:
@@ -198,10 +118,6 @@ def test_rows_in_any_layout_that_it_accepts_give_right_results(kernel: Kernel, l
     # torch's own keep the layout of what they are given.
     assert kernel.spec.library == "torch" or all(output.is_contiguous() for output in outputs)
     assert relative_error(outputs, reference(described, arguments)) < 1e-2
-
-
-def is_matrix(part: Any) -> bool:
-    return isinstance(part, torch.Tensor) and part.dim() > 1
 
 
 def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
@@ -311,136 +227,3 @@ def test_what_happens_just_outside_the_limits_is_printed(kernel_id: str, outside
         found = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     torch.cuda.synchronize()
     print(f"\noutside: {kernel_id} {outside}: {found[:300]}")
-
-
-@pytest.mark.parametrize("kernel", EACH)
-def test_a_capture_replays_on_new_values(kernel: Kernel) -> None:
-    context = context_of(kernel, "bfloat16", 65, 1024)
-    function = kernel.load(context, {})
-    arguments = draw(context)
-    function(*arguments)
-    before = lz.stats().get("not_compiled_in_capture", 0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = as_tuple(function(*arguments))
-    assert lz.stats().get("not_compiled_in_capture", 0) == before
-    for seed in (1, 2):
-        for given, fresh in zip(arguments, draw(context, seed), strict=True):
-            if isinstance(given, torch.Tensor):
-                given.copy_(fresh)
-        graph.replay()
-        torch.cuda.synchronize()
-        again = as_tuple(function(*arguments))
-        assert all(torch.equal(one, other) for one, other in zip(outputs, again, strict=True))
-        assert relative_error(again, reference(context, arguments)) < 1e-2
-
-
-@pytest.mark.parametrize("kernel", EACH)
-def test_a_captured_call_of_a_new_width_is_right(kernel: Kernel) -> None:
-    """Of libraries that compile for a width, by the default in their place."""
-    known, unknown = context_of(kernel, "bfloat16", 65, 1024), context_of(kernel, "bfloat16", 65, 1152)
-    function = kernel.load(known, {})
-    function(*draw(known))
-    arguments = draw(unknown)
-    before = lz.stats().get("not_compiled_in_capture", 0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = as_tuple(function(*arguments))
-    graph.replay()
-    torch.cuda.synchronize()
-    assert relative_error(outputs, reference(unknown, arguments)) < 1e-2
-    compiles_by_width = kernel.spec.library in ("liger-kernel", "quack-kernels")
-    assert lz.stats().get("not_compiled_in_capture", 0) == before + compiles_by_width
-
-
-@pytest.mark.parametrize("kernel", EACH)
-def test_a_call_runs_on_the_current_stream(kernel: Kernel) -> None:
-    context = context_of(kernel, "bfloat16", 129, 4096)
-    function = kernel.load(context, {})
-    arguments = draw(context)
-    expected = as_tuple(function(*arguments))
-    delayed = tuple(torch.zeros_like(part) if isinstance(part, torch.Tensor) else part for part in arguments)
-    torch.cuda.synchronize()
-    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call] # tens of ms
-        for room, value in zip(delayed, arguments, strict=True):
-            if isinstance(room, torch.Tensor):
-                room.copy_(value)
-        outputs = as_tuple(function(*delayed))
-    torch.cuda.synchronize()
-    assert all(torch.equal(one, other) for one, other in zip(outputs, expected, strict=True))
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("kernel", EACH)
-def test_a_call_runs_on_the_device_of_its_tensors(kernel: Kernel) -> None:
-    context = replace(context_of(kernel, "bfloat16", 65, 1024), device=detect_device("cuda:0"))
-    function = kernel.load(context, {})
-    arguments = draw(context)
-    expected = as_tuple(function(*arguments))
-    there = tuple(part.to("cuda:1") if isinstance(part, torch.Tensor) else part for part in arguments)
-    for _ in range(2):
-        outputs = as_tuple(function(*there))
-        assert torch.cuda.current_device() == 0
-        for output, right in zip(outputs, expected, strict=True):
-            assert output.device == torch.device("cuda:1")
-            assert torch.equal(output.cpu(), right.cpu())
-
-
-@pytest.mark.parametrize("kernel", EACH)
-def test_it_serves_public_calls_after_warmup(kernel: Kernel) -> None:
-    """Locked for a call, prepared by warmup, captured in a graph."""
-    context = context_of(kernel, "bfloat16", 8, 2048, mode="graph")
-    x, other, weight = torch.randn(3, 8, 2048, device="cuda").bfloat16().unbind()
-    vector = weight[0].float() if kernel.kernel_id == "flashinfer.layer_norm" else weight[0]
-    calls: dict[str, Callable[[], Any]] = {
-        "norm.rms": lambda: lz.rms_norm(x, vector),
-        "norm.add_rms": lambda: lz.add_rms_norm(x, other, vector),
-        "norm.layer": lambda: lz.layer_norm(x, vector, vector),
-        "mlp.swiglu": lambda: lz.swiglu(x, other),
-        "mlp.geglu": lambda: lz.geglu(x, other, approximate="tanh"),
-    }
-    call = calls[context.operation]
-    try:
-        lz.set_policy(lz.Policy(locks=(Rule(kernel=kernel.kernel_id),)))
-        assert [plan.kernel_id for plan in lz.warmup([context])] == [kernel.kernel_id]
-        with torch.inference_mode():
-            call()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                captured = as_tuple(call())
-            graph.replay()
-        torch.cuda.synchronize()
-    finally:
-        lz.set_policy(None)
-    arguments = {
-        "norm.rms": (x, vector, 1e-6, 0.0),
-        "norm.add_rms": (x, other, vector, 1e-6),
-        "norm.layer": (x, vector, vector, 1e-5),
-    }.get(context.operation, (x, other))
-    assert relative_error(captured, reference(context, arguments)) < 1e-2
-
-
-@pytest.mark.parametrize("kernel", EACH)
-def test_the_hosts_time_of_a_call_is_printed(kernel: Kernel) -> None:
-    """Of 8 rows, so that the device waits for the host; beside the operation's default."""
-    from time import perf_counter_ns
-
-    context = context_of(kernel, "bfloat16", 8, 1024)
-    arguments = draw(context)
-    functions = {"default": default_of(context), kernel.kernel_id: kernel.load(context, {})}
-    best = dict.fromkeys(functions, math.inf)
-    for _ in range(5):
-        for name, function in functions.items():
-            for _ in range(20):
-                function(*arguments)
-            torch.cuda.synchronize()
-            start = perf_counter_ns()
-            for _ in range(300):
-                function(*arguments)
-            best[name] = min(best[name], (perf_counter_ns() - start) / 300e3)
-            torch.cuda.synchronize()
-    print("\nhost: " + ", ".join(f"{name} {time:.1f} us" for name, time in best.items()))
