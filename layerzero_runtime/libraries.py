@@ -81,70 +81,18 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, found[0].split("."))) if found else ()
 
 
-def _probe_torch() -> str | None:
-    import sys
-    from importlib.util import find_spec
+def _module_probe(module: str, extra: str) -> Callable[[], str | None]:
+    """Whether the module that a kernel calls is there, not only the package that it lies in."""
 
-    if "torch" in sys.modules or find_spec("torch") is not None:
-        return None
-    return "torch is not installed: pip install 'layerzero-dispatch[tune]'"
+    def probe() -> str | None:
+        if _is_there(module):
+            return None
+        return f"{module} is not installed: pip install 'layerzero-dispatch[{extra}]'"
 
-
-def _probe_triton() -> str | None:
-    import sys
-    from importlib.util import find_spec
-
-    if "triton" in sys.modules or find_spec("triton") is not None:
-        return None
-    return "triton is not installed: pip install 'layerzero-dispatch[triton]'"
+    return probe
 
 
-def _probe_flash_attn_2() -> str | None:
-    if _has_module("flash_attn.flash_attn_interface"):
-        return None
-    return "FlashAttention-2 is not installed: pip install 'layerzero-dispatch[flash-attn-2]'"
-
-
-def _probe_flash_attn_3() -> str | None:
-    if _has_module("flash_attn_interface"):
-        return None
-    return (
-        "FlashAttention-3 is not installed: run `python setup.py install` in the folder hopper of "
-        "https://github.com/Dao-AILab/flash-attention"
-    )
-
-
-def _probe_flash_attn_4() -> str | None:
-    if _has_module("flash_attn.cute.interface"):
-        return None
-    return "FlashAttention-4 is not installed: pip install 'layerzero-dispatch[flash-attn-4]'"
-
-
-def _probe_flashinfer() -> str | None:
-    if _has_module("flashinfer.prefill"):
-        return None
-    return "FlashInfer is not installed: pip install 'layerzero-dispatch[flashinfer]'"
-
-
-def _probe_xformers_split_k() -> str | None:
-    if not _has_module("xformers.ops.fmha.triton_splitk"):
-        return "xFormers is not installed: pip install 'layerzero-dispatch[xformers]'"
-    # Its fmha/flash.py imports the one where it finds the other.
-    if _has_module("flash_attn") and not _has_module("flash_attn.flash_attn_interface"):
-        return (
-            "xFormers cannot be imported beside a flash_attn without flash_attn_interface, such as FlashAttention-4: "
-            "pip install 'layerzero-dispatch[flash-attn-2]' as well, or use an environment without flash-attn-4"
-        )
-    return None
-
-
-def _probe_sageattention() -> str | None:
-    if _has_module("sageattention"):
-        return None
-    return "SageAttention is not installed: pip install 'layerzero-dispatch[sageattention]'"
-
-
-def _has_module(name: str) -> bool:
+def _is_there(name: str) -> bool:
     """Whether there is a module of that dotted name; unlike `find_spec`, this imports none of its packages."""
     import os
     import sys
@@ -162,6 +110,27 @@ def _has_module(name: str) -> bool:
         return True
     paths = [os.path.join(folder, *inner) for folder in spec.submodule_search_locations or ()]
     return any(os.path.isdir(path) or any(os.path.isfile(path + end) for end in all_suffixes()) for path in paths)
+
+
+def _probe_flash_attn_3() -> str | None:
+    if _is_there("flash_attn_interface"):
+        return None
+    return (
+        "FlashAttention-3 is not installed: run `python setup.py install` in the folder hopper of "
+        "https://github.com/Dao-AILab/flash-attention"
+    )
+
+
+def _probe_xformers_split_k() -> str | None:
+    if not _is_there("xformers.ops.fmha.triton_splitk"):
+        return "xFormers is not installed: pip install 'layerzero-dispatch[xformers]'"
+    # Its fmha/flash.py imports the one where it finds the other.
+    if _is_there("flash_attn") and not _is_there("flash_attn.flash_attn_interface"):
+        return (
+            "xFormers cannot be imported beside a flash_attn without flash_attn_interface, such as FlashAttention-4: "
+            "pip install 'layerzero-dispatch[flash-attn-2]' as well, or use an environment without flash-attn-4"
+        )
+    return None
 
 
 def _probe_cxx_compiler() -> str | None:
@@ -194,13 +163,15 @@ def _is_on_path(program: str) -> bool:
 
 
 _PROBES: dict[str, Callable[[], str | None]] = {
-    "torch": _probe_torch,
-    "triton": _probe_triton,
+    "torch": _module_probe("torch", "tune"),
+    "triton": _module_probe("triton", "triton"),
     "cxx_compiler": _probe_cxx_compiler,
-    "flash_attn_2": _probe_flash_attn_2,
+    "flash_attn_2": _module_probe("flash_attn.flash_attn_interface", "flash-attn-2"),
     "flash_attn_3": _probe_flash_attn_3,
-    "flash_attn_4": _probe_flash_attn_4,
-    "flashinfer": _probe_flashinfer,
+    "flash_attn_4": _module_probe("flash_attn.cute.interface", "flash-attn-4"),
+    "flashinfer": _module_probe("flashinfer.prefill", "flashinfer"),
     "xformers_split_k": _probe_xformers_split_k,
-    "sageattention": _probe_sageattention,
+    "sageattention": _module_probe("sageattention", "sageattention"),
+    "liger": _module_probe("liger_kernel.ops", "liger"),
+    "quack": _module_probe("quack.rmsnorm", "quack"),
 }

@@ -46,7 +46,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_all_packages_and_no_measurements(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    for path in (*ROOT.glob("layerzero_*/**/*.py"), ROOT / "layerzero_runtime" / "py.typed"):
+    models = ROOT.glob("layerzero_tune/workload/*.toml")
+    for path in (*ROOT.glob("layerzero_*/**/*.py"), *models, ROOT / "layerzero_runtime" / "py.typed"):
         assert str(path.relative_to(ROOT)) in names
     assert "layerzero_tune/templates/table.py.j2" in names
     for path in (ROOT / "tables").glob("*/__init__.py"):

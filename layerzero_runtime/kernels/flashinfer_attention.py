@@ -19,7 +19,7 @@ from layerzero_runtime.selection.limits import Limit
 if TYPE_CHECKING:
     from torch import Tensor
 
-_LIBRARY, _KNOWN = "flashinfer_python", "flashinfer-python 0.6"
+_LIBRARY, _KNOWN = "flashinfer-python", "flashinfer-python 0.6"
 # Where results of split keys are put; as large as in flashinfer/prefill.py, but of each call, so that calls on several
 # streams do not share it.
 _SCRATCH_BYTES = 32 * 2**20
@@ -105,13 +105,13 @@ def _compiled(backend: str, dtype: Any, head_dim: int) -> Any:
 
     build = getattr(prefill, "get_single_prefill_module", None)
     if build is None:
-        warn_of_plain_calls(_LIBRARY, "it has no get_single_prefill_module", _KNOWN)
+        warn_of_plain_calls("flashinfer", "it has no get_single_prefill_module", _KNOWN)
         return None
     # Rotated positions, sliding windows, a soft cap and sums of scores in float16 are all left out.
     run = build(backend, dtype, dtype, dtype, head_dim, head_dim, 0, False, False, False).run
     parameters = tuple(inspect.signature(run).parameters)
     if parameters != _RUN_PARAMETERS:
-        warn_of_plain_calls(_LIBRARY, f"its modules take {', '.join(parameters)}", _KNOWN)
+        warn_of_plain_calls("flashinfer", f"its modules take {', '.join(parameters)}", _KNOWN)
         return None
     return run
 
@@ -124,7 +124,7 @@ def _declare(kernel_id: str, **others: Any) -> KernelSpec:
         dtypes=("float16", "bfloat16"),
         library=_LIBRARY,
         requires=("torch", "flashinfer"),
-        min_version="0.6",
+        min_version="0.6.6",
         layouts=("bshd", "bhsd"),
         # Strides and offsets of keys are unsigned 32-bit numbers: up to 64 heads of 256 elements.
         max_seq_len=2**18,
@@ -143,12 +143,12 @@ def _declare(kernel_id: str, **others: Any) -> KernelSpec:
 
 KERNELS = (
     Kernel(
-        _declare("flashinfer_python.single_fa2", min_sm=(8, 0), priority=32),
+        _declare("flashinfer.single_fa2", min_sm=(8, 0), priority=32),
         _load_fa2,
         sources=(*SOURCES, "plain_calls.py"),
     ),
     Kernel(
-        _declare("flashinfer_python.single_fa3", min_sm=(9, 0), max_sm=(9, 0), priority=33),
+        _declare("flashinfer.single_fa3", min_sm=(9, 0), max_sm=(9, 0), priority=33),
         _load_fa3,
         sources=(*SOURCES, "plain_calls.py"),
     ),

@@ -65,7 +65,7 @@ def _declare(kernel_id: str, operation: str, platforms: tuple[str, ...], priorit
 
 KERNELS = (
     Kernel(_declare("torch.swiglu", "mlp.swiglu", ("cpu", "cuda"), 100), _load_swiglu),
-    Kernel(_declare("torch.swiglu.in_place", "mlp.swiglu", ("cpu",), 50), _load_swiglu_in_place),
+    Kernel(_declare("torch.swiglu.in_place", "mlp.swiglu", ("cpu", "cuda"), 50), _load_swiglu_in_place),
     Kernel(_declare("torch.geglu", "mlp.geglu", ("cpu", "cuda"), 100), _load_geglu),
-    Kernel(_declare("torch.geglu.in_place", "mlp.geglu", ("cpu",), 50), _load_geglu_in_place),
+    Kernel(_declare("torch.geglu.in_place", "mlp.geglu", ("cpu", "cuda"), 50), _load_geglu_in_place),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,10 @@ from layerzero_tune.workload.errors import WorkloadError
 from layerzero_tune.workload.lines import WorkloadLine, format_workload, merge_workloads, read_workload
 from layerzero_tune.workload.make import make_workload
 from layerzero_tune.workload.merge import merge_sorted
-from layerzero_tune.workload.models import MODELS
+from layerzero_tune.workload.model_share import divides
+from layerzero_tune.workload.models import GROUPS, MODELS, models_named
+from layerzero_tune.workload.serving import draw_serving
+from layerzero_tune.workload.unseen import unseen_lines
 
 OutOption = Annotated[Path | None, typer.Option("--out", help="File to write; standard output without it.")]
 
@@ -24,20 +28,69 @@ workload_app = typer.Typer(help="Make, show and merge workload files.", no_args_
 
 @workload_app.command("make")
 def make_command(
-    model: Annotated[str, typer.Option("--model", help=f"Models, separated by commas: {', '.join(MODELS)}.")],
-    tp: Annotated[int, typer.Option("--tp", help="Devices that share the model by tensor parallelism.")] = 1,
-    mode: Annotated[str, typer.Option("--mode", help="eager or graph.")] = "eager",
-    dtype: Annotated[str, typer.Option("--dtype")] = "bfloat16",
+    model: Annotated[
+        str,
+        typer.Option("--model", help=f"Models and groups ({', '.join(GROUPS)}), by commas: {', '.join(MODELS)}."),
+    ],
+    tp: Annotated[
+        str, typer.Option("--tp", help="Devices that share a model; of several numbers those that divide it.")
+    ] = "1",
+    mode: Annotated[str, typer.Option("--mode", help="eager, graph, or both.")] = "eager",
+    dtype: Annotated[str, typer.Option("--dtype", help="Separated by commas.")] = "bfloat16",
     batch_sizes: Annotated[str, typer.Option("--batch-sizes", help="Separated by commas.")] = "1,8",
     lengths: Annotated[str, typer.Option("--lengths", help="Sequence lengths, separated by commas.")] = "128,1024,4096",
+    draws: Annotated[
+        int,
+        typer.Option(
+            "--draws",
+            help="So many random points each of prefill, chunked prefill, decode and encoding, up to 128K tokens, in "
+            "place of --batch-sizes and --lengths.",
+        ),
+    ] = 0,
+    unseen_by: Annotated[
+        Path | None,
+        typer.Option(
+            "--unseen-by",
+            help="To evaluate a tuning on this workload file: leave out its calls, and those with features or sizes "
+            "beyond them.",
+        ),
+    ] = None,
     ops: OpsOption = "",
     out: OutOption = None,
 ) -> None:
     """Write the calls that serving a model makes, as JSON Lines."""
     operations = operations_named(ops)
     batches, sizes = _integers("--batch-sizes", batch_sizes), _integers("--lengths", lengths)
-    made = merge_workloads(*(make_workload(name, tp, mode, dtype, batches, sizes) for name in split_list(model)))
-    _write([line for line in made if line.context.operation in operations], out)
+    shares = _shares(models_named(split_list(model)), tp)
+    served = itertools.product(shares, split_list(mode) or (mode,), split_list(dtype) or (dtype,))
+    made = merge_workloads(
+        *(
+            draw_serving(name, devices, kind, number, draws)
+            if draws
+            else make_workload(name, devices, kind, number, batches, sizes)
+            for (name, devices), kind, number in served
+        )
+    )
+    lines = tuple(line for line in made if line.context.operation in operations)
+    if unseen_by is not None:
+        lines = unseen_lines(lines, read_workload(unseen_by))
+    if not lines:
+        raise WorkloadError("no call is left: name models that make calls of these --ops, of those --unseen-by leaves")
+    _write(lines, out)
+
+
+def _shares(models: tuple[str, ...], tp: str) -> list[tuple[str, int]]:
+    """Models and numbers of devices; of several numbers those that divide a model, or else the first, which then says
+    why it does not."""
+    try:
+        devices = [int(part) for part in split_list(tp)]
+    except ValueError:
+        raise typer.BadParameter(f"{tp!r} is no whole number, or several with commas", param_hint="'--tp'") from None
+    found: list[tuple[str, int]] = []
+    for model in models:
+        dividing = [number for number in devices if number > 0 and divides(model, number)]
+        found += [(model, number) for number in dividing or devices[:1]]
+    return found
 
 
 @workload_app.command("merge")

@@ -6,18 +6,25 @@ import itertools
 from collections.abc import Sequence
 
 from layerzero_tune.workload.grid import Grid
-from layerzero_tune.workload.models import MODELS
+from layerzero_tune.workload.models import GROUPS
+
+# Never the held-out ones.
+_MODELS = GROUPS["tuned"]
 
 
 def _heads(names: Sequence[str]) -> tuple[tuple[int, int, int], ...]:
-    """(num_heads, num_kv_heads, head_dim) of these models, each once."""
-    found = (MODELS[name] for name in names)
-    return tuple(dict.fromkeys((model.num_heads, model.num_kv_heads, model.head_dim) for model in found))
+    """(num_heads, num_kv_heads, head_dim) of these models, once for each group of heads and head_dim: batches make up
+    for other numbers of heads."""
+    found: dict[tuple[int, int], tuple[int, int, int]] = {}
+    for model in (_MODELS[name] for name in names):
+        group = model.num_heads // model.num_kv_heads
+        found.setdefault((group, model.head_dim), (model.num_heads, model.num_kv_heads, model.head_dim))
+    return tuple(found.values())
 
 
 def _widths(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """The widths of these models' norms and activations, ascending."""
-    models = [MODELS[name] for name in names]
+    models = [_MODELS[name] for name in names]
     return {
         "hidden_sizes": tuple(sorted({model.hidden_size for model in models})),
         "intermediate_sizes": tuple(sorted({model.intermediate_size for model in models})),
@@ -29,7 +36,7 @@ def _chunks(queries: Sequence[int], keys: Sequence[int]) -> tuple[tuple[int, int
 
 
 _LLAMAS = ("llama-3.2-1b", "llama-3.1-8b")
-_SERVED = (*_LLAMAS, "llama-3.1-70b", "qwen2.5-7b", "gemma-2-9b", "phi-3-mini", "gpt2")
+_SERVED = (*_LLAMAS, "llama-3.1-70b", "qwen2.5-7b", "falcon3-1b", "gpt-neox-20b", "gpt2")
 # Serving engines chunk a prefill with the mask aligned at the end of the keys; torch's own, at their beginning, is left
 # to CPUs. Lengths go to 8K, 32K and 128K, rows to as many tokens.
 CUDA_GRIDS = {
@@ -61,14 +68,14 @@ CUDA_GRIDS = {
         alignments=("bottom_right",),
     ),
     "full": Grid(
-        heads=_heads(tuple(MODELS)),
+        heads=_heads(tuple(_MODELS)),
         batches=(1, 4, 16, 64, 256),
         lengths=(32, 100, 256, 777, 2048, 5001, 12000, 32769, 131072),
         chunks=_chunks((16, 61, 256, 700, 2048, 8192), (128, 777, 3000, 12000, 50001, 131072)),
         crosses=(*itertools.product((1, 4, 16, 61, 300, 1500), (64, 250, 1001, 4096, 12000, 32768, 131072)),),
         max_scores=2**38,
         rows=(1, 2, 5, 16, 37, 128, 401, 1500, 4096, 12001, 32768, 131072),
-        **_widths(tuple(MODELS)),
+        **_widths(tuple(_MODELS)),
         max_elements=2**31,
         probes=1500,
         alignments=("bottom_right",),

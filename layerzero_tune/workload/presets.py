@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.operations import OPERATIONS
-from layerzero_tune.measure.work import call_elements
 from layerzero_tune.workload.cpu_grids import CPU_GRIDS
 from layerzero_tune.workload.cuda_grids import CUDA_GRIDS
 from layerzero_tune.workload.draw import draw_between
 from layerzero_tune.workload.errors import WorkloadError
 from layerzero_tune.workload.grid import grid_points
 from layerzero_tune.workload.lines import WorkloadLine
+from layerzero_tune.workload.memory import fits
 
 PRESETS = tuple(CPU_GRIDS)
 _PROBE_SEED = 1  # any fixed number
@@ -22,10 +22,6 @@ _CPU_MODES: tuple[str, ...] = ("eager",)
 _CPU_DTYPES = ("float32", "bfloat16")
 _CUDA_MODES: tuple[str, ...] = ("eager", "graph")
 _CUDA_DTYPES = ("bfloat16", "float16")
-_ITEM_BYTES = 2  # of both of these dtypes
-# A contest holds a call's tensors, a copy to see whether a kernel writes to them, the set that is timed, and what some
-# kernels make of them: keys and values repeated for every query head that shares them.
-_CALLS_HELD = 6
 # Of a GPU that does not say how much memory it has.
 _LEAST_MEMORY_BYTES = 16 * 1024**3
 
@@ -64,5 +60,4 @@ def _fits(context: SelectionContext, device: DeviceSpec | None) -> bool:
     """Whether the device's memory holds what a contest at the point needs."""
     if device is None or device.platform == "cpu":
         return True
-    memory_bytes = device.memory_bytes or _LEAST_MEMORY_BYTES
-    return _CALLS_HELD * _ITEM_BYTES * call_elements(context) <= memory_bytes
+    return fits(context, device.memory_bytes or _LEAST_MEMORY_BYTES)

@@ -29,8 +29,8 @@ LENGTHS: dict[str, tuple[tuple[int, int], ...]] = {
 # Of kernels that compile for each: (head_dim, group) by operation.
 FEW: dict[str, dict[str, tuple[tuple[int, int], ...]]] = {
     "flash_attn_4.forward": {CAUSAL: ((64, 4), (192, 1)), FULL: ((96, 1),), CROSS: ((128, 16), (256, 4))},
-    "flashinfer_python.single_fa2": {CAUSAL: ((128, 4),), FULL: ((128, 1),), CROSS: ((128, 16),)},
-    "flashinfer_python.single_fa3": {CAUSAL: ((128, 4),), FULL: ((128, 1),), CROSS: ((128, 16),)},
+    "flashinfer.single_fa2": {CAUSAL: ((128, 4),), FULL: ((128, 1),), CROSS: ((128, 16),)},
+    "flashinfer.single_fa3": {CAUSAL: ((128, 4),), FULL: ((128, 1),), CROSS: ((128, 16),)},
     "xformers.split_k": {FULL: ((64, 1),), CROSS: ((64, 1), (128, 8))},
     "sageattention.causal": {CAUSAL: ((96, 4),)},
     "sageattention.full": {FULL: ((64, 1),), CROSS: ((128, 8),)},

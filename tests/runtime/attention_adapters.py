@@ -15,7 +15,7 @@ from layerzero_runtime.selection.transforms import apply_transforms
 from tests.runtime.kernel_calls import KERNELS, Call
 
 H100 = DeviceSpec(platform="cuda", name="NVIDIA H100 80GB HBM3", compute_capability=(9, 0), multiprocessors=132)
-LIBRARIES = ("flash_attn_4", "flash_attn_3", "flash_attn", "flashinfer_python", "xformers", "sageattention")
+LIBRARIES = ("flash_attn_4", "flash_attn_3", "flash_attn", "flashinfer-python", "xformers", "sageattention")
 BACKENDS = ("torch.sdpa.flash", "torch.sdpa.cudnn", "torch.sdpa.efficient")
 ADAPTERS = {
     kernel_id: kernel

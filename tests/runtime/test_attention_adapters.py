@@ -263,7 +263,7 @@ def test_flashinfer_compiles_when_loaded_and_then_starts_what_was_compiled(
     backend: str, notes: stand_ins.Notes, flashinfer: stand_ins.FlashInfer
 ) -> None:
     call = attention_call("attention.causal", (1, 8, 2, 100, 200, 64))
-    function = ADAPTERS[f"flashinfer_python.single_{backend}"].load(call.context, {})
+    function = ADAPTERS[f"flashinfer.single_{backend}"].load(call.context, {})
     dtypes = (torch.float16,) * 3
     assert flashinfer.built == [(backend, *dtypes, 64, 64, 0, False, False, False)]
     function(*call.arguments)
@@ -276,8 +276,8 @@ def test_an_unknown_flashinfer_is_called_by_its_public_function_and_counted(
 ) -> None:
     monkeypatch.setattr(flashinfer_attention, "_RUN_PARAMETERS", ("q", "k"))
     call = attention_call("attention.causal", (1, 8, 2, 100, 200, 64))
-    kernel = ADAPTERS["flashinfer_python.single_fa2"]
-    assert stats_of("flashinfer_python_plain_calls", lambda: kernel.load(call.context, {})) == 1
+    kernel = ADAPTERS["flashinfer.single_fa2"]
+    assert stats_of("flashinfer_plain_calls", lambda: kernel.load(call.context, {})) == 1
     assert_right(kernel, call)
     assert notes == ["fa2 public"]
 

@@ -34,7 +34,7 @@ LIMITS: dict[str, list[tuple[dict[str, Any], dict[str, Any], str]]] = {
         ({"workspace_limit": 2**26}, {"workspace_limit": 2**25}, "WORKSPACE_LIMIT_NOT_AT_LEAST"),
     ],
     "torch.sdpa.cudnn": [
-        ({"head_dim": 128}, {"head_dim": 136}, "HEAD_DIM_NOT_AT_MOST"),
+        ({"head_dim": 256}, {"head_dim": 264}, "HEAD_DIM_NOT_AT_MOST"),
         ({"seq_len_k": 65, "causal_alignment": "top_left"}, {"seq_len_k": 65}, "CAUSAL_MASK_NOT_ONE_OF"),
         ({"seq_len_q": 2, "seq_len_k": 2}, {"seq_len_q": 1, "seq_len_k": 1}, "SEQ_LEN_K_NOT_AT_LEAST"),
         ({"batch_size": 32767}, {"batch_size": 32768}, "BATCH_KV_HEADS_NOT_AT_MOST"),
@@ -68,13 +68,13 @@ LIMITS: dict[str, list[tuple[dict[str, Any], dict[str, Any], str]]] = {
         ),
         ({"seq_len_k": 65}, {"seq_len_k": 65, "causal_alignment": "top_left"}, "CAUSAL_MASK_NOT_ONE_OF"),
     ],
-    "flashinfer_python.single_fa2": [
+    "flashinfer.single_fa2": [
         ({"batch_size": 1}, {"batch_size": 2}, "BATCH_SIZE_NOT_AT_MOST"),
         ({"head_dim": 64}, {"head_dim": 96}, "HEAD_DIM_NOT_ONE_OF"),
         ({"seq_len_k": 2**18}, {"seq_len_k": 2**18 + 1}, "SEQ_LEN_K_NOT_AT_MOST"),
         ({"seq_len_k": 65}, {"seq_len_k": 65, "causal_alignment": "top_left"}, "CAUSAL_MASK_NOT_ONE_OF"),
     ],
-    "flashinfer_python.single_fa3": [
+    "flashinfer.single_fa3": [
         ({"batch_size": 1}, {"batch_size": 2}, "BATCH_SIZE_NOT_AT_MOST"),
         ({"head_dim": 256}, {"head_dim": 192}, "HEAD_DIM_NOT_ONE_OF"),
         ({}, {"device": replace(H100, compute_capability=(8, 9))}, "SM_NOT_AT_LEAST"),

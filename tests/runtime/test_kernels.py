@@ -127,7 +127,9 @@ def gradients(call: Call, outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tens
 def test_kernel_ids_are_unique_and_begin_with_the_library() -> None:
     ids = [kernel.kernel_id for kernel, _ in ALL_PAIRS]
     assert len(set(ids)) == len(KERNELS)
-    assert all(kernel_id.split(".")[0] == KERNELS[kernel_id].spec.library for kernel_id in ids)
+    # Some distributions have a longer name than their module.
+    libraries = {kernel_id: KERNELS[kernel_id].spec.library.replace("-", "_") for kernel_id in ids}
+    assert all(library.startswith(kernel_id.split(".")[0]) for kernel_id, library in libraries.items())
 
 
 @pytest.mark.parametrize("operation", list(OPERATIONS))

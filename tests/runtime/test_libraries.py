@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 
 from layerzero_runtime.errors import SpecError
+from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.libraries import library_version, missing_requirement
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +83,45 @@ def test_triton_not_installed_names_the_extra() -> None:
         "None False",
         "triton is not installed: pip install 'layerzero-dispatch[triton]'",
     ]
+
+
+@pytest.mark.parametrize(
+    ("probe", "module", "extra"),
+    [
+        ("liger", "liger_kernel.ops", "liger"),
+        ("quack", "quack.rmsnorm", "quack"),
+        ("flashinfer", "flashinfer.prefill", "flashinfer"),
+    ],
+)
+@pytest.mark.parametrize("form", ["{}.py", "{}/__init__.py"])
+def test_a_library_counts_as_installed_with_the_module_that_kernels_call(
+    probe: str, module: str, extra: str, form: str, tmp_path: Path
+) -> None:
+    """Not with its package alone, which another distribution may own, and which is not imported to find out."""
+    package, part = module.split(".")
+    folder = tmp_path / package
+    folder.mkdir()
+    (folder / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    place = folder / form.format(part)
+    code = (
+        "import sys; from pathlib import Path; from layerzero_runtime.libraries import missing_requirement;"
+        f"sys.path = [p for p in sys.path if 'site-packages' not in p]; print(missing_requirement(({probe!r},)));"
+        f"sys.path.insert(0, {str(tmp_path)!r}); missing_requirement.cache_clear();"
+        f"print(missing_requirement(({probe!r},))); place = Path({str(place)!r}); place.parent.mkdir(exist_ok=True);"
+        "place.write_text(''); missing_requirement.cache_clear();"
+        f"print(missing_requirement(({probe!r},)), {package!r} in sys.modules)"
+    )
+    missing = f"{module} is not installed: pip install 'layerzero-dispatch[{extra}]'"
+    assert run_python(code).splitlines() == [missing, missing, "None False"]
+
+
+def test_every_library_of_a_kernel_has_an_extra_with_the_version_that_its_limits_are_of() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    required = {requirement for found in extras.values() for requirement in found}
+    for kernel in builtin_kernels():
+        if "-" in kernel.spec.library:  # not torch, nor what is built from its sources
+            wanted = f"{kernel.spec.library}>={kernel.spec.min_version}"
+            assert any(each == wanted or each.startswith(f"{wanted},") for each in required)
 
 
 def test_compiler_not_on_path_is_named_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def test_configuration_is_consistent(model: str) -> None:
     assert config.num_heads % config.num_kv_heads == 0
     assert config.encoder_layers or config.decoder_layers
     # The projections of these are square; the others choose their head dimension freely.
-    if not model.startswith(("gemma", "gpt-oss")):
+    if not model.startswith(("gemma", "gpt-oss", "qwen3")):
         assert config.num_heads * config.head_dim == config.hidden_size
 
 
