@@ -12,7 +12,7 @@ from layerzero_runtime.plan import ExecutionPlan
 from layerzero_runtime.snapshot import Snapshot
 from layerzero_tune.compile.judge import describe_choice
 from layerzero_tune.evaluate.public_calls import PUBLIC_CALL
-from layerzero_tune.evaluate.score import Score, confirms_slower, score
+from layerzero_tune.evaluate.score import Score, confirms_slower, has_time, score
 from layerzero_tune.identity import canonical_json
 from layerzero_tune.measure.contest import Candidate, Contest
 from layerzero_tune.measure.statistics import holm
@@ -20,8 +20,7 @@ from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.device import LiveDevice
 
-# Each shape is measured once, and once more where its choice looks slow; a contest on a GPU that is slowed down is
-# taken so often.
+# Each shape is measured once, and once more where its choice looks slow; a contest that is of no use is taken so often.
 _REPEATS = 2
 _TAKES = 3
 
@@ -67,11 +66,12 @@ def evaluate(
     used: list[Measurement] = []
     preparation_s = 0.0
 
-    def measured(contest: Contest) -> Sequence[Measurement]:
-        """Taken again where the GPU was slowed down; the last one counts if it always is."""
+    def measured(contest: Contest, chosen: str) -> Sequence[Measurement]:
+        """Taken again where the GPU was slowed down, or what is chosen has no time; the last one counts if it always
+        is so."""
         for take in range(_TAKES):
             rows = measured_once(replace(contest, repeat=contest.repeat + take * _REPEATS))
-            if not rows[0].is_slowed:
+            if not rows[0].is_slowed and has_time(rows, chosen):
                 break
         used.extend(rows)
         return rows
@@ -91,14 +91,14 @@ def evaluate(
         plan = snapshot.select(context.with_device(device.spec))
         contest = _contest(device, context, plan, _shipped(snapshot, context.with_device(device.spec)), table_id)
         chosen = describe_choice((plan.kernel_id, canonical_json(dict(plan.configuration))))
-        scores.append(score(measured(contest), chosen, hit=plan.source == "table"))
+        scores.append(score(measured(contest, chosen), chosen, hit=plan.source == "table"))
         contests.append(contest)
         progress(context)
     suspects = holm([found.slower_p for found in scores]) if scores else ()
     slower = frozenset(
         found
         for found, contest, is_suspect in zip(scores, contests, suspects, strict=True)
-        if is_suspect and confirms_slower(measured(replace(contest, repeat=1)), found.chosen)
+        if is_suspect and confirms_slower(measured(replace(contest, repeat=1), found.chosen), found.chosen)
     )
     store.compact()
     return Evaluation(tuple(scores), slower, max((row.measured_at for row in used), default=""), preparation_s)

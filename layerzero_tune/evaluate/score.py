@@ -68,6 +68,12 @@ def score(rows: Sequence[Measurement], chosen: str, hit: bool) -> Score:
     )
 
 
+def has_time(rows: Sequence[Measurement], chosen: str) -> bool:
+    """Whether the choice and the default have final rounds in a contest."""
+    timed = [row for row in rows if row.status == "ok" and row.samples_ns]
+    return chosen in map(_name, timed) and any(row.is_default for row in timed)
+
+
 def confirms_slower(rows: Sequence[Measurement], chosen: str) -> bool:
     """Whether a remeasurement puts the choice above the threshold again.
 

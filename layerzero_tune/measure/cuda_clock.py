@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter_ns
+from typing import TYPE_CHECKING
 
 from layerzero_runtime.errors import LayerZeroError
 from layerzero_runtime.kernel import KernelFunction
 from layerzero_tune.measure.clock import Rotation, TimedCalls, collector_off
+from layerzero_tune.measure.inputs import Arguments
+
+if TYPE_CHECKING:
+    import torch
 
 # A graph holds calls of about this time: so many that what a replay takes beside them (some us) is lost in it.
 GRAPH_MS = 1.0
@@ -65,14 +72,7 @@ class GraphClock:
         with torch.cuda.device(self.index):
             stream = torch.cuda.Stream(self.index)  # type: ignore[no-untyped-call]
             held = self._held_calls(function, rotation, stream)
-            graph = torch.cuda.CUDAGraph()
-            arguments = rotation.take(held)
-            try:
-                with torch.cuda.graph(graph, stream=stream):
-                    for call in arguments:
-                        function(*call)
-            except RuntimeError as error:
-                raise CaptureError(f"cannot be captured in a CUDA graph: {error}") from error
+            graph = _captured(function, rotation.take(held), stream)
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
 
         def time_replays(calls: int) -> float:
@@ -101,3 +101,34 @@ class GraphClock:
         torch.cuda.synchronize(self.index)
         call_ms = max(float(before.elapsed_time(after)), 1e-3)
         return max(1, min(MAX_GRAPH_CALLS, math.ceil(GRAPH_MS / call_ms)))
+
+
+def _captured(
+    function: KernelFunction, arguments: Sequence[Arguments], stream: torch.cuda.Stream
+) -> torch.cuda.CUDAGraph:
+    """The calls as a graph.
+
+    By the methods that `torch.cuda.graph` is made of: it collects all garbage and gives all memory back before each
+    capture, which takes longer than most contests. What other threads do is no reason to fail.
+
+    Raises:
+        CaptureError: the calls cannot be captured; says what failed first.
+    """
+    import torch
+
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize(stream.device)
+    try:
+        with torch.cuda.stream(stream), collector_off():
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                for call in arguments:
+                    function(*call)
+            except BaseException:
+                with suppress(RuntimeError):  # it was invalidated by what failed
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+    except RuntimeError as error:
+        raise CaptureError(f"cannot be captured in a CUDA graph: {error}") from error
+    return graph

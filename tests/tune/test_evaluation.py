@@ -42,7 +42,7 @@ class ScriptedDevice(LiveDevice):
         wobble = (1.0, 1.001, 0.999, 1.002, 0.998, 1.0)
         jobs = []
         for candidate in contest.candidates:
-            time = self.times[contest.repeat].get(candidate.kernel_id, 3000.0)
+            time = self.times[min(contest.repeat, 1)].get(candidate.kernel_id, 3000.0)
             if isinstance(time, str):
                 jobs.append(JobOutcome(time, "as scripted"))
             else:
@@ -119,10 +119,17 @@ def test_within_two_percent_is_not_slower(snapshot: Snapshot, tmp_path: Path) ->
 
 
 def test_a_choice_that_fails_ends_the_evaluation_but_keeps_its_contests(snapshot: Snapshot, tmp_path: Path) -> None:
-    device = ScriptedDevice({DEFAULT: 1000.0, FUSED: "died"}, {})
+    device = ScriptedDevice({DEFAULT: 1000.0, FUSED: "died"}, {FUSED: "died"})
     with pytest.raises(ResultsError, match=r"'torch\.rms_norm\.fused' has no time at .*died as scripted"):
         evaluated(device, snapshot, tmp_path / "held-out")
-    assert len(ResultsStore(tmp_path / "held-out").contest_ids()) == 1
+    assert len(ResultsStore(tmp_path / "held-out").contest_ids()) == 3
+
+
+def test_a_choice_that_fails_once_is_measured_again(snapshot: Snapshot, tmp_path: Path) -> None:
+    device = ScriptedDevice({DEFAULT: 2000.0, FUSED: "failed"}, {DEFAULT: 2000.0, FUSED: 1000.0})
+    found = evaluate(device, snapshot, [norm(20)], ResultsStore(tmp_path / "held-out"), "a" * 32)
+    assert [contest.repeat for contest in device.measured] == [0, 2]
+    assert [score.speedup for score in found.scores] == [2.0]
 
 
 def test_a_shape_is_taken_again_while_the_gpu_is_slowed_down(snapshot: Snapshot, tmp_path: Path) -> None:
