@@ -107,6 +107,7 @@ class _ContestRun:
 
     def run(self) -> tuple[JobOutcome, ...]:
         start = perf_counter()
+        self.bench.give_back_memory()
         entered = self._admit()
         source = RandomTensors(self.bench.name, self.seed)
         self._check(entered, source)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from time import sleep
+from time import perf_counter, sleep
 from typing import Protocol, TypeVar
 
 from layerzero_tune.measure.contention import MAX_SHARE, ProcessorTime, others_share
@@ -11,8 +11,6 @@ from layerzero_tune.measure.contention import MAX_SHARE, ProcessorTime, others_s
 # How long a contest waits for the speed to come back: that of a virtual machine's cores did so in seconds, or after
 # minutes.
 PATIENCE_S = 10.0
-# How often it looks meanwhile, and what a part of it costs its patience that is taken again.
-_LOOK_S = 0.25
 
 Part = TypeVar("Part")
 
@@ -22,9 +20,11 @@ class Speed(Protocol):
 
     Attributes:
         is_of_processors: whether other processes that use this machine's processors can take it.
+        look_s: how often to look whether it is back.
     """
 
     is_of_processors: bool
+    look_s: float
 
     def lost(self) -> float:
         """The share of the speed that is missing now, 0 if that is no more than usual."""
@@ -48,21 +48,23 @@ class FullSpeed:
         """Wait for the speed, as long as the patience lasts, unless other processes are what takes it."""
         while self._patience_s > 0.0 and self._speed.lost():
             self._waiting()
-            self._patience_s -= _LOOK_S
+            self._patience_s -= self._speed.look_s
             start = ProcessorTime.now()
-            sleep(_LOOK_S)
+            sleep(self._speed.look_s)
             if self._speed.is_of_processors and others_share(start, ProcessorTime.now()) > MAX_SHARE:
                 self._patience_s = 0.0
 
     def take(self, part: Callable[[], Part]) -> Part:
         """What the part gives, taken again where the speed was lost meanwhile, as long as the patience lasts."""
         while True:
+            start = perf_counter()
             found = part()
+            taken_s = perf_counter() - start
             lost = self._speed.lost()
             if not lost:
                 return found
             if self._patience_s <= 0.0:
                 self.lost = max(self.lost, lost)
                 return found
-            self._patience_s -= _LOOK_S
+            self._patience_s -= max(taken_s, self._speed.look_s)
             self.wait()

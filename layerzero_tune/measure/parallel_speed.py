@@ -29,6 +29,7 @@ class ParallelSpeed:
     """
 
     is_of_processors = True
+    look_s = 0.25
 
     def __init__(self, measure: Callable[[], float], now: Callable[[], float] = monotonic) -> None:
         self._measure = measure

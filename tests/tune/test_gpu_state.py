@@ -31,6 +31,7 @@ KERNELS = load_kernels()
 def watched_gpu(nvml_library: Path, monkeypatch: pytest.MonkeyPatch) -> GpuWatch:
     """The watch over a GPU beside which contests are measured."""
     monkeypatch.setattr(nvml, "LIBRARIES", (str(nvml_library),))
+    monkeypatch.setattr(gpu_state, "_SLOWER", 1)  # all at every look
     watch = GpuWatch(H100_UUID)
 
     def watched(device: str, mode: str, tuner: int | None) -> Bench:
@@ -125,7 +126,6 @@ def test_what_was_taken_while_the_gpu_was_slowed_down_leaves_nothing_in_the_rows
     stay."""
     looks = iter(range(1_000_000))
     monkeypatch.setattr(gpu_state, "slowdown_reasons", lambda *_: ("power cap",) if next(looks) % 5 < 3 else ())
-    monkeypatch.setattr(full_speed, "_LOOK_S", 0.01)
     _, outcome = measured()
     assert outcome.gpu is not None
     assert outcome.gpu.slowed == ()
@@ -142,3 +142,14 @@ def test_a_cpu_has_no_such_state() -> None:
 def test_what_nvml_does_not_say_is_none() -> None:
     states = [GpuState(clock_mhz=1000), GpuState(clock_mhz=1500, slowed=("power cap",)), GpuState(clock_mhz=1400)]
     assert GpuConditions.of(states) == GpuConditions(1400.0, 1000, None, None, None, None, None, None, ("power cap",))
+
+
+def test_what_changes_slowly_is_read_less_often(watched_gpu: GpuWatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_state, "_SLOWER", 3)
+    states = []
+    for _ in range(4):
+        watched_gpu.lost()
+        states.append(watched_gpu.last)
+    assert len({state.clock_mhz for state in states}) > 1
+    assert len({state.temperature_c for state in states[:3]}) == 1
+    assert states[3].temperature_c != states[2].temperature_c
