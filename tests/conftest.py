@@ -15,6 +15,9 @@ __all__ = ["pytest_runtest_protocol"]
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Processes of pytest-xdist are told that their terminal is narrow; they have none.
+os.environ.pop("COLUMNS", None)
+
 # How long an example takes says nothing beside other tests.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
