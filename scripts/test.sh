@@ -4,4 +4,5 @@
 ruff format --check .
 ruff check .
 mypy
-pytest -n 2 --dist loadfile "$@"
+# A thread of torch that waits lets the other process have its core; spinning, both would wait for each other.
+OMP_WAIT_POLICY=PASSIVE pytest -n 2 --dist loadfile "$@"

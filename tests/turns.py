@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 
 class Turns:
@@ -34,3 +36,13 @@ def _held(lock: int, operation: int) -> Iterator[None]:
         yield
     finally:
         fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+# Any two files do that all processes of a checkout agree on.
+TURNS = Turns(Path(__file__), Path(__file__).with_name("conftest.py"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    with TURNS.turn(alone=item.get_closest_marker("alone") is not None):
+        return (yield)

@@ -22,8 +22,9 @@ EXECUTABLE = str(Path(sys.executable).with_name("layerzero-tune"))
 ROOT = Path(__file__).parents[2]
 # Tests do not wait for a run of the same user that measures on this machine.
 RUNTIME_FOLDER = TemporaryDirectory(prefix="layerzero-tests-")
+_OTHERS = (TABLES_VARIABLE, "COLUMNS", "OMP_WAIT_POLICY")
 # Modules of kernels that the tests name are imported from the project's root; no table but the test's own is found.
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in (TABLES_VARIABLE, "COLUMNS")} | {
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in _OTHERS} | {
     "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     "XDG_RUNTIME_DIR": RUNTIME_FOLDER.name,
 }

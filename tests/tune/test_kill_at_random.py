@@ -12,6 +12,7 @@ from tests.tune.command import ENVIRONMENT, ROOT
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_run_that_is_killed_anywhere_continues_to_the_same_jobs() -> None:
     script = [sys.executable, str(ROOT / "scripts" / "kill_at_random.py"), "--seeds", "5", "--first-seed", "1000"]
     done = subprocess.run(script, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
