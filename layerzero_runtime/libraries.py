@@ -174,4 +174,5 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "sageattention": _module_probe("sageattention", "sageattention"),
     "liger": _module_probe("liger_kernel.ops", "liger"),
     "quack": _module_probe("quack.rmsnorm", "quack"),
+    "flashinfer_norm": _module_probe("flashinfer.norm", "flashinfer"),
 }

@@ -62,7 +62,7 @@ def _declare(kernel_id: str, operation: str, dtypes: tuple[str, ...], most_rows:
         platforms=("cuda",),
         dtypes=dtypes,
         library="flashinfer-python",
-        requires=("torch", "flashinfer"),
+        requires=("torch", "flashinfer_norm"),
         min_version="0.6.6",  # the oldest that was tried
         min_sm=(8, 0),  # bfloat16
         max_hidden_size=_WIDEST,

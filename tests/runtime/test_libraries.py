@@ -90,6 +90,7 @@ def test_triton_not_installed_names_the_extra() -> None:
     [
         ("liger", "liger_kernel.ops", "liger"),
         ("quack", "quack.rmsnorm", "quack"),
+        ("flashinfer_norm", "flashinfer.norm", "flashinfer"),
         ("flashinfer", "flashinfer.prefill", "flashinfer"),
     ],
 )

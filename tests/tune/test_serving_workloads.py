@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operations import OPERATIONS, operation_named
+from layerzero_tune.workload import serving
 from layerzero_tune.workload.cuda_grids import CUDA_GRIDS
 from layerzero_tune.workload.errors import WorkloadError
 from layerzero_tune.workload.lines import WorkloadLine, format_workload, parse_workload, read_workload
@@ -115,6 +116,17 @@ def test_drawn_calls_are_legal_fit_into_memory_and_stay_within_the_model(model: 
                 assert context.seq_len_q is not None
                 assert 2 * context.seq_len_q <= (context.seq_len_k or 0)
                 assert context.seq_len_q <= 8192
+
+
+def test_points_that_the_memory_does_not_hold_are_drawn_again_or_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(memory_bytes: int) -> list[SelectionContext]:
+        monkeypatch.setattr(serving, "_MEMORY_BYTES", memory_bytes)
+        return [line.context for tp in DEVICES for line in draw_serving("llama-3.1-70b", tp, "graph", "bfloat16", 1)]
+
+    few, many = drawn(4 * 10**9), drawn(80 * 10**9)
+    assert all(fits(context, 4 * 10**9) for context in few)
+    assert not all(fits(context, 4 * 10**9) for context in many)
+    assert drawn(1) == []
 
 
 def test_all_kinds_of_calls_are_drawn_as_often_as_asked() -> None:
