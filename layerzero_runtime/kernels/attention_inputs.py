@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # What a thread loads at a time.
 VECTOR_BYTES = 16
 
+# Elements that signed numbers of 32 bits count.
+_COUNTED = 2**31
+
 # Part of the sources of every kernel that calls this file.
 SOURCES = ("attention_inputs.py", "triton_device.py")
 
@@ -57,8 +60,23 @@ def are_aligned_and_unexpanded(query: Tensor, key: Tensor, value: Tensor, mask: 
     return not (a | b | c | d | e | f | g | h | i) & mask and bool(a and b and c and d and e and f and g and h and i)
 
 
+def are_dense_enough(query: Tensor, key: Tensor, value: Tensor, mask: int) -> bool:
+    """Whether, further, 32 bits count the elements of each batch: for kernels whose offsets have no more."""
+    if (query.data_ptr() | key.data_ptr() | value.data_ptr()) & (VECTOR_BYTES - 1):
+        return False
+    a, b, c, _ = query.stride()
+    d, e, f, _ = key.stride()
+    g, h, i, _ = value.stride()
+    if (a | b | c | d | e | f | g | h | i) & mask or not (a and b and c and d and e and f and g and h and i):
+        return False
+    _, heads, queries, _ = query.shape
+    _, kv_heads, keys, _ = key.shape
+    return heads * b + queries * c <= _COUNTED and kv_heads * max(e, h) + keys * max(f, i) <= _COUNTED
+
+
 def dense_copies(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Copies that are aligned where head dimensions are multiples of a vector."""
+    """Copies that are aligned where head dimensions are multiples of a vector, and need no gradients where none are
+    recorded."""
     import torch
 
     dense = torch.contiguous_format
