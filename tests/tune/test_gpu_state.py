@@ -145,11 +145,11 @@ def test_what_nvml_does_not_say_is_none() -> None:
 
 
 def test_what_changes_slowly_is_read_less_often(watched_gpu: GpuWatch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_state, "_SLOWER", 3)
+    monkeypatch.setattr(gpu_state, "_SLOWER", 4)
     states = []
-    for _ in range(4):
+    for _ in range(5):
         watched_gpu.lost()
         states.append(watched_gpu.last)
     assert len({state.clock_mhz for state in states}) > 1
-    assert len({state.temperature_c for state in states[:3]}) == 1
-    assert states[3].temperature_c != states[2].temperature_c
+    assert len({state.temperature_c for state in states[:4]}) == 1
+    assert states[4].temperature_c != states[3].temperature_c
