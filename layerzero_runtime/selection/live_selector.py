@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from sys import intern
 from typing import Any
 
 from layerzero_runtime.context import SelectionContext
@@ -75,7 +76,8 @@ class LiveSelector:
         for kernel in self.registry.candidates(context.operation):
             limited = rejections(kernel.spec.limits, context)
             others = self._other_refusals(kernel, context)
-            reasons = (*map(str, limited), *others)
+            # Interned: answers are kept, and say much the same.
+            reasons = tuple(intern(reason) for reason in (*map(str, limited), *others))
             choice = Choice(kernel, configured.get(kernel.kernel_id, {}))
             if not reasons:
                 legal.append(choice)
