@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 # What a thread loads at a time.
 VECTOR_BYTES = 16
 
+# Elements that signed numbers of 32 bits count, and strides with which no call that fits into a memory leaves them.
+_COUNTED = 2**31
+_SHORT_STRIDE = 2**20
+
 # Part of the sources of every kernel that calls this file.
 SOURCES = ("attention_inputs.py", "triton_device.py")
 
@@ -55,6 +59,22 @@ def are_aligned_and_unexpanded(query: Tensor, key: Tensor, value: Tensor, mask: 
     d, e, f, _ = key.stride()
     g, h, i, _ = value.stride()
     return not (a | b | c | d | e | f | g | h | i) & mask and bool(a and b and c and d and e and f and g and h and i)
+
+
+def are_dense_enough(query: Tensor, key: Tensor, value: Tensor, mask: int) -> bool:
+    """Whether, further, 32 bits count the elements of each batch: for kernels whose offsets have no more."""
+    if not are_aligned_and_unexpanded(query, key, value, mask):
+        return False
+    _, a, b, _ = query.stride()
+    _, c, d, _ = key.stride()
+    _, e, f, _ = value.stride()
+    return (a | b | c | d | e | f) < _SHORT_STRIDE or not any(map(_is_far, (query, key, value)))
+
+
+def _is_far(x: Tensor) -> bool:
+    _, heads, length, width = x.shape
+    _, per_head, per_row, _ = x.stride()
+    return (heads - 1) * per_head + (length - 1) * per_row + width > _COUNTED
 
 
 def dense_copies(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernel import Configuration, Kernel, KernelFunction, KernelSpec
-from layerzero_runtime.kernels.attention_inputs import SOURCES, are_aligned_and_unexpanded, on_dense, on_seeing_rows
+from layerzero_runtime.kernels.attention_inputs import SOURCES, are_dense_enough, on_dense, on_seeing_rows
 from layerzero_runtime.kernels.plain_calls import warn_of_plain_calls
 from layerzero_runtime.selection.limits import Limit
 
@@ -93,7 +93,7 @@ def _load(backend: str, context: SelectionContext) -> KernelFunction:
             )
         return (output.transpose(0, 1) if is_bhsd else output).unsqueeze(0)
 
-    function = on_dense(attend, context, are_aligned_and_unexpanded)
+    function = on_dense(attend, context, are_dense_enough)
     return on_seeing_rows(function, length=2 if is_bhsd else 1) if context.causal_mask == "bottom_right" else function
 
 

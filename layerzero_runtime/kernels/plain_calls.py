@@ -11,7 +11,7 @@ def warn_of_plain_calls(library: str, reason: str, known: str) -> None:
     """Counted for each kernel that is loaded (`stats()["<library>_plain_calls"]`), logged once per library."""
     from layerzero_runtime.dispatch import count
 
-    count(f"{library}_plain_calls")
+    count(f"{library.replace('-', '_')}_plain_calls")
     if library not in _warned:
         _warned.add(library)
         log_warning(

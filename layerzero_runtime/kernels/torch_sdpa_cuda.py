@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.context import ALIGNMENTS, SelectionContext
 from layerzero_runtime.kernel import Configuration, Kernel, KernelFunction, KernelSpec
 from layerzero_runtime.kernels.attention_inputs import (
     SOURCES,
     are_aligned,
-    are_aligned_and_unexpanded,
+    are_dense_enough,
     dense_copies,
     on_seeing_rows,
     vector_mask,
@@ -53,7 +53,7 @@ def _load_cudnn(context: SelectionContext, configuration: Configuration) -> Kern
     def attend(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, scale: float | None
     ) -> Tensor:
-        if not are_aligned_and_unexpanded(query, key, value, mask):
+        if not are_dense_enough(query, key, value, mask):
             query, key, value = dense_copies(query, key, value)
         # Without a bias, and without the logarithms of the sums, which a backward would need.
         output: Tensor = cudnn(query, key, value, None, False, 0.0, is_causal, scale=scale)[0]
@@ -84,7 +84,7 @@ def _load_efficient(context: SelectionContext, configuration: Configuration) -> 
         )[0]
         return output.transpose(1, 2)
 
-    bottom_right = context.causal_mask == "bottom_right"
+    bottom_right, top_left = context.causal_mask == "bottom_right", context.causal_mask == "top_left"
     attend = on_seeing_rows(attend_bottom_right) if bottom_right else attend_once
     is_grouped = context.gqa_group != 1
 
@@ -93,6 +93,9 @@ def _load_efficient(context: SelectionContext, configuration: Configuration) -> 
     ) -> Tensor:
         if not are_aligned(query, key, value, mask):
             query, key, value = dense_copies(query, key, value)
+        if top_left and key.shape[2] > query.shape[2]:
+            # No query sees the keys behind: where there is one query, and keys are shared as below, it would.
+            key, value = key.narrow(2, 0, query.shape[2]), value.narrow(2, 0, query.shape[2])
         if not is_grouped:
             return attend(query, key, value, attn_mask, dropout_p, scale)
         # It knows no groups: each becomes a batch of its own, whose heads share the keys by a stride of 0. Keys and
@@ -135,6 +138,7 @@ _FLASH = KernelSpec(
 # on an H100 with cuDNN 9.19 (136, 192, 256; full, causal, decode), and refused on older GPUs. Its own causal mask lies
 # top-left. torch does not take it for deterministic.
 # A plan is built, for milliseconds, for each new combination of sizes and strides in each thread (cudnn/MHA.cpp).
+# Keys 2^26 elements apart came out wrong there: offsets within a batch have 32 bits.
 _CUDNN = KernelSpec(
     kernel_id="torch.sdpa.cudnn",
     operations=_OPERATIONS,
@@ -154,8 +158,8 @@ _CUDNN = KernelSpec(
     extra_limits=(Limit("seq_len_k", "at_least", 2), _BATCHES),
 )
 # `check_head_dim_size_mem_efficient`: multiples of 16 bytes, for the value's head dimension too. Copies of keys and
-# values are as large as these. Masks that lie top-left over more keys than queries came out wrong on an H100 for 10 of
-# 40 calls, so they are left out.
+# values are as large as these. One query over keys that heads share by a stride of 0 loses its mask
+# (mem_eff_attention/kernel_forward.h, `advance_to_block`), which only a mask that lies top-left would tell.
 _EFFICIENT = KernelSpec(
     kernel_id="torch.sdpa.efficient",
     operations=_OPERATIONS,
@@ -167,7 +171,7 @@ _EFFICIENT = KernelSpec(
     min_seq_len=1,
     supports_gqa=True,
     supports_v_head_dim=True,
-    causal_geometries=("square", "bottom_right"),
+    causal_geometries=("square", *ALIGNMENTS),
     requires_last_dim_stride1=True,
     workspace_bytes=2**40,
     priority=40,

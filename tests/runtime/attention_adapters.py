@@ -43,6 +43,7 @@ def attention_call(
     *,
     layout: str = "bhsd",
     dtype: torch.dtype = torch.float16,
+    causal_alignment: str = "bottom_right",
     **features: Any,
 ) -> Call:
     """sizes: (batch, heads, kv_heads, seq_len_q, seq_len_k, head_dim)."""
@@ -53,5 +54,5 @@ def attention_call(
     if layout == "bshd":
         tensors = [tensor.transpose(1, 2).contiguous() for tensor in tensors]
     arguments = (*tensors, None, 0.0, None)
-    context = OPERATIONS[operation].describe(*arguments, layout=layout, causal_alignment="bottom_right", **features)
+    context = OPERATIONS[operation].describe(*arguments, layout=layout, causal_alignment=causal_alignment, **features)
     return Call(replace(context, device=H100), arguments)

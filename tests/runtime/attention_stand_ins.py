@@ -53,6 +53,12 @@ def loads_vectors(*tensors: Tensor) -> None:
         assert all(step % 16 == 0 for step in steps), "misaligned rows"
 
 
+def spans_few_elements(tensor: Tensor) -> bool:
+    """Whether 32 bits count the elements between the first and the last one of each batch."""
+    steps = zip(tensor.shape[1:], tensor.stride()[1:], strict=True)
+    return sum((size - 1) * stride for size, stride in steps) < 2**31
+
+
 class Bindings:
     """torch's CUDA backends."""
 
@@ -82,7 +88,9 @@ class Bindings:
     ) -> tuple[Tensor]:
         loads_vectors(query, key, value)
         assert key.shape[2] > 1
+        assert query.shape[3] <= 256
         assert 0 not in key.stride()
+        assert all(spans_few_elements(tensor) for tensor in (query, key, value)), "offsets leave 32 bits"
         assert (attn_bias, compute_log_sumexp, dropout_p) == (None, False, 0.0)
         self.notes.append("cudnn")
         return (attention(query, key, value, causal="top_left" if is_causal else None, scale=scale),)
@@ -102,7 +110,10 @@ class Bindings:
         loads_vectors(query, key, value)
         assert query.shape[1] == key.shape[1], "it knows no groups"
         self.notes.append("efficient")
-        return (attention(query, key, value, causal="top_left" if is_causal else None, scale=scale),)
+        # Heads that share keys by a stride of 0 become rows where there is one query, and the mask is dropped
+        # (mem_eff_attention/kernel_forward.h, `advance_to_block`).
+        is_masked = is_causal and not (query.shape[2] == 1 and key.stride(1) == value.stride(1) == 0)
+        return (attention(query, key, value, causal="top_left" if is_masked else None, scale=scale),)
 
     def efficient_forward(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, scale: float | None) -> Any:
         loads_vectors(query, key, value)

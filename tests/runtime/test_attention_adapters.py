@@ -18,7 +18,15 @@ from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.kernels import flash_attention_4, flashinfer_attention, plain_calls
 from layerzero_runtime.operations import OPERATIONS
 from tests.runtime import attention_stand_ins as stand_ins
-from tests.runtime.attention_adapters import ADAPTERS, H100, PAIRS, attention_call, loaded, on_h100, quant_format
+from tests.runtime.attention_adapters import (
+    ADAPTERS,
+    H100,
+    PAIRS,
+    attention_call,
+    loaded,
+    on_h100,
+    quant_format,
+)
 from tests.runtime.kernel_calls import Call, calls, relative_error
 from tests.runtime.test_kernels import FIXED, named
 
@@ -120,6 +128,26 @@ def test_bottom_right_masks_are_the_librarys_own_and_rows_without_a_key_zero(
     call = attention_call("attention.causal", (1, 6, 2, length_q, length_k, 64), layout=layout)
     assert call.accepts(ADAPTERS[kernel_id])
     assert_right(ADAPTERS[kernel_id], call)
+
+
+@pytest.mark.parametrize("kernel_id", ["torch.sdpa.efficient", "torch.sdpa.cudnn"])
+@pytest.mark.parametrize(("length_q", "length_k"), [(1, 64), (24, 64), (64, 24)])
+def test_top_left_masks_over_other_numbers_of_keys_are_torchs(kernel_id: str, length_q: int, length_k: int) -> None:
+    for heads in (2, 6):
+        call = attention_call("attention.causal", (2, heads, 2, length_q, length_k, 64), causal_alignment="top_left")
+        assert call.accepts(ADAPTERS[kernel_id])
+        assert_right(ADAPTERS[kernel_id], call)
+
+
+@pytest.mark.parametrize("kernel_id", ["torch.sdpa.cudnn", "flashinfer.single_fa2"])
+def test_keys_further_apart_than_32_bits_count_are_copied(kernel_id: str) -> None:
+    call = attention_call("attention.cross", (1, 2, 2, 1, 9, 64))
+    query, key, *rest = call.arguments
+    # Of memory that is never touched but for these rows.
+    room = torch.empty(9, 2**28, dtype=torch.float16)
+    far = room[None, :, :128].view(1, 9, 2, 64).transpose(1, 2)
+    far.copy_(key)
+    assert_right(ADAPTERS[kernel_id], Call(call.context, (query, far, *rest)))
 
 
 @each_pair
