@@ -190,16 +190,19 @@ def main() -> None:
     if device.platform == "cuda":
         torch.cuda.init()
     torch.set_num_threads(1)  # on a CPU, others would have to be woken for each call
-    with torch.no_grad():
-        found = list(measured(device, operations_named(arguments.ops), arguments.kernels))
-    rows = [row for row in found if isinstance(row, Row)]
-    absent = [text for text in found if isinstance(text, str)]
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     print(f"{device.name}, {', '.join(f'{name} {version}' for name, version in versions.items())}, {date}.\n")
     print("| kernel | operation | call | adapter, ns | public, ns | ratio | torch, ns | ratio |")
-    print("|---|---|---|--:|--:|--:|--:|--:|")
-    print("\n".join(map(line, rows)))
+    print("|---|---|---|--:|--:|--:|--:|--:|", flush=True)
+    rows, absent = [], []
+    with torch.no_grad():
+        for found in measured(device, operations_named(arguments.ops), arguments.kernels):
+            if isinstance(found, Row):
+                rows.append(found)
+                print(line(found), flush=True)  # each as it comes: some libraries compile for a minute
+            else:
+                absent.append(found)
     print("\n" + "\n".join(absent))
     if arguments.json is not None:
         content = {

@@ -257,6 +257,7 @@ class FlashInfer:
     @staticmethod
     def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
         loads_vectors(q, k, v)
+        assert all(spans_few_elements(tensor[None]) for tensor in (q, k, v)), "offsets leave 32 bits"
         assert not causal or k.shape[0] >= q.shape[0], "kv_len must be greater than or equal to qo_len"
         batched = (tensor.unsqueeze(0) for tensor in (q, k, v))
         return in_bshd(*batched, causal="bottom_right" if causal else None, scale=scale).squeeze(0)
