@@ -78,7 +78,8 @@ def _is_far(x: Tensor) -> bool:
 
 
 def dense_copies(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Copies that are aligned where head dimensions are multiples of a vector."""
+    """Copies that are aligned where head dimensions are multiples of a vector, and need no gradients where none are
+    recorded."""
     import torch
 
     dense = torch.contiguous_format

@@ -17,6 +17,7 @@ from layerzero_runtime.kernel import Configuration, Kernel, KernelFunction, Kern
 from layerzero_runtime.kernels.attention_inputs import (
     SOURCES,
     are_aligned_and_unexpanded,
+    dense_copies,
     device_of,
     on_seeing_rows,
     vector_mask,
@@ -94,8 +95,11 @@ def _load(context: SelectionContext, configuration: Configuration) -> KernelFunc
     def attend_bshd(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, scale: float | None
     ) -> Tensor:
-        if launch is None or not _fit(query, key, value, mask):
+        if launch is None:
             return attend_plainly(query, key, value, scale)
+        if not _fit(query, key, value, mask):
+            # Its public function would compile for them, in the middle of serving or of a capture.
+            query, key, value = dense_copies(query, key, value)
         output = empty_like(query)  # any dense layout will do; it costs a third of what `new_empty` does
         launch(query, key, value, output, usual_scale if scale is None else scale)
         return output
@@ -104,11 +108,7 @@ def _load(context: SelectionContext, configuration: Configuration) -> KernelFunc
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, scale: float | None
     ) -> Tensor:
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        if launch is None or not _fit(query, key, value, mask):
-            return attend_plainly(query, key, value, scale).transpose(1, 2)
-        output = empty_like(query)
-        launch(query, key, value, output, usual_scale if scale is None else scale)
-        return output.transpose(1, 2)
+        return attend_bshd(query, key, value, attn_mask, dropout_p, scale).transpose(1, 2)
 
     is_bhsd = context.layout == "bhsd"
     attend = attend_bhsd if is_bhsd else attend_bshd

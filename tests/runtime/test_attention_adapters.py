@@ -222,13 +222,20 @@ def test_flash_attention_4_that_was_compiled_before_is_found_again(
     assert notes == ["compiled"]
 
 
-def test_flash_attention_4_takes_the_public_way_for_keys_of_one_head_expanded(notes: stand_ins.Notes) -> None:
-    call = attention_call("attention.full", (1, 4, 4, 64, 64, 64))
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_flash_attention_4_compiles_nothing_more_for_odd_tensors(
+    layout: str, notes: stand_ins.Notes, flash_attention: stand_ins.FlashAttention4
+) -> None:
+    """Whatever comes, in serving or under capture."""
+    call = attention_call("attention.full", (1, 4, 4, 64, 64, 64), layout=layout)
     query, key, *rest = call.arguments
     function = ADAPTERS["flash_attn_4.forward"].load(call.context, {})
     notes.clear()
-    function(query, key[:, :1].expand(key.shape), *rest)
-    assert notes == ["public", "compiled"]
+    for odd in (key[:, :1].expand(key.shape), torch.empty(key.numel() + 1).half()[1:].view(key.shape).copy_(key)):
+        odd_call = Call(call.context, (query, odd, *rest))
+        assert relative_error((function(*odd_call.arguments),), odd_call.reference()) < 1e-3
+    assert notes == ["compiled", "compiled"]
+    assert len(flash_attention.compiled) == 1
 
 
 def test_parameters_reach_flash_attention_4_without_their_gradients() -> None:
