@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 # What a thread loads at a time.
 VECTOR_BYTES = 16
 
-# Elements that signed numbers of 32 bits count, and strides with which no call that fits into a memory leaves them.
+# Elements that signed numbers of 32 bits count.
 _COUNTED = 2**31
-_SHORT_STRIDE = 2**20
 
 # Part of the sources of every kernel that calls this file.
 SOURCES = ("attention_inputs.py", "triton_device.py")
@@ -63,18 +62,16 @@ def are_aligned_and_unexpanded(query: Tensor, key: Tensor, value: Tensor, mask: 
 
 def are_dense_enough(query: Tensor, key: Tensor, value: Tensor, mask: int) -> bool:
     """Whether, further, 32 bits count the elements of each batch: for kernels whose offsets have no more."""
-    if not are_aligned_and_unexpanded(query, key, value, mask):
+    if (query.data_ptr() | key.data_ptr() | value.data_ptr()) & (VECTOR_BYTES - 1):
         return False
-    _, a, b, _ = query.stride()
-    _, c, d, _ = key.stride()
-    _, e, f, _ = value.stride()
-    return (a | b | c | d | e | f) < _SHORT_STRIDE or not any(map(_is_far, (query, key, value)))
-
-
-def _is_far(x: Tensor) -> bool:
-    _, heads, length, width = x.shape
-    _, per_head, per_row, _ = x.stride()
-    return (heads - 1) * per_head + (length - 1) * per_row + width > _COUNTED
+    a, b, c, _ = query.stride()
+    d, e, f, _ = key.stride()
+    g, h, i, _ = value.stride()
+    if (a | b | c | d | e | f | g | h | i) & mask or not (a and b and c and d and e and f and g and h and i):
+        return False
+    _, heads, queries, _ = query.shape
+    _, kv_heads, keys, _ = key.shape
+    return heads * b + queries * c <= _COUNTED and kv_heads * max(e, h) + keys * max(f, i) <= _COUNTED
 
 
 def dense_copies(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
