@@ -37,7 +37,7 @@ from layerzero_tune.results.content import results_hash
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.agenda import Agenda, cell_of
-from layerzero_tune.search.device import RecordedDevice
+from layerzero_tune.search.recorded_device import RecordedDevice
 from layerzero_tune.workload.lines import WorkloadLine
 
 SHARES = (0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.7, 1.0)

@@ -31,8 +31,9 @@ from layerzero_tune.command_line.run_summary import (
 )
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.budget import Deadline, parse_duration
-from layerzero_tune.search.device import MeasuringDevice, RecordedDevice
+from layerzero_tune.search.device import MeasuringDevice
 from layerzero_tune.search.executor import Executor
+from layerzero_tune.search.recorded_device import RecordedDevice
 from layerzero_tune.search.shard import Shard
 from layerzero_tune.search.tuning import agenda_of, plan_tuning, tune
 from layerzero_tune.workload.lines import WorkloadLine, read_workload

@@ -12,9 +12,10 @@ from layerzero_tune.command_line.options import live_device, registry_with, resu
 from layerzero_tune.measure.contest import JobOutcome, MeasurementPolicy
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.at_once import AtOnce
-from layerzero_tune.search.device import LiveDevice, MeasuringDevice, RecordedDevice, torch_name
+from layerzero_tune.search.device import LiveDevice, MeasuringDevice, torch_name
 from layerzero_tune.search.executor import Executor, InTurn
 from layerzero_tune.search.on_ray import LiveNode, OnRay, RecordedNode
+from layerzero_tune.search.recorded_device import RecordedDevice
 from layerzero_tune.worker.compilers import Compilers
 from layerzero_tune.worker.process import WorkerProcess
 

@@ -116,12 +116,6 @@ def describe_choice(choice: Choice) -> str:
     return kernel_id if configuration == "{}" else f"{kernel_id} {configuration}"
 
 
-def best_choice(rows: Iterable[Measurement]) -> Choice | None:
-    """The fastest choice that an entry may give at a point, by all of its rows; None where nothing has a time."""
-    found = [verdict for verdicts in judge(rows).values() for verdict in verdicts]
-    return found[0].served if found else None
-
-
 def judge(rows: Iterable[Measurement]) -> dict[tuple[str, StaticKey], tuple[Verdict, ...]]:
     """Verdicts by operation and static key, sorted by sizes; cells in which nothing has a time are left out.
 

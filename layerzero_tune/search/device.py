@@ -1,4 +1,4 @@
-"""Measuring devices: those of this machine, and a recorded one that replays results through the same pipeline."""
+"""Measuring devices: what a run needs of one, and those of this machine."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from typing import Protocol
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec
-from layerzero_runtime.errors import ResultsError
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.libraries import library_version
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.tables.staleness import kernel_source_hash
-from layerzero_tune.compile.judge import best_choice
 from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, JobOutcome, MeasurementPolicy
 from layerzero_tune.results.measurement import LOSSES, Measurement
 from layerzero_tune.search.configurations.search_policy import DEFAULT_POLICY, SearchPolicy
 from layerzero_tune.search.configurations.searches import Searches
 from layerzero_tune.search.device_lock import alone_on
-from layerzero_tune.search.jobs import JobIdentity, contest_of, entering, legal_candidates
+from layerzero_tune.search.jobs import JobIdentity, best_choice, contest_of, contest_of_rows, entering, legal_candidates
 from layerzero_tune.worker.compile_job import CompileJob, choice_of, compile_jobs
 from layerzero_tune.worker.compilers import Compilers
 from layerzero_tune.worker.process import WorkerProcess
@@ -30,8 +28,6 @@ from layerzero_tune.worker.process import WorkerProcess
 # How often a contest is measured that leaves a doubt each time: on a machine that is never quiet a run takes so many
 # times as long.
 MAX_TAKES = 3
-# More repeats of one contest than any tuning makes.
-MAX_REPEATS = 64
 
 
 # By contest, the rows that are known of a point.
@@ -233,71 +229,3 @@ def rows_of(
         )
         for candidate, job_id, job in zip(contest.candidates, contest.job_ids, outcome.outcomes, strict=True)
     )
-
-
-class RecordedDevice:
-    """Recorded results in place of a clock: it offers the contests that it holds, and gives their rows unchanged.
-
-    Raises:
-        ResultsError: there are no rows, or they come from several devices.
-    """
-
-    def __init__(self, rows: Sequence[Measurement]) -> None:
-        devices = {DeviceSpec.from_dict(row.device) for row in rows}
-        if len(devices) != 1:
-            raise ResultsError(f"a recorded device needs results of one device, these hold {len(devices)}")
-        self.spec = next(iter(devices))
-        self._contests: dict[str, list[Measurement]] = {}
-        for row in sorted(rows, key=lambda row: (row.contest_id, not row.is_default, row.kernel_id, row.job_id)):
-            self._contests.setdefault(row.contest_id, []).append(row)
-        self._by_context: dict[SelectionContext, list[str]] = {}
-        for contest_id, found in self._contests.items():
-            self._by_context.setdefault(found[0].context, []).append(contest_id)
-
-    @property
-    def contexts(self) -> tuple[SelectionContext, ...]:
-        """The recorded points."""
-        return tuple(self._by_context)
-
-    searches: Searches | None = None
-
-    def contests(self, context: SelectionContext, held: Held = MappingProxyType({})) -> tuple[Contest, ...]:
-        return tuple(contest_of_rows(self._contests[contest_id]) for contest_id in self._by_context.get(context, ()))
-
-    def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
-        rows = tuple(self._contests[contest.contest_id])
-        return rows, ContestOutcome((), rows[0].measured_at)
-
-    def again(self, contest: Contest) -> Contest | None:
-        return None
-
-    def recalled(self, rows: Sequence[Measurement]) -> Contest | None:
-        return None
-
-    def expect(self, contests: Iterable[Contest]) -> None:
-        """Nothing: replaying compiles nothing."""
-
-
-def contest_of_rows(rows: Sequence[Measurement]) -> Contest:
-    """The contest that gave these rows; its id is a hash, so the number of its repeat is found by trying. Those that
-    had final rounds are its anchors: a repeat is about them.
-
-    Raises:
-        ResultsError: its measurement policy is unknown, or no repeat gives the recorded id.
-    """
-    candidates = tuple(
-        Candidate(row.kernel_id, row.configuration, row.is_default, bool(row.samples_ns)) for row in rows
-    )
-    job_ids = tuple(row.job_id for row in rows)
-    try:
-        policy = MeasurementPolicy(**rows[0].policy)
-    except TypeError as error:
-        raise ResultsError(
-            f"contest {rows[0].contest_id} has a measurement policy that this release does not know ({error}); "
-            "measure this point again"
-        ) from error
-    for repeat in range(MAX_REPEATS):
-        contest = Contest(rows[0].context, candidates, job_ids, policy, repeat)
-        if contest.contest_id == rows[0].contest_id:
-            return contest
-    raise ResultsError(f"contest {rows[0].contest_id} does not follow from its jobs; measure this point again")

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec
+from layerzero_runtime.errors import ResultsError
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.libraries import missing_requirement
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.selection.limits import rejections
 from layerzero_runtime.tables.staleness import kernel_source_hash, version_that_matters
-from layerzero_tune.compile.judge import Choice
+from layerzero_tune.compile.judge import Choice, judge
 from layerzero_tune.identity import canonical_json, content_hash
 from layerzero_tune.measure.contest import Candidate, Contest, MeasurementPolicy
+from layerzero_tune.results.measurement import Measurement
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ def legal_candidates(registry: Registry, context: SelectionContext) -> tuple[Can
     return tuple(sorted(legal, key=lambda candidate: (not candidate.is_default, candidate.kernel_id)))
 
 
+# More repeats of one contest than any tuning makes.
+MAX_REPEATS = 64
+
+
 def entering(
     context: SelectionContext,
     served: Choice | None,
@@ -82,3 +88,34 @@ def contest_of(
     entered = tuple(candidates)
     job_ids = tuple(identity.of(context, kernels[candidate.kernel_id], candidate) for candidate in entered)
     return Contest(context, entered, job_ids, identity.policy)
+
+
+def best_choice(rows: Iterable[Measurement]) -> Choice | None:
+    """The fastest choice that an entry may give at a point, by all of its rows; None where nothing has a time."""
+    found = [verdict for verdicts in judge(rows).values() for verdict in verdicts]
+    return found[0].served if found else None
+
+
+def contest_of_rows(rows: Sequence[Measurement]) -> Contest:
+    """The contest that gave these rows; its id is a hash, so the number of its repeat is found by trying. Those that
+    had final rounds are its anchors: a repeat is about them.
+
+    Raises:
+        ResultsError: its measurement policy is unknown, or no repeat gives the recorded id.
+    """
+    candidates = tuple(
+        Candidate(row.kernel_id, row.configuration, row.is_default, bool(row.samples_ns)) for row in rows
+    )
+    job_ids = tuple(row.job_id for row in rows)
+    try:
+        policy = MeasurementPolicy(**rows[0].policy)
+    except TypeError as error:
+        raise ResultsError(
+            f"contest {rows[0].contest_id} has a measurement policy that this release does not know ({error}); "
+            "measure this point again"
+        ) from error
+    for repeat in range(MAX_REPEATS):
+        contest = Contest(rows[0].context, candidates, job_ids, policy, repeat)
+        if contest.contest_id == rows[0].contest_id:
+            return contest
+    raise ResultsError(f"contest {rows[0].contest_id} does not follow from its jobs; measure this point again")

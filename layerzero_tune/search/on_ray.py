@@ -22,8 +22,9 @@ from layerzero_runtime.registry import Registry
 from layerzero_tune.measure.contest import Contest, MeasurementPolicy
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.budget import Deadline
-from layerzero_tune.search.device import LiveDevice, MeasuringDevice, RecordedDevice, torch_name
+from layerzero_tune.search.device import LiveDevice, MeasuringDevice, torch_name
 from layerzero_tune.search.executor import Measured, measured_on
+from layerzero_tune.search.recorded_device import RecordedDevice
 from layerzero_tune.worker.kernels import load_kernels
 from layerzero_tune.worker.process import WorkerProcess
 

@@ -13,7 +13,7 @@ from typing import Any
 from layerzero_tune.measure.contest import Contest, ContestOutcome
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
-from layerzero_tune.search.device import RecordedDevice
+from layerzero_tune.search.recorded_device import RecordedDevice
 
 PLACES = 2
 

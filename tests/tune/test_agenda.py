@@ -19,8 +19,10 @@ from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.agenda import Agenda, cell_of
 from layerzero_tune.search.between import CLOSEST
-from layerzero_tune.search.device import Held, RecordedDevice, contest_of_rows
+from layerzero_tune.search.device import Held
+from layerzero_tune.search.jobs import contest_of_rows
 from layerzero_tune.search.key_agenda import ENOUGH, Planned
+from layerzero_tune.search.recorded_device import RecordedDevice
 from layerzero_tune.workload.lines import WorkloadLine
 from tests.tune.synthetic_landscapes import beyond, landscapes
 from tests.tune.synthetic_results import ALL_KERNELS, DEVICE, Times, contest_rows, cross, full, grid, norm

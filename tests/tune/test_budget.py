@@ -14,7 +14,8 @@ from layerzero_tune.measure.contest import Contest, ContestOutcome, MeasurementP
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.budget import BudgetSpentError, Deadline, parse_duration
-from layerzero_tune.search.device import LiveDevice, RecordedDevice
+from layerzero_tune.search.device import LiveDevice
+from layerzero_tune.search.recorded_device import RecordedDevice
 from layerzero_tune.worker.kernels import load_kernels
 from layerzero_tune.worker.process import WorkerProcess
 from tests.tune.command import CommandsHere, tune

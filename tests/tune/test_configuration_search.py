@@ -23,8 +23,9 @@ from layerzero_tune.search.configurations.bound import memory_bound_ns
 from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.configurations.searches import Searches
 from layerzero_tune.search.configurations.trial import text_of, trials_of
-from layerzero_tune.search.device import RecordedDevice, rows_of
+from layerzero_tune.search.device import rows_of
 from layerzero_tune.search.jobs import JobIdentity, contest_of, legal_candidates
+from layerzero_tune.search.recorded_device import RecordedDevice
 from tests.tune.clocked_device import KERNELS, POLICY, SEARCH, ClockedDevice, cost, run
 from tests.tune.command import tune as tune_command
 from tests.tune.configured_kernels import MANY, OWN_PASSES, PASSES

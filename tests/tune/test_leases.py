@@ -23,8 +23,9 @@ from layerzero_runtime.registry import Registry
 from layerzero_tune.measure.contest import Contest, ContestOutcome, JobOutcome, MeasurementPolicy
 from layerzero_tune.results.leases import LEASE_S, LEASES, Leases
 from layerzero_tune.results.store import ResultsStore
-from layerzero_tune.search.device import LiveDevice, RecordedDevice
+from layerzero_tune.search.device import LiveDevice
 from layerzero_tune.search.device_lock import alone_on
+from layerzero_tune.search.recorded_device import RecordedDevice
 from layerzero_tune.search.tuning import tune
 from layerzero_tune.worker import WorkerProcess
 from layerzero_tune.worker.process import GivenUpError

@@ -24,8 +24,9 @@ from layerzero_tune.results.leases import LEASES
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search import on_ray
 from layerzero_tune.search.budget import Deadline
-from layerzero_tune.search.device import LiveDevice, RecordedDevice
+from layerzero_tune.search.device import LiveDevice
 from layerzero_tune.search.on_ray import LiveNode, OnRay
+from layerzero_tune.search.recorded_device import RecordedDevice
 from layerzero_tune.search.tuning import tune
 from layerzero_tune.worker.process import WorkerProcess
 from tests.tune.command import RUNTIME_FOLDER, CommandsHere

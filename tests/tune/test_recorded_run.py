@@ -18,7 +18,7 @@ from layerzero_tune.compile.emit import EmittedTable, emit
 from layerzero_tune.compile.pipeline import compile_table
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
-from layerzero_tune.search.device import RecordedDevice
+from layerzero_tune.search.recorded_device import RecordedDevice
 from tests.tune.command import start
 from tests.tune.command import tune as tune_command
 from tests.tune.recordings import recorded_rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -83,3 +84,25 @@ def test_the_curves_of_regret_say_what_each_order_reaches(tmp_path: Path) -> Non
     assert at["budgeted", 0.25]["regret"] < at["grid", 0.25]["regret"]
     drawn = ElementTree.parse(picture).getroot()
     assert len(drawn.findall("{http://www.w3.org/2000/svg}polyline")) == 3
+
+
+def test_the_committed_results_of_a_budgeted_run_hold_what_is_asked_of_them() -> None:
+    done = run_script("check_budget_run.py")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.startswith("commit "), done.stderr
+    assert "FAILS" not in done.stdout
+
+
+def test_a_budgeted_run_that_falls_short_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(SCRIPTS / "results" / "h100_budget_5m", folder)
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    for shape in evaluation["shapes"]:
+        shape["efficiency"] *= 0.95
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    shutil.rmtree(folder / "faults")
+    shutil.copytree(folder / "results", folder / "faults")
+    done = run_script("check_budget_run.py", folder)
+    assert done.returncode == 1
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILS")]
+    assert len(failed) == 3  # the efficiency, and the faults of both modes

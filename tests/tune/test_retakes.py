@@ -16,8 +16,10 @@ from layerzero_tune.measure.contention import MAX_SHARE
 from layerzero_tune.measure.contest import Contest, ContestOutcome
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
-from layerzero_tune.search.device import MAX_TAKES, Held, LiveDevice, RecordedDevice, contest_of_rows
+from layerzero_tune.search.device import MAX_TAKES, Held, LiveDevice
 from layerzero_tune.search.doubt import leaves_doubt
+from layerzero_tune.search.jobs import contest_of_rows
+from layerzero_tune.search.recorded_device import RecordedDevice
 from layerzero_tune.search.tuning import FinishedContest
 from tests.tune.synthetic_results import DEVICE, Times, contest_rows, norm
 from tests.tune.tuning_runs import Seen, agenda_at, planned_at, run_at

@@ -7,8 +7,8 @@ import pytest
 from layerzero_tune.command_line.output import duration_text
 from layerzero_tune.command_line.run_progress import RunProgress
 from layerzero_tune.search.budget import Deadline
-from layerzero_tune.search.device import RecordedDevice
 from layerzero_tune.search.key_agenda import Planned
+from layerzero_tune.search.recorded_device import RecordedDevice
 from layerzero_tune.search.tuning import FinishedContest
 from tests.tune.synthetic_results import Times, contest_rows, norm
 
