@@ -78,6 +78,27 @@ def test_guards_hold_exactly_in_the_region(
         assert passes(alike) == (decide(*alike) in leaves)
 
 
+def test_sizes_that_other_guards_fix_are_numbers() -> None:
+    """As constants in an expression of least and greatest sizes torch simplifies them wrongly: no guard was left."""
+
+    def decide(batch: int, rows: int, columns: int) -> int:
+        if rows <= 17:
+            if batch > 9:
+                return -1
+            if batch > 19:
+                return 0
+            return -1 if rows <= 6 else 1
+        return 0 if columns <= 11 else -1
+
+    shapes, sizes = symbolic((23, 16, 18))
+    assert sizes[1] == 16
+    assert sizes[2] == 18
+    guard_region(decide, sizes, frozenset({-1}))
+    passes = passing(shapes, sizes)
+    assert [batch for batch in range(2, 40) if passes((batch, 16, 18))] == [*range(10, 40)]
+    assert not passes((23, 15, 18))
+
+
 def test_a_search_over_edges_is_a_decision_too() -> None:
     edges, results = (4, 9, 20), (0, 1, 0, 2)
 
