@@ -78,6 +78,21 @@ def test_guards_hold_exactly_in_the_region(
         assert passes(alike) == (decide(*alike) in leaves)
 
 
+@pytest.mark.parametrize("leaf", [0, 1])
+@pytest.mark.parametrize("compare", COMPARISONS)
+def test_every_comparison_is_exact_at_its_bound(compare: Callable[..., Any], leaf: int) -> None:
+    """Random sizes seldom meet a bound."""
+
+    def decide(rows: int, columns: int) -> int:
+        return int(compare(rows, 7)) if columns <= 20 else int(compare(rows, 12))
+
+    points = [(rows, columns) for rows in range(2, 16) for columns in (20, 21)]
+    shapes, sizes = symbolic(next(point for point in points if decide(*point) == leaf))
+    guard_region(decide, sizes, frozenset({leaf}))
+    passes = passing(shapes, sizes)
+    assert [point for point in points if passes(point)] == [point for point in points if decide(*point) == leaf]
+
+
 def test_sizes_that_other_guards_fix_are_numbers() -> None:
     """As constants in an expression of least and greatest sizes torch simplifies them wrongly: no guard was left."""
 
