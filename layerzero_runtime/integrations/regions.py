@@ -39,6 +39,7 @@ def guard_region(decide: Callable[..., int], sizes: Sequence[_Symbolic], leaves:
     Raises:
         AssertionError: the traced call has other sizes.
     """
+    sizes = [_known(size) for size in sizes]
     traces = [size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)]
     known = _guarded.setdefault(traces[0], set()) if traces else set()
     region = (decide, leaves, *map(str, sizes))
@@ -52,6 +53,13 @@ def guard_region(decide: Callable[..., int], sizes: Sequence[_Symbolic], leaves:
     if part is False or (isinstance(part, _Comparison) and not _margin(part) >= 0):
         raise AssertionError("the traced call is outside of the region of its own plan")
     known.add(region)
+
+
+def _known(size: _Symbolic) -> _Symbolic:
+    """A number where other guards leave the size but one value: torch simplifies a least of greatest numbers wrongly
+    where some are constants."""
+    value = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
+    return size if value is None else value
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,6 @@ def context_of(kernel: Kernel, dtype: str, rows: int, width: int, **fields: Any)
     fields = {
         "has_bias": operation == "norm.layer",
         "approximate": "tanh" if operation == "mlp.geglu" else "none",
-        "weight_dtype": "float32" if kernel.kernel_id == "flashinfer.layer_norm" else dtype,
         **fields,
     }
     device = detect_device("cuda")

@@ -204,9 +204,6 @@ OUTSIDE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("flashinfer.rms_norm", {"dtype": "float32"}),
     ("flashinfer.rms_norm", {"weight_dtype": "float32"}),
     ("flashinfer.rms_norm", {"offset": 0.5}),
-    ("flashinfer.layer_norm", {"weight_dtype": "bfloat16"}),
-    ("flashinfer.layer_norm", {"dtype": "float16", "weight_dtype": "float32"}),
-    ("flashinfer.layer_norm", {"width": 16400}),
     ("torch.rms_norm.fused_cuda", {"weight_dtype": "float32"}),
     ("torch.layer_norm.native", {"weight_dtype": "float32"}),
 )

@@ -172,12 +172,6 @@ def gemma_rmsnorm(x: Tensor, weight: Tensor, eps: float, out: Tensor, enable_pdl
     return out.copy_(_normalised(x, eps) * (weight.float() + 1.0))
 
 
-def layernorm(x: Tensor, gemma: Tensor, beta: Tensor, eps: float = 1e-6) -> Tensor:
-    _check_flashinfer(x, gemma, beta)
-    assert (x.dtype, gemma.dtype, beta.dtype) == (torch.bfloat16, torch.float32, torch.float32)
-    return _layer(x, gemma, beta, eps)
-
-
 MODULES: dict[str, tuple[Callable[..., Any], ...]] = {
     "liger_kernel.ops.rms_norm": (rms_norm_forward,),
     "liger_kernel.ops.fused_add_rms_norm": (fused_add_rms_norm_forward,),
@@ -185,5 +179,5 @@ MODULES: dict[str, tuple[Callable[..., Any], ...]] = {
     "liger_kernel.ops.swiglu": (swiglu_forward,),
     "liger_kernel.ops.geglu": (geglu_forward,),
     "quack.rmsnorm": (rmsnorm_fwd, layernorm_fwd),
-    "flashinfer.norm": (rmsnorm, gemma_rmsnorm, layernorm),
+    "flashinfer.norm": (rmsnorm, gemma_rmsnorm),
 }

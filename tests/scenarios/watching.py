@@ -21,6 +21,7 @@ from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.selection import live_selector
 from layerzero_runtime.selection.limits import Limit, Rejection, rejections
 from layerzero_runtime.snapshot import Snapshot
+from layerzero_tune.measure.clock import collector_off
 from tests.runtime.conftest import tables_in_force
 from tests.runtime.synthetic_table import write_table
 
@@ -30,7 +31,10 @@ Entered = tuple[str, str]  # (module, function); of a function written in C the 
 
 
 def entered(call: Callable[[], object]) -> list[Entered]:
-    """Every function that a call enters, in order, but those of torch that are written in C."""
+    """Every function that a call enters, in order, but those of torch that are written in C.
+
+    The garbage collector is off meanwhile: it would enter finalizers of whatever was left before.
+    """
     seen: list[Entered] = []
 
     def watch(frame: FrameType, event: str, argument: Any) -> None:
@@ -39,11 +43,12 @@ def entered(call: Callable[[], object]) -> list[Entered]:
         elif event == "c_call":
             seen.append(("", argument.__name__))
 
-    sys.setprofile(watch)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
+    with collector_off():
+        sys.setprofile(watch)
+        try:
+            call()
+        finally:
+            sys.setprofile(None)
     # The watched function itself, and the end of the watching.
     return [entry for entry in seen[1:] if entry != ("", "setprofile")]
 
