@@ -14,6 +14,8 @@ from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, J
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.configurations.search_policy import SearchPolicy
+from layerzero_tune.search.configurations.searched import Searched
+from layerzero_tune.search.configurations.searches import Searches
 from layerzero_tune.search.device import LiveDevice, rows_of
 from layerzero_tune.worker.process import WorkerProcess
 from tests.tune.configured_kernels import MANY, OWN_PASSES, PASSES
@@ -69,3 +71,17 @@ def run(device: ClockedDevice, store: ResultsStore, *contexts: SelectionContext)
     seen = Seen()
     run_at(device, contexts, store.directory, seen)
     return [finished.contest for finished in seen.finished_contests]
+
+
+def searches_of(device: ClockedDevice) -> Searches:
+    assert device.searches is not None
+    return device.searches
+
+
+def first_step(
+    device: ClockedDevice, context: SelectionContext, kernel_id: str, searched: Searched | None = None
+) -> Contest:
+    """The next contest of a kernel's search at the point."""
+    step = searches_of(device).step(context, kernel_id, searched or Searched())
+    assert step is not None
+    return step.contest
