@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -15,3 +16,8 @@ def canonical_json(value: Any) -> str:
 def content_hash(value: Any) -> str:
     """The first 128 bits of SHA-256 over the canonical JSON, as 32 hexadecimal digits."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:32]
+
+
+def choice_of(kernel_id: str, configuration: Mapping[str, Any]) -> tuple[str, str]:
+    """What tells choices apart: the kernel, and the canonical JSON of its configuration."""
+    return kernel_id, canonical_json(dict(configuration))

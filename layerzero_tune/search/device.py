@@ -15,13 +15,14 @@ from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.libraries import library_version
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.tables.staleness import kernel_source_hash
+from layerzero_tune.identity import choice_of
 from layerzero_tune.measure.contest import Candidate, Contest, ContestOutcome, JobOutcome, MeasurementPolicy
 from layerzero_tune.results.measurement import LOSSES, Measurement
 from layerzero_tune.search.configurations.search_policy import DEFAULT_POLICY, SearchPolicy
 from layerzero_tune.search.configurations.searches import Searches
 from layerzero_tune.search.device_lock import alone_on
 from layerzero_tune.search.jobs import JobIdentity, best_choice, contest_of, contest_of_rows, entering, legal_candidates
-from layerzero_tune.worker.compile_job import CompileJob, choice_of, compile_jobs
+from layerzero_tune.worker.compile_job import CompileJob, compile_jobs
 from layerzero_tune.worker.compilers import Compilers
 from layerzero_tune.worker.process import WorkerProcess
 
@@ -174,12 +175,7 @@ class LiveDevice:
         self._worker.give_up()
 
     def recalled(self, rows: Sequence[Measurement]) -> Contest | None:
-        current = (
-            (kernel := self._kernels.get(row.kernel_id)) is not None
-            and self._identity.of(row.context, kernel, Candidate(row.kernel_id, row.configuration)) == row.job_id
-            for row in rows
-        )
-        return contest_of_rows(rows) if all(current) else None
+        return contest_of_rows(rows) if all(self._identity.gives(row, self._kernels) for row in rows) else None
 
     def measures(self, contest: Contest) -> bool:
         """Whether the contest's jobs are what this process would measure: the same device, sources and versions."""

@@ -16,7 +16,7 @@ from layerzero_runtime.registry import Registry
 from layerzero_runtime.selection.limits import rejections
 from layerzero_runtime.tables.staleness import kernel_source_hash, version_that_matters
 from layerzero_tune.compile.judge import Choice, judge
-from layerzero_tune.identity import canonical_json, content_hash
+from layerzero_tune.identity import choice_of, content_hash
 from layerzero_tune.measure.contest import Candidate, Contest, MeasurementPolicy
 from layerzero_tune.results.measurement import Measurement
 
@@ -40,6 +40,13 @@ class JobIdentity:
                 "policy": self.policy.to_dict(),
             }
         )
+
+    def gives(self, row: Measurement, kernels: Mapping[str, Kernel]) -> bool:
+        """Whether the row is of a job that these kernels would have again: same source, device, versions and policy."""
+        kernel = kernels.get(row.kernel_id)
+        if kernel is None:
+            return False
+        return row.job_id == self.of(row.context, kernel, Candidate(row.kernel_id, row.configuration))
 
 
 def legal_candidates(registry: Registry, context: SelectionContext) -> tuple[Candidate, ...]:
@@ -71,10 +78,11 @@ def entering(
     """The contest in which candidates that come later meet the default, if it is legal at the point, and what is best
     so far there, which both reach the final rounds whatever the screening says."""
     first = [candidate for candidate in legal if candidate.is_default]
-    if served is not None and (served[0], json.loads(served[1])) not in [(c.kernel_id, c.configuration) for c in first]:
+    known = {choice_of(found.kernel_id, found.configuration) for found in first}
+    if served is not None and served not in known:
         first.append(Candidate(served[0], json.loads(served[1]), is_anchor=True))
-    known = {(found.kernel_id, canonical_json(dict(found.configuration))) for found in first}
-    others = [c for c in entrants if (c.kernel_id, canonical_json(dict(c.configuration))) not in known]
+        known.add(served)
+    others = [found for found in entrants if choice_of(found.kernel_id, found.configuration) not in known]
     return contest_of(context, [*first, *others], kernels, identity)
 
 

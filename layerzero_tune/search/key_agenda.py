@@ -11,7 +11,7 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operation import Operation, Sizes
 from layerzero_tune.compile.judge import Choice
 from layerzero_tune.compile.regret import RegretModel
-from layerzero_tune.identity import canonical_json
+from layerzero_tune.identity import choice_of
 from layerzero_tune.measure.contest import Contest
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.search.between import Between, points_between
@@ -288,4 +288,4 @@ def _rank(
 
 
 def _choices(contest: Contest) -> set[Choice]:
-    return {(found.kernel_id, canonical_json(dict(found.configuration))) for found in contest.candidates}
+    return {choice_of(found.kernel_id, found.configuration) for found in contest.candidates}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -13,7 +13,7 @@ from layerzero_tune.compile.arrays import Floats, Mask
 from layerzero_tune.compile.distrust import disturbed_contests
 from layerzero_tune.compile.judge import Choice, Verdict, judge
 from layerzero_tune.compile.regret import Estimate, RegretModel, largest_loss, place_of, reach_over, vouching
-from layerzero_tune.identity import canonical_json
+from layerzero_tune.identity import choice_of
 from layerzero_tune.measure.statistics import LOG_RESOLUTION
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.search.doubt import close_choices, leaves_doubt
@@ -68,7 +68,7 @@ class KeyRegret:
         return self._model
 
     @property
-    def measured(self) -> Iterable[Sizes]:
+    def measured(self) -> Collection[Sizes]:
         """The sizes with a contest, whether or not it gave a time."""
         return self._rows.keys()
 
@@ -172,10 +172,6 @@ class KeyRegret:
             self._doubts[sizes] = leaves_doubt(self._rows[sizes])
         return self._doubts[sizes]
 
-    def is_measured(self, sizes: Sizes) -> bool:
-        """Whether a contest at these sizes was taken in."""
-        return sizes in self._rows
-
     def served(self, sizes: Sizes) -> Choice | None:
         """What an entry would give at measured sizes; None without a time. It may lag by a few contests."""
         verdict = self._verdicts.get(sizes)
@@ -194,11 +190,12 @@ class KeyRegret:
     def tried(self, sizes: Sizes) -> frozenset[Choice]:
         """The choices that were measured at these sizes, with or without a time."""
         rows = self._rows.get(sizes, ())
-        return frozenset((row.kernel_id, canonical_json(dict(row.configuration))) for row in rows)
+        return frozenset(choice_of(row.kernel_id, row.configuration) for row in rows)
 
-    def octaves(self, sizes: Sizes, others: Sequence[Sizes]) -> Floats:
-        """How far the others are away, in octaves of the sizes together."""
-        return _lengths(self._placed(others) - np.array(place_of(sizes, self.free)))
+    @cached_property
+    def octaves(self) -> Floats:
+        """How far the demanded sizes, in their order, are from each other: (sizes, sizes)."""
+        return np.stack([self._distances(sizes) for sizes in self.demand])
 
     def in_doubt(self, sizes: Sizes) -> frozenset[Choice]:
         """The choices at measured sizes of which another contest may tell which is best; none without a time."""
@@ -283,7 +280,8 @@ class KeyRegret:
     def _reaches(self) -> Floats:
         """How much a contest at one of the demanded sizes says of each other: falls linearly with the distance, as the
         weights of the regret model do."""
-        return np.stack([self._shares(sizes) for sizes in self.demand])
+        reaches: Floats = np.maximum(0.0, 1.0 - self.octaves / reach_over(self.free))
+        return reaches
 
     @cached_property
     def _vouching(self) -> Floats:
@@ -297,7 +295,9 @@ class KeyRegret:
 
     def _distances(self, sizes: Sizes) -> Floats:
         """From the demanded sizes, in octaves."""
-        return _lengths(self._places - np.array(place_of(sizes, self.free)))
+        offsets = self._places - np.array(place_of(sizes, self.free))
+        distances: Floats = np.sqrt((offsets * offsets).sum(axis=1))
+        return distances
 
     def demanded(self, sizes: Sizes) -> float:
         """The weight of these sizes; between the demanded ones, that of the nearest."""
@@ -307,9 +307,3 @@ class KeyRegret:
 
     def _placed(self, cells: Iterable[Sizes]) -> Floats:
         return np.array([place_of(sizes, self.free) for sizes in cells], dtype=np.float64)
-
-
-def _lengths(offsets: Floats) -> Floats:
-    """Of each row."""
-    lengths: Floats = np.sqrt((offsets * offsets).sum(axis=1))
-    return lengths

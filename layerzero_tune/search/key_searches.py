@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -106,7 +107,7 @@ class KeySearches:
     def entries(self) -> Iterator[Entry]:
         """The measured points at which configurations that searches have found are expected to gain what counts."""
         for sizes, context in self._contexts.items():
-            if not self._searchable[sizes] or not self._regret.is_measured(sizes):
+            if not self._searchable[sizes] or sizes not in self._regret.measured:
                 continue
             known = self._known(sizes)
             if sizes not in self._entries or self._entries[sizes][0] != known:
@@ -116,14 +117,16 @@ class KeySearches:
                 yield entry
 
     def _best_search(self, kernel_id: str) -> Searchable | None:
-        demand = [sizes for sizes in self._regret.demand if kernel_id in self._searchable.get(sizes, ())]
+        asked = enumerate(self._regret.demand)
+        found = {sizes: number for number, sizes in asked if kernel_id in self._searchable.get(sizes, ())}
+        demand, numbers = list(found), list(found.values())
         if not demand:
             return None
         known = self._searches.gains(kernel_id, self._searched)
         mean = min(SEARCH_GAIN, (SEARCH_GAIN + math.fsum(known)) / (1 + len(known)))
         gains = np.array([self._search_gain(kernel_id, sizes, mean) for sizes in demand])
         weights = np.array([self._regret.demand[sizes] for sizes in demand])
-        shares = self._shares(demand)
+        shares = self._shares[np.ix_(numbers, numbers)]
         taken = self._over[kernel_id] | self._begun.get(kernel_id, set())
         reached = np.max(shares[[sizes in taken for sizes in demand]], axis=0, initial=0.0)
         left = gains * np.maximum(0.0, shares - reached)
@@ -143,16 +146,16 @@ class KeySearches:
         """Expected fall of the log time at these sizes: the mean of what of an exponential gain of that mean exceeds
         the lead of what is served now over the kernel's best; where that is not measured yet, the lead at the nearest
         sizes. Before the first it is taken to be as large as the gain."""
-        nearest = sizes if self._regret.is_measured(sizes) else self._regret.nearest_measured(sizes)
+        nearest = sizes if sizes in self._regret.measured else self._regret.nearest_measured(sizes)
         if nearest is None:
             return mean * math.exp(-1.0)
         behind = min(self._regret.behind(nearest, kernel_id).values(), default=math.inf)
         return mean * math.exp(-max(0.0, behind) / mean)
 
-    def _shares(self, demand: list[Sizes]) -> Floats:
-        """How much a search at each of the sizes says of each other one: nearly all for an octave."""
-        octaves = np.array([self._regret.octaves(sizes, demand) for sizes in demand])
-        shares: Floats = np.maximum(0.0, 1.0 - (octaves / NEAR_OCTAVES) ** 3)
+    @cached_property
+    def _shares(self) -> Floats:
+        """How much a search at each of the demanded sizes says of each other one: nearly all for an octave."""
+        shares: Floats = np.maximum(0.0, 1.0 - (self._regret.octaves / NEAR_OCTAVES) ** 3)
         return shares
 
     def _known(self, sizes: Sizes) -> tuple[object, ...]:

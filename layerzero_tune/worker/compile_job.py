@@ -10,7 +10,7 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.kernel import Configuration, Kernel
 from layerzero_runtime.operations import operation_named
-from layerzero_tune.identity import canonical_json
+from layerzero_tune.identity import choice_of
 from layerzero_tune.measure.contest import Contest
 
 
@@ -28,11 +28,6 @@ class CompileJob:
         """Equal for jobs that compile the same code."""
         static_key = operation_named(self.context.operation).static_key(self.context)
         return repr((self.context.operation, static_key, *choice_of(self.kernel_id, self.configuration)))
-
-
-def choice_of(kernel_id: str, configuration: Configuration) -> tuple[str, str]:
-    """What a compilation that hangs is told by: at every point it would again."""
-    return kernel_id, canonical_json(dict(configuration))
 
 
 def compile_jobs(contest: Contest, kernels: Mapping[str, Kernel], device: DeviceSpec) -> dict[int, CompileJob]:

@@ -15,9 +15,10 @@ from time import monotonic
 from typing import Any
 
 from layerzero_runtime.errors import LayerZeroError
+from layerzero_tune.identity import choice_of
 from layerzero_tune.measure.contest import JobOutcome
 from layerzero_tune.worker.child import Child
-from layerzero_tune.worker.compile_job import CompileJob, choice_of
+from layerzero_tune.worker.compile_job import CompileJob
 from layerzero_tune.worker.process import START_TIMEOUT_S
 from layerzero_tune.worker.protocol import Ready, Refusal
 from layerzero_tune.worker.time_limits import TimeLimits

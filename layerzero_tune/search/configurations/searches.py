@@ -11,6 +11,7 @@ from layerzero_runtime.kernel import Configuration, Kernel
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.registry import Registry
 from layerzero_tune.compile.judge import Choice
+from layerzero_tune.identity import choice_of
 from layerzero_tune.measure.contest import Candidate, Contest
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.search.configurations.bound import memory_bound_ns
@@ -52,7 +53,7 @@ class Proposal:
 
     @property
     def choice(self) -> Choice:
-        return self.kernel_id, text_of(self.configuration)
+        return choice_of(self.kernel_id, self.configuration)
 
 
 class Searches:
@@ -164,15 +165,11 @@ class Searches:
         whether its own choice has a time to compare with, as far as is known."""
         known = self._trials.get((kernel_id, context))
         if known is None or known[0] != len(rows):
-            current = [row for row in rows if row.job_id == self._job_id(row)]
+            current = [row for row in rows if self._screening.gives(row, self._kernels)]
             own = [row.status for row in current if not row.configuration]
             known = len(rows), trials_of(current), not own or "ok" in own
             self._trials[kernel_id, context] = known
         return known[1], known[2]
-
-    def _job_id(self, row: Measurement) -> str:
-        kernel = self._kernels[row.kernel_id]
-        return self._screening.of(row.context, kernel, Candidate(row.kernel_id, row.configuration))
 
     def _valid_at(self, kernel_id: str, context: SelectionContext) -> Mapping[str, Configuration]:
         """Kept: a search asks for them at each step."""
