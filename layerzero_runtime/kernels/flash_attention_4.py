@@ -27,6 +27,7 @@ from layerzero_runtime.libraries import library_version
 from layerzero_runtime.selection.limits import Limit
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _LIBRARY = "flash_attn_4"
@@ -127,11 +128,13 @@ def _launch(context: SelectionContext, attend: Callable[..., Tensor]) -> Launch 
     """What starts the compiled function for calls like the context's, compiled here; None where only `attend` can."""
     import torch
 
-    assert context.head_dim and context.gqa_group
-    query, key, value = (
-        torch.ones(1, length, heads, context.head_dim, device=device_of(context), dtype=getattr(torch, context.dtype))
-        for length, heads in ((_QUERIES, context.gqa_group), (_KEYS, 1), (_KEYS, 1))
-    )
+    if not torch.cuda.is_available():  # the process compiles for a GPU that it does not see
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        with FakeTensorMode(), torch.no_grad():
+            attend(*_example(context, torch.device("cuda", 0)), _SCALE)
+        return None
+    query, key, value = _example(context, device_of(context))
     with torch.no_grad():
         if context.sm is None or context.sm[0] != _SIZE_INDEPENDENT_MAJOR:
             attend(query, key, value, _SCALE)
@@ -147,6 +150,17 @@ def _launch(context: SelectionContext, attend: Callable[..., Tensor]) -> Launch 
         return function(query, key, value, output, None, scale, *rest)
 
     return launch
+
+
+def _example(context: SelectionContext, device: torch.device) -> Sequence[Tensor]:
+    """Query, key and value of a small call for which the same is compiled as for all like the context's."""
+    import torch
+
+    assert context.head_dim and context.gqa_group
+    return [
+        torch.ones(1, length, heads, context.head_dim, device=device, dtype=getattr(torch, context.dtype))
+        for length, heads in ((_QUERIES, context.gqa_group), (_KEYS, 1), (_KEYS, 1))
+    ]
 
 
 def _unknown(started: Sequence[Started], tensors: tuple[Tensor, ...]) -> str:

@@ -13,6 +13,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import IO, Any
 
+from layerzero_tune.worker.library_compilers import KEPT_ON_DISK
+
 
 @dataclass(frozen=True)
 class Child:
@@ -45,7 +47,7 @@ class Child:
             pass_fds=descriptors,
             start_new_session=True,
             # What can be imported here can be imported there, as with multiprocessing's spawn.
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **(environment or {})},
+            env={**KEPT_ON_DISK, **os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **(environment or {})},
         )
         there.close()
         os.close(lifeline_there)

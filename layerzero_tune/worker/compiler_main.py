@@ -17,6 +17,7 @@ from layerzero_runtime.kernel import Kernel
 from layerzero_tune.worker.child import die_with_tuner
 from layerzero_tune.worker.compile_job import CompileJob
 from layerzero_tune.worker.kernels import load_kernels
+from layerzero_tune.worker.library_compilers import described_gpu
 from layerzero_tune.worker.protocol import Ready, Refusal
 from layerzero_tune.worker.triton_target import compile_for
 
@@ -50,6 +51,8 @@ def main(arguments: list[str]) -> None:
 def _compile_for_device_of(job: CompileJob) -> bool:
     device = job.context.device
     if device is not None and device.platform == "cuda" and device.compute_capability is not None:
+        # Before the first kernel is loaded: libraries read them when they are imported.
+        os.environ.update(described_gpu(device))
         try:
             compile_for(device)
         except ImportError:  # then no kernel of Triton loads either, which is what becomes of its job

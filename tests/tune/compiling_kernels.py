@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import time
@@ -29,6 +30,10 @@ def notes(name: str) -> list[str]:
 
 def _notes_where(configuration: Configuration) -> None:
     note("noted", f"{os.nice(0)} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
+
+
+def _notes_environment(configuration: Configuration) -> None:
+    note("environment", json.dumps(dict(os.environ)))
 
 
 def _meets(configuration: Configuration) -> None:
@@ -77,6 +82,7 @@ KERNELS: tuple[Kernel, ...] = tuple(
     _compiling(name, compilation)
     for name, compilation in {
         "notes": _notes_where,
+        "environment": _notes_environment,
         "meets": _meets,
         "takes_its_time": _takes_its_time,
         "hangs": _hangs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -25,6 +26,7 @@ from layerzero_tune.search.device import LiveDevice
 from layerzero_tune.worker import process
 from layerzero_tune.worker.compile_job import CompileJob, compile_jobs
 from layerzero_tune.worker.compilers import MAX_COMPILERS, Compilers, compiler_count
+from layerzero_tune.worker.library_compilers import KEPT_ON_DISK
 from layerzero_tune.worker.process import WorkerProcess
 from layerzero_tune.worker.time_limits import TimeLimits
 from tests.tune import compiling_kernels as compiling
@@ -90,6 +92,35 @@ def test_a_load_is_made_once_for_all_sizes_and_again_for_other_static_features(c
 def test_compilers_are_the_least_important_and_see_no_gpu(compilers: Compilers) -> None:
     compilers.finish([job("notes")])
     assert compiling.notes("noted") == ["19 "]
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures"), [((9, 0), ("sm_90a", "sm_90", "9.0a")), ((8, 6), ("sm_86", "sm_86", "8.6"))]
+)
+def test_libraries_compile_for_the_gpu_that_is_described(
+    compilers: Compilers, capability: tuple[int, int], architectures: tuple[str, str, str]
+) -> None:
+    described = replace(H100, compute_capability=capability)
+    compilers.finish([job("environment", replace(RMS, device=described))])
+    [found] = map(json.loads, compiling.notes("environment"))
+    names = ("CUTE_DSL_ARCH", "FLASH_ATTENTION_ARCH", "FLASHINFER_CUDA_ARCH_LIST")
+    assert tuple(found[name] for name in names) == architectures
+    assert found["FLASH_ATTENTION_NUM_SMS"] == "132"
+
+
+@pytest.mark.parametrize("own", [None, "0"])
+def test_compiled_code_is_kept_on_disk_unless_the_user_has_it_otherwise(
+    monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    (name,) = KEPT_ON_DISK
+    monkeypatch.delenv(name, raising=False)
+    if own is not None:
+        monkeypatch.setenv(name, own)
+    with Compilers(MODULES, 1) as one, WorkerProcess(MODULES) as worker:
+        one.finish([job("environment")])
+        assert worker.run(contest("compiling.environment")).outcomes[0].status == "ok"
+    in_compiler, in_worker = map(json.loads, compiling.notes("environment"))
+    assert in_compiler[name] == in_worker[name] == (own or "1")
 
 
 def test_what_a_contest_needs_goes_before_what_is_expected() -> None:
