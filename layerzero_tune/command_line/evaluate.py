@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -29,6 +30,7 @@ from layerzero_tune.evaluate.summary import SUMMARY_COLUMNS, Summary, by_operati
 from layerzero_tune.measure.contest import MeasurementPolicy
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.device import LiveDevice, torch_name
+from layerzero_tune.worker.compilers import Compilers
 from layerzero_tune.worker.process import WorkerProcess
 from layerzero_tune.workload.draw import draw_between
 from layerzero_tune.workload.lines import read_workload
@@ -59,8 +61,13 @@ def evaluate_command(
     table_id = hashlib.sha256(Path(table.path).read_bytes()).hexdigest()[:32]
     check_writable(out)
     start = perf_counter()
-    with WorkerProcess((public_calls.__name__,), torch_name(spec)) as worker, progress_bar() as bar:
-        device = LiveDevice(spec, registry_with((public_calls.__name__,)), MeasurementPolicy(), worker)
+    modules = (public_calls.__name__,)
+    with ExitStack() as stack:
+        # On a CPU they would take the processors from what is timed.
+        compilers = stack.enter_context(Compilers(modules)) if spec.platform == "cuda" else None
+        worker = stack.enter_context(WorkerProcess(modules, torch_name(spec)))
+        bar = stack.enter_context(progress_bar())
+        device = LiveDevice(spec, registry_with(modules), MeasurementPolicy(), worker, compilers=compilers)
         task = bar.add_task("held-out shapes", total=len(contexts))
         found = evaluate(device, snapshot, contexts, ResultsStore(out), table_id, lambda _: bar.advance(task))
     measuring_s = perf_counter() - start - found.preparation_s

@@ -19,6 +19,7 @@ from layerzero_tune.measure.statistics import holm
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.device import LiveDevice
+from layerzero_tune.search.tuning import COMING
 
 # Each shape is measured once, and once more where its choice looks slow; a contest that is of no use is taken so often.
 _REPEATS = 2
@@ -85,14 +86,16 @@ def evaluate(
             preparation_s += outcome.preparation_s
         return held[contest.contest_id]
 
+    plans = [snapshot.select(context.with_device(device.spec)) for context in contexts]
+    contests = [
+        _contest(device, context, plan, _shipped(snapshot, context.with_device(device.spec)), table_id)
+        for context, plan in zip(contexts, plans, strict=True)
+    ]
     scores: list[Score] = []
-    contests: list[Contest] = []
-    for context in contexts:
-        plan = snapshot.select(context.with_device(device.spec))
-        contest = _contest(device, context, plan, _shipped(snapshot, context.with_device(device.spec)), table_id)
+    for number, (context, plan, contest) in enumerate(zip(contexts, plans, contests, strict=True), 1):
+        device.expect(contests[number : number + COMING])
         chosen = describe_choice((plan.kernel_id, canonical_json(dict(plan.configuration))))
         scores.append(score(measured(contest, chosen), chosen, hit=plan.source == "table"))
-        contests.append(contest)
         progress(context)
     suspects = holm([found.slower_p for found in scores]) if scores else ()
     slower = frozenset(

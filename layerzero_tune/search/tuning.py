@@ -27,8 +27,8 @@ from layerzero_tune.workload.lines import WorkloadLine
 # per contest.
 CLOSING_S = 1.0
 CLOSING_PER_CONTEST_S = 0.002
-# So many contests ahead kernels are compiled: a search's contest has 8 to compile in seconds, and is timed in one.
-COMING = 2
+# So many contests ahead kernels are compiled: new code takes seconds, the contest that needs it one.
+COMING = 8
 # How often a run looks whether another one has finished what it waits for.
 _LOOK_S = 0.5
 _logger = logging.getLogger(__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +89,17 @@ def test_every_shape_is_measured_and_scored(snapshot: Snapshot, tmp_path: Path) 
     assert anchors == {FUSED, PUBLIC_CALL}, "what is chosen is timed whatever the screening says"
     assert [candidate.is_default for candidate in last.candidates if candidate.kernel_id == DEFAULT] == [True]
     assert {candidate.kernel_id for candidate in first.candidates} > {DEFAULT, FUSED, VECTOR, PUBLIC_CALL}
+
+
+def test_what_comes_next_is_expected_so_that_it_can_be_compiled(snapshot: Snapshot, tmp_path: Path) -> None:
+    class Foreseeing(ScriptedDevice):
+        def expect(self, contests: Iterable[Contest]) -> None:
+            expected.append(list(contests))
+
+    expected: list[list[Contest]] = []
+    device = Foreseeing({DEFAULT: 2000.0, FUSED: 1000.0}, {})
+    evaluated(device, snapshot, tmp_path / "held-out")
+    assert expected == [device.measured[1:], device.measured[2:], []]
 
 
 def test_contests_that_are_held_are_not_measured_again(snapshot: Snapshot, tmp_path: Path) -> None:
