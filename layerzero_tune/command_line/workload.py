@@ -1,4 +1,4 @@
-"""`layerzero-tune workload`: make, show and merge workload files."""
+"""`layerzero-tune workload`: make, show, sample and merge workload files."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from layerzero_tune.workload.make import make_workload
 from layerzero_tune.workload.merge import merge_sorted
 from layerzero_tune.workload.model_share import divides
 from layerzero_tune.workload.models import GROUPS, MODELS, models_named
+from layerzero_tune.workload.sample import sample_lines
 from layerzero_tune.workload.serving import draw_serving
 from layerzero_tune.workload.unseen import unseen_lines
 
 OutOption = Annotated[Path | None, typer.Option("--out", help="File to write; standard output without it.")]
 
-workload_app = typer.Typer(help="Make, show and merge workload files.", no_args_is_help=True)
+workload_app = typer.Typer(help="Make, show, sample and merge workload files.", no_args_is_help=True)
 
 
 @workload_app.command("make")
@@ -100,6 +101,22 @@ def merge_command(
 ) -> None:
     """Join workload files: equal calls become one line, their weights added. For the files of several processes."""
     _write(merge_sorted([read_workload(file) for file in files]), out)
+
+
+@workload_app.command("sample")
+def sample_command(
+    file: Annotated[Path, typer.Argument(help="Workload file.")],
+    at_most: Annotated[int, typer.Option("--at-most", min=1, help="Lines to keep of each operation and mode.")],
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the draw.")] = 0,
+    ops: OpsOption = "",
+    out: OutOption = None,
+) -> None:
+    """Keep lines at random, for what has not the time to measure all."""
+    operations = operations_named(ops)
+    lines = [line for line in read_workload(file) if line.context.operation in operations]
+    if not lines:
+        raise WorkloadError(f"{file} has no call of these --ops, use others or leave the option out")
+    _write(sample_lines(lines, at_most, seed), out)
 
 
 def _write(lines: Sequence[WorkloadLine], out: Path | None) -> None:

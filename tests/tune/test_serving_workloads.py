@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -22,6 +23,7 @@ from layerzero_tune.workload.make import make_workload
 from layerzero_tune.workload.memory import fits
 from layerzero_tune.workload.model_share import divides
 from layerzero_tune.workload.models import GROUPS, MODELS, ModelConfig, models_named
+from layerzero_tune.workload.sample import sample_lines
 from layerzero_tune.workload.serving import draw_serving
 from layerzero_tune.workload.unseen import unseen_lines
 from tests.tune.command import CommandsHere
@@ -221,17 +223,21 @@ def test_unseen_lines_are_others_of_the_key_between_its_smallest_and_largest_siz
 
 
 def test_the_committed_workloads_are_those_that_the_script_makes(command: CommandsHere, tmp_path: Path) -> None:
-    made = {name: tmp_path / path.name for name, path in COMMITTED.items()}
-    make = ("workload", "make", "--model")
-    assert command(*make, "tuned", "--draws", 1, *SERVING, "--out", made["tuned"]).status == 0
-    unseen = ("--unseen-by", made["tuned"], "--out", made["held-out"])
-    assert command(*make, "held-out", "--draws", 2, *SERVING, *unseen).status == 0
-    for name, path in COMMITTED.items():
-        assert made[name].read_bytes() == path.read_bytes(), f"{path} is old: run scripts/serving_workloads.sh"
-    script = (ROOT / "scripts" / "serving_workloads.sh").read_text()
+    script = (ROOT / "scripts" / "serving_workloads.sh").read_text().replace("\\\n", "")
     assert f"serving=({' '.join(SERVING)})" in script
-    assert "--model tuned --draws 1" in script
-    assert "--model held-out --draws 2" in script
+    for variable, value in {
+        '"${serving[@]}"': " ".join(SERVING),
+        "$out": str(tmp_path),
+        "$drawn": str(tmp_path),
+    }.items():
+        script = script.replace(variable, value)
+    commands = [shlex.split(line) for line in script.splitlines() if line.startswith("layerzero-tune ")]
+    assert len(commands) == 5
+    for _, *arguments in commands:
+        assert command(*arguments).status == 0
+    for path in COMMITTED.values():
+        made = (tmp_path / path.name).read_bytes()
+        assert made == path.read_bytes(), f"{path} is old: run scripts/serving_workloads.sh"
 
 
 def test_the_committed_workloads_are_small_enough_to_keep() -> None:
@@ -264,6 +270,37 @@ def test_what_is_held_out_lies_within_what_is_tuned_and_is_none_of_it() -> None:
         for values, size in zip(axes, operation.sizes(context), strict=True):
             assert min(values) <= size <= max(values), context.to_dict()
     assert not set(tuned) & set(held_out)
+
+
+@pytest.mark.parametrize("at_most", [1, 7, 10_000])
+def test_a_sample_keeps_so_many_lines_of_each_operation_and_mode_in_their_order(at_most: int) -> None:
+    lines = read_workload(COMMITTED["tuned"])
+    kept = sample_lines(lines, at_most, seed=3)
+    assert kept == sample_lines(lines, at_most, seed=3)
+    assert [line for line in lines if line in set(kept)] == list(kept)
+    whole, rest = (Counter((line.context.operation, line.context.mode) for line in each) for each in (lines, kept))
+    assert rest == {group: min(at_most, number) for group, number in whole.items()}
+
+
+def test_every_line_is_as_likely_in_a_sample() -> None:
+    lines = [norm(rows, 64) for rows in range(1, 11)]
+    times = Counter(line for seed in range(500) for line in sample_lines(lines, 5, seed))
+    assert all(200 < times[line] < 300 for line in lines)
+
+
+def test_a_sample_of_a_file(command: CommandsHere, tmp_path: Path) -> None:
+    (tmp_path / "all.jsonl").write_text(format_workload([norm(rows, 64) for rows in range(1, 11)]))
+    sample = ("workload", "sample", tmp_path / "all.jsonl", "--out", tmp_path / "some.jsonl", "--at-most", 4)
+    assert command(*sample, "--ops", "norm").status == 0
+    assert len(read_workload(tmp_path / "some.jsonl")) == 4
+    refused = command(*sample, "--ops", "attention")
+    assert refused.status == 1
+    assert "no call of these --ops" in refused.errors
+
+
+def test_a_sample_of_nothing_is_refused() -> None:
+    with pytest.raises(WorkloadError, match="a sample of 0 lines"):
+        sample_lines([norm(1, 64)], 0, seed=0)
 
 
 def test_models_of_a_group_that_some_numbers_of_devices_do_not_divide_have_the_others(
