@@ -23,6 +23,11 @@ class CompileJob:
     kernel_id: str
     configuration: Configuration
 
+    @property
+    def library(self) -> str:
+        """Whose kernel it is, by its id."""
+        return self.kernel_id.partition(".")[0]
+
     @cached_property
     def key(self) -> str:
         """Equal for jobs that compile the same code."""

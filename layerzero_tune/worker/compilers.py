@@ -61,6 +61,7 @@ class Compilers(AbstractContextManager["Compilers"]):
         count = compiler_count() if count is None else count
         self._idle = [_Compiler(kernel_modules) for _ in range(count)]
         self._all = tuple(self._idle)
+        self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="compiling")
         self._found: dict[str, Future[JobOutcome | None]] = {}
         self._hanging: dict[tuple[str, str], JobOutcome] = {}
@@ -114,19 +115,27 @@ class Compilers(AbstractContextManager["Compilers"]):
         choice = choice_of(job.kernel_id, job.configuration)
         if choice in self._hanging:
             return self._hanging[choice]
-        compiler = self._idle.pop()
+        compiler = self._take(job)
         try:
             fault = compiler.compile(job, self._limit_s)
         except _HangsError:
             silence = f"no end of compiling within {self._limit_s:g} s"
             return self._hanging.setdefault(choice, JobOutcome("timeout", silence, hung_compiling=True))
         finally:
-            self._idle.append(compiler)
+            with self._lock:
+                self._idle.append(compiler)
         if fault:
             self._faults[job.kernel_id] += 1
             if self._faults[job.kernel_id] == 1:
                 _logger.info("%s is left to the worker to compile, such as here: %s", job.kernel_id, fault)
         return None
+
+    def _take(self, job: CompileJob) -> _Compiler:
+        """One that is idle, which there always is: no more threads are here than processes."""
+        with self._lock:
+            compiler = next((idle for idle in reversed(self._idle) if job.library in idle.imported), self._idle[-1])
+            self._idle.remove(compiler)
+        return compiler
 
 
 class _HangsError(Exception):
@@ -134,9 +143,14 @@ class _HangsError(Exception):
 
 
 class _Compiler:
-    """One process, which is replaced where it is lost."""
+    """One process, which is replaced where it is lost.
+
+    Attributes:
+        imported: libraries of the kernels that it has compiled; to import another takes longer than most compilations.
+    """
 
     def __init__(self, kernel_modules: Sequence[str]) -> None:
+        self.imported: set[str] = set()
         self._kernel_modules = kernel_modules
         self._child: Child | None = None
         self._lock = threading.Lock()
@@ -157,6 +171,7 @@ class _Compiler:
             if child is None:
                 return self._refused
             child.connection.send(job)
+            self.imported.add(job.library)
             return str(self._reply(child, limit_s))
         except _HangsError:
             self.lose()
@@ -227,6 +242,7 @@ class _Compiler:
     def lose(self) -> None:
         """End the process and let go of it; the next job starts another."""
         with self._lock:
+            self.imported.clear()
             if self._child is not None:
                 self._child.kill()
                 self._child = None

@@ -36,6 +36,10 @@ def _notes_environment(configuration: Configuration) -> None:
     note("environment", json.dumps(dict(os.environ)))
 
 
+def _notes_number(configuration: Configuration) -> None:
+    note(f"number-{configuration['number']}", str(os.getpid()))
+
+
 def _meets(configuration: Configuration) -> None:
     """Comes to an end only where so many processes are here at once."""
     note("meets")
@@ -69,26 +73,30 @@ def _raises(configuration: Configuration) -> None:
     raise RuntimeError("no GPU")
 
 
-def _compiling(name: str, compilation: Callable[[Configuration], None]) -> Kernel:
+def _compiling(name: str, compilation: Callable[[Configuration], None], library: str = "compiling") -> Kernel:
     def load(context: SelectionContext, configuration: Configuration) -> KernelFunction:
         compilation(configuration)
         return rms_norm
 
     made = kernel(name, rms_norm, compiles=True, platforms=("cpu", "cuda"))
-    return replace(made, spec=replace(made.spec, kernel_id=f"compiling.{name}"), load=load)
+    return replace(made, spec=replace(made.spec, kernel_id=f"{library}.{name}"), load=load)
 
 
-KERNELS: tuple[Kernel, ...] = tuple(
-    _compiling(name, compilation)
-    for name, compilation in {
-        "notes": _notes_where,
-        "environment": _notes_environment,
-        "meets": _meets,
-        "takes_its_time": _takes_its_time,
-        "hangs": _hangs,
-        "dies": _dies,
-        "raises": _raises,
-    }.items()
+KERNELS: tuple[Kernel, ...] = (
+    *(_compiling("meets", _meets, library) for library in ("first", "second")),
+    *(_compiling("number", _notes_number, library) for library in ("first", "second")),
+    *(
+        _compiling(name, compilation)
+        for name, compilation in {
+            "notes": _notes_where,
+            "environment": _notes_environment,
+            "meets": _meets,
+            "takes_its_time": _takes_its_time,
+            "hangs": _hangs,
+            "dies": _dies,
+            "raises": _raises,
+        }.items()
+    ),
 )
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,15 @@ def test_a_load_is_made_once_for_all_sizes_and_again_for_other_static_features(c
 def test_compilers_are_the_least_important_and_see_no_gpu(compilers: Compilers) -> None:
     compilers.finish([job("notes")])
     assert compiling.notes("noted") == ["19 "]
+
+
+def test_kernels_of_a_library_go_to_a_process_that_has_imported_it(compilers: Compilers) -> None:
+    compilers.finish([CompileJob(RMS, f"{library}.meets", {"number": 2}) for library in ("first", "second")])
+    for number, library in enumerate(("first", "second") * 3):
+        compilers.finish([CompileJob(RMS, f"{library}.number", {"number": number})])
+    first, second = ({*chain(*(compiling.notes(f"number-{n}") for n in range(start, 6, 2)))} for start in (0, 1))
+    assert len(first) == len(second) == 1
+    assert first != second
 
 
 @pytest.mark.parametrize(
