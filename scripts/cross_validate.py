@@ -36,6 +36,7 @@ class Served:
     """What a table that never saw a cell does there; a miss is served by the default."""
 
     operation: str
+    mode: str
     hit: bool
     regret: float
     slower: bool
@@ -44,9 +45,10 @@ class Served:
 @dataclass(frozen=True)
 class Figures:
     """Over the cells left out in every fold and seed; `slower_than_default` are those whose 95% interval of the ratio
-    to the default lies above `SLOWER_THRESHOLD`."""
+    to the default lies above `SLOWER_THRESHOLD`. Where nothing was a hit, efficiencies are 1."""
 
     operation: str
+    mode: str
     cells: int
     hit_rate: float
     efficiency_geomean: float
@@ -68,7 +70,13 @@ def served_without(
         chosen = verdict.default if choice is None else choice
         standing = verdict.standings.get(chosen)
         slower = standing is not None and standing.low > math.log(SLOWER_THRESHOLD)
-        yield Served(key[0], choice is not None, verdict.regret(chosen), slower and verdict.reference != chosen)
+        yield Served(
+            key[0],
+            verdict.context.mode,
+            choice is not None,
+            verdict.regret(chosen),
+            slower and verdict.reference != chosen,
+        )
 
 
 def _choice(entry: Entry | None, verdict: Verdict) -> Choice | None:
@@ -84,13 +92,14 @@ def _cell(row: Measurement) -> tuple[Key, Sizes]:
     return (operation.name, operation.static_key(row.context)), operation.sizes(row.context)
 
 
-def figures(operation: str, served: Sequence[Served]) -> Figures:
-    regrets = [one.regret for one in served if one.hit]
+def figures(operation: str, mode: str, served: Sequence[Served]) -> Figures:
+    regrets = [one.regret for one in served if one.hit] or [0.0]
     efficiencies = [math.exp(-regret) for regret in regrets]
     return Figures(
         operation,
+        mode,
         len(served),
-        len(regrets) / len(served),
+        sum(one.hit for one in served) / len(served),
         math.exp(-math.fsum(regrets) / len(regrets)),
         percentile(efficiencies, 10),
         min(efficiencies),
@@ -99,7 +108,7 @@ def figures(operation: str, served: Sequence[Served]) -> Figures:
 
 
 def cross_validate(rows: Sequence[Measurement], folds: int, seeds: int) -> tuple[Figures, ...]:
-    """The figures per operation, and over all."""
+    """The figures per operation and mode, and over all."""
     verdicts = {key: {verdict.sizes: verdict for verdict in found} for key, found in judge(rows).items()}
     cells = sorted({_cell(row) for row in rows}, key=repr)
     served: list[Served] = []
@@ -107,9 +116,10 @@ def cross_validate(rows: Sequence[Measurement], folds: int, seeds: int) -> tuple
         shuffled = random.Random(seed).sample(cells, len(cells))
         for fold in range(folds):
             served += served_without(rows, verdicts, frozenset(shuffled[fold::folds]))
-    names = sorted({one.operation for one in served})
-    groups = [figures(name, [one for one in served if one.operation == name]) for name in names]
-    return (*groups, figures("all", served))
+    groups: dict[tuple[str, str], list[Served]] = {}
+    for one in served:
+        groups.setdefault((one.operation, one.mode), []).append(one)
+    return (*(figures(*key, group) for key, group in sorted(groups.items())), figures("all", "all", served))
 
 
 def main() -> None:
@@ -123,10 +133,10 @@ def main() -> None:
     if arguments.json:
         print(json.dumps([asdict(line) for line in found], indent=1))
         return
-    print("operation            cells  hit rate  efficiency    p10    min  slower")
+    print("operation            mode   cells  hit rate  efficiency    p10    min  slower")
     for line in found:
         print(
-            f"{line.operation:20} {line.cells:5}  {line.hit_rate:8.3f}  {line.efficiency_geomean:10.4f}"
+            f"{line.operation:20} {line.mode:5}  {line.cells:5}  {line.hit_rate:8.3f}  {line.efficiency_geomean:10.4f}"
             f"  {line.efficiency_p10:.3f}  {line.efficiency_min:.3f}  {line.slower_than_default:6}"
         )
 

@@ -42,7 +42,7 @@ def draw_serving(model: str, tp: int, mode: str, dtype: str, draws: int) -> tupl
     tokens at the end of longer sequences) and decode (up to 256 sequences), of 128 to 131,072 tokens or as many as the
     model takes; for an encoder as many batches of up to 64 inputs. Sizes are log-uniform, as far as 80 GB hold a
     contest there. Of chunks the attention alone is there: their rows are as many as those of a prefill. Equal arguments
-    give equal points.
+    give equal points, and more draws the same ones and others.
 
     Raises:
         WorkloadError: the model is unknown, `tp` does not divide it, or `draws` is no integer of at least 1.
@@ -56,7 +56,7 @@ def draw_serving(model: str, tp: int, mode: str, dtype: str, draws: int) -> tupl
     if share.config.decoder_layers:
         kinds += [_prefill, _chunk, _decode]
     quarter = tp.bit_length() - 1
-    found = (_fitting(kind, share, chance, quarter + index) for kind in kinds for index in range(draws))
+    found = (_fitting(kind, share, chance, quarter + index) for index in range(draws) for kind in kinds)
     return merge_workloads(*found)
 
 

@@ -232,7 +232,7 @@ def test_the_committed_workloads_are_those_that_the_script_makes(command: Comman
     }.items():
         script = script.replace(variable, value)
     commands = [shlex.split(line) for line in script.splitlines() if line.startswith("layerzero-tune ")]
-    assert len(commands) == 5
+    assert len(commands) == 7
     for _, *arguments in commands:
         assert command(*arguments).status == 0
     for path in COMMITTED.values():
@@ -280,6 +280,12 @@ def test_a_sample_keeps_so_many_lines_of_each_operation_and_mode_in_their_order(
     assert [line for line in lines if line in set(kept)] == list(kept)
     whole, rest = (Counter((line.context.operation, line.context.mode) for line in each) for each in (lines, kept))
     assert rest == {group: min(at_most, number) for group, number in whole.items()}
+
+
+def test_more_draws_are_the_same_points_and_others() -> None:
+    for model in ("llama-3.1-8b", "whisper-large-v3"):
+        once, twice = (draw_serving(model, 1, "graph", "bfloat16", draws) for draws in (1, 2))
+        assert {line.context for line in once} < {line.context for line in twice}
 
 
 def test_every_line_is_as_likely_in_a_sample() -> None:
