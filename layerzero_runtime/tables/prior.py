@@ -26,12 +26,13 @@ Preference = tuple[str, Mapping[str, Any]]  # kernel id, configuration
 class Prior:
     """Kernels in the order in which the nearest bucket prefers them, and a name for that bucket; both may be empty.
 
-    `is_measured` tells that the bucket is the call's own; else it is a guess.
+    `shares_code` tells that the bucket is of the call's own static key on its device: what its calls have compiled,
+    this one runs too.
     """
 
     preferences: tuple[Preference, ...] = ()
     bucket: str = ""
-    is_measured: bool = False
+    shares_code: bool = False
 
 
 class NearestBuckets:
@@ -68,7 +69,7 @@ class NearestBuckets:
     def of_leaf(self, operation: Operation, static_key: StaticKey, leaf: int) -> Prior:
         """The preferences of one bucket: its chain, then the runner-up that its evidence names."""
         entry = self._table.entries[operation.name][static_key]
-        return replace(self._of(operation, static_key, entry, leaf), is_measured=True)
+        return replace(self._of(operation, static_key, entry, leaf), shares_code=True)
 
     def _of(self, operation: Operation, static_key: StaticKey, entry: TableEntry, leaf: int) -> Prior:
         preferences: list[Preference] = [(step.kernel_id, step.configuration) for step in entry.leaves[leaf]]
@@ -99,7 +100,10 @@ class NearestBuckets:
             is_near = all(gap <= math.log2(REACH) for name, gap in gaps.items() if name in sizes)
             if is_near and (best is None or (sum(gaps.values()), leaf) < best):
                 best = (sum(gaps.values()), leaf)
-        return Prior() if best is None else self._of(operation, static_key, entry, best[1])
+        if best is None:
+            return Prior()
+        shares_code = static_key == operation.static_key(context)
+        return replace(self._of(operation, static_key, entry, best[1]), shares_code=shares_code)
 
     def _nearest_key(self, operation: Operation, context: SelectionContext) -> StaticKey | None:
         """The measured static key that differs in numeric features alone, by the least sum of log ratios."""
