@@ -84,5 +84,5 @@ def test_a_miss_prefers_what_compiles_only_where_the_table_does_so_for_its_own_f
     emit(compile_table(current, kernels.values())).write(tmp_path)
     monkeypatch.setenv(TABLES_VARIABLE, str(tmp_path))
     snapshot = Snapshot(Registry(kernels.values()), CounterGroup())
-    plan = snapshot.select(replace(full(9, 256), head_dim=head_dim).with_device(DEVICE))
+    plan = snapshot.select(replace(full(9, 256), head_dim=head_dim, v_head_dim=head_dim).with_device(DEVICE))
     assert (plan.source, plan.kernel_id) == ("live", selected)
