@@ -109,3 +109,24 @@ def test_a_budgeted_run_that_falls_short_is_told(tmp_path: Path) -> None:
     assert done.returncode == 1
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAILS")]
     assert len(failed) == 2  # the efficiency, and the fault that is not there
+
+
+def test_without_its_buckets_a_table_leaves_the_choice_to_the_live_selector(tmp_path: Path) -> None:
+    """All of them gone, the default serves, at half the fused kernel's speed; with a fifth gone, often the others say
+    what is best."""
+    results = tuned(tmp_path, 1, 1.5)
+    none_left = run_script("removed_buckets.py", results, results, "--share", 1, "--seeds", 1, "--json")
+    assert none_left.returncode == 0, none_left.stderr
+    (norms, together) = json.loads(none_left.stdout)
+    assert (norms["operation"], norms["mode"], norms["shapes"]) == ("norm.rms", "eager", 40)
+    assert round(together["efficiency_geomean"], 2) == 0.5
+    whole = run_script("removed_buckets.py", results, results, "--share", 0, "--seeds", 1)
+    assert "no held-out shape lies in a removed bucket" in whole.stderr
+
+
+def test_the_live_selector_takes_what_a_bucket_beside_prefers(tmp_path: Path) -> None:
+    results = tuned(tmp_path, 256, 1.5)
+    found = run_script("removed_buckets.py", results, results, "--share", 0.5, "--seeds", 20, "--json")
+    assert found.returncode == 0, found.stderr
+    (norms, _) = json.loads(found.stdout)
+    assert norms["efficiency_min"] < 0.6 < norms["efficiency_geomean"]
