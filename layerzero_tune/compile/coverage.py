@@ -13,35 +13,20 @@ from layerzero_tune.compile.region import Box
 from layerzero_tune.compile.regret import VOUCHED, place_of, vouching
 from layerzero_tune.measure.statistics import LOG_RESOLUTION
 
-# Cells vouch for products up to so many times their largest: beyond it they lie on one side alone, so half as far, in
-# octaves, as between them. Of the EPYC's committed results, compiled without the largest products of each key (an
-# eighth of the largest and more), the 198 cells up to twice beyond the others were served 2% from the best; the default
-# is 42% from it there.
-BEYOND = math.sqrt(VOUCHED)
-
 
 def bounds_of(cells: Sequence[Sizes]) -> Box:
     """The smallest and largest measured size of each axis."""
     return tuple((min(sizes), max(sizes)) for sizes in zip(*cells, strict=True))
 
 
-def largest_product_of(cells: Sequence[Sizes], free: Sequence[int]) -> int | None:
+def max_product_of(cells: Sequence[Sizes], free: Sequence[int]) -> int | None:
     """The largest measured product of the free sizes; None if the box's far corner was measured itself.
 
     Tunings leave out the corner where all sizes are large, by time or memory; its border is a product.
     """
+    corner = math.prod(max(cell[axis] for cell in cells) for axis in free)
     largest = max(math.prod(cell[axis] for axis in free) for cell in cells)
-    return None if largest == _corner_of(cells, free) else largest
-
-
-def max_product_of(cells: Sequence[Sizes], free: Sequence[int]) -> int | None:
-    """The largest product of the free sizes that the cells vouch for; None if that is all of the box."""
-    vouched = math.floor(max(math.prod(cell[axis] for axis in free) for cell in cells) * BEYOND)
-    return None if vouched >= _corner_of(cells, free) else vouched
-
-
-def _corner_of(cells: Sequence[Sizes], free: Sequence[int]) -> int:
-    return math.prod(max(cell[axis] for cell in cells) for axis in free)
+    return None if largest == corner else largest
 
 
 def unmeasured_cells(cells: Sequence[Sizes], free: Sequence[int], max_product: int | None) -> tuple[Sizes, ...]:

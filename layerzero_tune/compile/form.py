@@ -72,7 +72,7 @@ class Entry:
         axes: names of all axes, in the order of the decision function's parameters.
         free: indices of the axes that are not tied under this key.
         bounds: measured range per axis.
-        max_product: largest product of the free sizes that is covered, None where the whole box is.
+        max_product: largest product of the free sizes that was measured, None where the whole box is covered.
     """
 
     operation: str

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from itertools import compress
 
 import numpy as np
@@ -13,7 +12,7 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ContextError
 from layerzero_runtime.operation import Sizes
 from layerzero_runtime.operations import operation_named
-from layerzero_tune.compile.coverage import largest_product_of, unmeasured_cells
+from layerzero_tune.compile.coverage import unmeasured_cells
 from layerzero_tune.compile.emit import leaf_at
 from layerzero_tune.compile.form import Entry
 from layerzero_tune.compile.pipeline import Compilation, Key
@@ -62,10 +61,8 @@ def _cover(entry: Entry, model: RegretModel, tried: Collection[Sizes]) -> dict[S
     """Calls that vouch for every hole of the entry, greedily the one that vouching for the most first.
 
     A new shape brings new grid lines, so holes are looked for again until there are none, or none that can be measured.
-    Holes beyond the largest measured product stay: to measure there would move that border further out.
     """
     measured = [verdict.sizes for verdict in model.verdicts]
-    entry = replace(entry, max_product=largest_product_of(measured, entry.free))
     chosen: dict[Sizes, SelectionContext] = {}
     while True:
         holes = {
