@@ -32,6 +32,10 @@ plan, other = lz.select(context), lz.select(unmeasured)
 explained = str(lz.explain(context))
 result = [plan.source, plan.kernel_id, plan.available, other.source, explained, lz.stats()]
 """
+WITHOUT_INSTALLED_TABLES = """
+from layerzero_runtime.tables import table_files
+table_files.INSTALLED_PACKAGE = "no_installed_tables"
+"""
 FIRST = """
 import layerzero_runtime as lz
 context = lz.SelectionContext(operation="norm.rms", dtype="float32", rows=1, hidden_size=32)
@@ -88,7 +92,7 @@ def test_the_import_brings_in_nothing() -> None:
 
 
 def test_a_lookup_without_a_table_needs_the_standard_library_alone(tmp_path: Path) -> None:
-    result, modules = run(SELECT, LAYERZERO_TABLES=str(tmp_path))
+    result, modules = run(WITHOUT_INSTALLED_TABLES + SELECT, LAYERZERO_TABLES=str(tmp_path))
     assert result[:2] == ["live", "torch.rms_norm"]
     assert foreign(modules) == set()
 
