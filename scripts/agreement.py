@@ -7,27 +7,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
+
+from table_plans import choice_in, plans_of
 
 from layerzero_runtime.context import SelectionContext
-from layerzero_runtime.counters import CounterGroup
-from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.operations import operation_named
-from layerzero_runtime.registry import Registry
-from layerzero_runtime.snapshot import Snapshot
-from layerzero_runtime.tables.table_files import TABLES_VARIABLE
 from layerzero_tune.command_line.output import shape_text
-from layerzero_tune.compile.emit import emit
 from layerzero_tune.compile.judge import Choice
 from layerzero_tune.compile.pipeline import Key, compile_rows
 from layerzero_tune.compile.regret import RegretModel
 from layerzero_tune.evaluate.agreement import TIE_WITHIN, Agreement, Alike, Tuning, agreement
-from layerzero_tune.identity import canonical_json
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.workload.draw import draw_between
@@ -36,13 +29,7 @@ from layerzero_tune.workload.draw import draw_between
 def tuning(rows: Sequence[Measurement], contexts: Sequence[SelectionContext]) -> Tuning:
     """What the runtime selects with the table of these results."""
     compiled = compile_rows(rows, builtin_kernels())
-    device = DeviceSpec.from_dict(compiled.form.device)
-    with TemporaryDirectory() as folder:
-        emit(compiled.form).write(Path(folder))
-        os.environ[TABLES_VARIABLE] = folder
-        snapshot = Snapshot(Registry(builtin_kernels()), CounterGroup())
-        plans = {context: snapshot.select(context.with_device(device)) for context in contexts}
-    picks = {context: (plan.kernel_id, canonical_json(dict(plan.configuration))) for context, plan in plans.items()}
+    picks = {context: choice_in(plan) for context, plan in plans_of(compiled.form, contexts).items()}
     return Tuning(picks, alike_by(compiled.models))
 
 

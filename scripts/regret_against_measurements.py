@@ -12,24 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from regret_curve.picture import Curve, picture
+from table_plans import plans_of
 
 from layerzero_runtime.context import SelectionContext
-from layerzero_runtime.counters import CounterGroup
-from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.operations import OPERATIONS
-from layerzero_runtime.registry import Registry
-from layerzero_runtime.snapshot import Snapshot
-from layerzero_runtime.tables.table_files import TABLES_VARIABLE
-from layerzero_tune.compile.emit import emit
 from layerzero_tune.compile.judge import Verdict, judge
 from layerzero_tune.compile.pipeline import compile_table
 from layerzero_tune.identity import canonical_json
@@ -98,13 +91,7 @@ def budgeted_order(device: RecordedDevice, offered: Sequence[SelectionContext]) 
 
 def selected(rows: Sequence[Measurement], contexts: Sequence[SelectionContext]) -> dict[SelectionContext, Selected]:
     """What the runtime selects with the table of these rows."""
-    form = compile_table(rows, builtin_kernels())
-    device = DeviceSpec.from_dict(form.device)
-    with TemporaryDirectory() as folder:
-        emit(form).write(Path(folder))
-        os.environ[TABLES_VARIABLE] = folder
-        snapshot = Snapshot(Registry(builtin_kernels()), CounterGroup())
-        plans = {context: snapshot.select(context.with_device(device)) for context in contexts}
+    plans = plans_of(compile_table(rows, builtin_kernels()), contexts)
     return {
         context: Selected(plan.kernel_id, canonical_json(dict(plan.configuration)), plan.source == "table")
         for context, plan in plans.items()

@@ -11,28 +11,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
+
+from table_plans import choice_in, plans_of
 
 from layerzero_runtime.context import SelectionContext
-from layerzero_runtime.counters import CounterGroup
-from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.operations import operation_named
-from layerzero_runtime.registry import Registry
-from layerzero_runtime.snapshot import Snapshot
-from layerzero_runtime.tables.table_files import TABLES_VARIABLE
-from layerzero_tune.compile.emit import emit, leaf_at
+from layerzero_tune.compile.emit import leaf_at
 from layerzero_tune.compile.form import Leaf, TableForm, Tree
 from layerzero_tune.compile.judge import Choice
 from layerzero_tune.compile.pipeline import compile_table
 from layerzero_tune.evaluate.public_calls import PUBLIC_CALL
-from layerzero_tune.identity import canonical_json
+from layerzero_tune.identity import choice_of
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 
@@ -61,17 +56,22 @@ def without_buckets(form: TableForm, share: float, chance: random.Random) -> Tab
     return replace(form, entries=tuple(replace(entry, tree=thinned(entry.tree)) for entry in form.entries))
 
 
-def is_served(form: TableForm, context: SelectionContext) -> bool:
-    operation = operation_named(context.operation)
-    key, sizes = (operation.name, operation.static_key(context)), operation.sizes(context)
-    entries = (entry for entry in form.entries if (entry.operation, entry.static_key) == key)
-    return any(entry.covers(sizes) and bool(leaf_at(entry.tree, sizes).chain) for entry in entries)
+def served_of(form: TableForm, contexts: Iterable[SelectionContext]) -> frozenset[SelectionContext]:
+    """The contexts that lie in buckets of the table."""
+    entries = {(entry.operation, entry.static_key): entry for entry in form.entries}
+
+    def is_served(context: SelectionContext) -> bool:
+        operation = operation_named(context.operation)
+        entry, sizes = entries.get((operation.name, operation.static_key(context))), operation.sizes(context)
+        return entry is not None and entry.covers(sizes) and bool(leaf_at(entry.tree, sizes).chain)
+
+    return frozenset(filter(is_served, contexts))
 
 
 def efficiency(rows: Sequence[Measurement], choice: Choice) -> float | None:
     """Of a contest, by its final rounds, or by its screening where the choice went no further; None without a time."""
     timed = {
-        (row.kernel_id, canonical_json(dict(row.configuration))): row
+        choice_of(row.kernel_id, row.configuration): row
         for row in rows
         if row.status == "ok" and row.screen_ns and row.kernel_id != PUBLIC_CALL
     }
@@ -84,17 +84,6 @@ def efficiency(rows: Sequence[Measurement], choice: Choice) -> float | None:
     return min(screened) / (timed[choice].screen_ns or math.inf)
 
 
-def picks(form: TableForm, contexts: Sequence[SelectionContext]) -> dict[SelectionContext, Choice]:
-    """What serves where a process has this table alone."""
-    device = DeviceSpec.from_dict(form.device)
-    with TemporaryDirectory() as folder:
-        emit(form).write(Path(folder))
-        os.environ[TABLES_VARIABLE] = folder
-        snapshot = Snapshot(Registry(builtin_kernels()), CounterGroup())
-        plans = {context: snapshot.select(context.with_device(device)) for context in contexts}
-    return {context: (plan.kernel_id, canonical_json(dict(plan.configuration))) for context, plan in plans.items()}
-
-
 def figures(rows: Sequence[Measurement], held_out: Contests, share: float, seeds: int) -> tuple[Figures, ...]:
     """Per operation and mode, and over all.
 
@@ -102,12 +91,14 @@ def figures(rows: Sequence[Measurement], held_out: Contests, share: float, seeds
         ValueError: no held-out shape lies in a removed bucket.
     """
     whole = compile_table(rows, builtin_kernels())
-    served = [context for context in held_out if is_served(whole, context)]
+    served = served_of(whole, held_out)
     groups: dict[tuple[str, str], list[float]] = {}
     for seed in range(seeds):
         thinned = without_buckets(whole, share, random.Random(seed))
-        lost = [context for context in served if not is_served(thinned, context)]
-        for context, choice in picks(thinned, lost).items():
+        left = served_of(thinned, served)
+        lost = [context for context in held_out if context in served - left]
+        for context, plan in plans_of(thinned, lost).items():
+            choice = choice_in(plan)
             found = efficiency(held_out[context], choice)
             if found is None:
                 raise ValueError(f"{choice} was not timed at {context.to_dict()}: evaluate with the same libraries")

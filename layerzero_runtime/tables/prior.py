@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from layerzero_runtime.context import SelectionContext
@@ -69,15 +69,17 @@ class NearestBuckets:
     def of_leaf(self, operation: Operation, static_key: StaticKey, leaf: int) -> Prior:
         """The preferences of one bucket: its chain, then the runner-up that its evidence names."""
         entry = self._table.entries[operation.name][static_key]
-        return replace(self._of(operation, static_key, entry, leaf), shares_code=True)
+        return self._of(operation, static_key, entry, leaf, shares_code=True)
 
-    def _of(self, operation: Operation, static_key: StaticKey, entry: TableEntry, leaf: int) -> Prior:
+    def _of(
+        self, operation: Operation, static_key: StaticKey, entry: TableEntry, leaf: int, *, shares_code: bool
+    ) -> Prior:
         preferences: list[Preference] = [(step.kernel_id, step.configuration) for step in entry.leaves[leaf]]
         evidence = evidence_of(self._table, operation.name, static_key, leaf).get("evidence") or {}
         runner_up = evidence.get("runner_up")
         if runner_up is not None and all(kernel_id != runner_up for kernel_id, _ in preferences):
             preferences.append((runner_up, {}))
-        return Prior(tuple(preferences), f"{operation.name} {static_key} leaf {leaf}")
+        return Prior(tuple(preferences), f"{operation.name} {static_key} leaf {leaf}", shares_code)
 
     def _search(self, operation: Operation, context: SelectionContext) -> Prior:
         static_key = self._nearest_key(operation, context)
@@ -103,7 +105,7 @@ class NearestBuckets:
         if best is None:
             return Prior()
         shares_code = static_key == operation.static_key(context)
-        return replace(self._of(operation, static_key, entry, best[1]), shares_code=shares_code)
+        return self._of(operation, static_key, entry, best[1], shares_code=shares_code)
 
     def _nearest_key(self, operation: Operation, context: SelectionContext) -> StaticKey | None:
         """The measured static key that differs in numeric features alone, by the least sum of log ratios."""

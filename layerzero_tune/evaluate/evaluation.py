@@ -18,8 +18,7 @@ from layerzero_tune.measure.contest import Candidate, Contest
 from layerzero_tune.measure.statistics import holm
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
-from layerzero_tune.search.device import LiveDevice
-from layerzero_tune.search.tuning import COMING
+from layerzero_tune.search.device import COMING, LiveDevice
 
 # Each shape is measured once, and once more where its choice looks slow; a contest that is of no use is taken so often.
 _REPEATS = 2
@@ -86,10 +85,11 @@ def evaluate(
             preparation_s += outcome.preparation_s
         return held[contest.contest_id]
 
-    plans = [snapshot.select(context.with_device(device.spec)) for context in contexts]
+    placed = [context.with_device(device.spec) for context in contexts]
+    plans = [snapshot.select(context) for context in placed]
     contests = [
-        _contest(device, context, plan, _shipped(snapshot, context.with_device(device.spec)), table_id)
-        for context, plan in zip(contexts, plans, strict=True)
+        _contest(device, context, plan, _shipped(snapshot, there), table_id)
+        for context, there, plan in zip(contexts, placed, plans, strict=True)
     ]
     scores: list[Score] = []
     for number, (context, plan, contest) in enumerate(zip(contexts, plans, contests, strict=True), 1):

@@ -29,6 +29,8 @@ from layerzero_tune.worker.process import WorkerProcess
 # How often a contest is measured that leaves a doubt each time: on a machine that is never quiet a run takes so many
 # times as long.
 MAX_TAKES = 3
+# So many contests ahead kernels are compiled: new code takes seconds, the contest that needs it one.
+COMING = 8
 
 
 # By contest, the rows that are known of a point.

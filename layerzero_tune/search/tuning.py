@@ -18,7 +18,7 @@ from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import Results, ResultsStore
 from layerzero_tune.search.agenda import Agenda
 from layerzero_tune.search.budget import Deadline
-from layerzero_tune.search.device import MeasuringDevice
+from layerzero_tune.search.device import COMING, MeasuringDevice
 from layerzero_tune.search.executor import Executor, InTurn, Measured
 from layerzero_tune.search.key_agenda import Planned, searched_kernel
 from layerzero_tune.workload.lines import WorkloadLine
@@ -27,8 +27,6 @@ from layerzero_tune.workload.lines import WorkloadLine
 # per contest.
 CLOSING_S = 1.0
 CLOSING_PER_CONTEST_S = 0.002
-# So many contests ahead kernels are compiled: new code takes seconds, the contest that needs it one.
-COMING = 8
 # How often a run looks whether another one has finished what it waits for.
 _LOOK_S = 0.5
 _logger = logging.getLogger(__name__)

@@ -19,8 +19,7 @@ def described_gpu(device: DeviceSpec) -> Mapping[str, str]:
     Those are of the CuTe DSL (`CUTE_DSL_ARCH`), FlashAttention-4 (`FLASH_ATTENTION_ARCH` and `_NUM_SMS`, in
     flash_attn/cute/interface.py) and FlashInfer (`FLASHINFER_CUDA_ARCH_LIST`, in flashinfer/compilation_context.py).
     """
-    if device.compute_capability is None:
-        return {}
+    assert device.compute_capability is not None
     major, minor = device.compute_capability
     suffix = "a" if major >= _OWN_INSTRUCTIONS_MAJOR else ""
     return {
