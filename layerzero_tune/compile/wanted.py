@@ -12,7 +12,7 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ContextError
 from layerzero_runtime.operation import Sizes
 from layerzero_runtime.operations import operation_named
-from layerzero_tune.compile.coverage import unmeasured_cells
+from layerzero_tune.compile.coverage import unmeasured_cells, with_tied
 from layerzero_tune.compile.emit import leaf_at
 from layerzero_tune.compile.form import Entry
 from layerzero_tune.compile.pipeline import Compilation, Key
@@ -87,13 +87,14 @@ def _cover(entry: Entry, model: RegretModel, tried: Collection[Sizes]) -> dict[S
 
 
 def _call_near(hole: Sizes, entry: Entry, example: SelectionContext) -> list[tuple[Sizes, SelectionContext]]:
-    """The sizes of a hole with a call that has them, moved by one where the operation has no such call (equal lengths
-    make cross attention full attention), and to within the largest product; empty where there is none."""
+    """The sizes of a hole with a call that has them, moved to within the largest product, and one of them by one where
+    the operation has no such call (equal lengths make cross attention full attention); empty where there is none."""
     operation = operation_named(entry.operation)
     sizes = _within_product(hole, entry)
-    last = entry.free[-1]
-    for step in (0, 1, -1):
-        moved = tuple(size + step if axis >= last else size for axis, size in enumerate(sizes))
+    own = [sizes[axis] for axis in entry.free]
+    steps = [(place, step) for place in reversed(range(len(own))) for step in (1, -1)]
+    for place, step in ((0, 0), *steps):
+        moved = with_tied([size + step * (place == at) for at, size in enumerate(own)], sizes, entry.free)
         if not entry.covers(moved):
             continue
         context = operation.with_sizes(example, moved)

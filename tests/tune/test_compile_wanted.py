@@ -88,6 +88,13 @@ def test_sizes_that_would_make_it_another_operation_are_moved_by_one() -> None:
         operation_named("attention.cross").validate(context)
 
 
+def test_where_one_size_is_fixed_another_one_is_moved() -> None:
+    """The keys are 8 in all that was measured: the hole at 8 queries is asked for with 9."""
+    contexts = [cross(1, 1, 8), cross(1, 64, 8)]
+    assert contexts_of(wanted(contexts)) == [cross(1, 9, 8)]
+    assert wanted([*contexts, cross(1, 9, 8)]) == ()
+
+
 def test_nothing_beyond_the_largest_measured_product_is_wanted() -> None:
     contexts = [*grid(cross, (4,), (1, 64), (64, 1024)), *grid(cross, (64,), (1,), (64, 1024))]
     lines = wanted(contexts)

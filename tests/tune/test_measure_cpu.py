@@ -213,14 +213,11 @@ def test_steps_are_reported_before_they_are_taken() -> None:
     assert steps[0] == (None, "reference")
     assert (1, "load") in steps
     assert [name for index, name in steps if index == 1] == ["load", "first call"]
-    assert [name for index, name in steps if index == 0][-6:] == [
-        "round 1",
-        "round 2",
-        "round 3",
-        "round 4",
-        "verification",
-        "verification",
-    ]
+    own = [name for index, name in steps if index == 0]
+    assert own[:2] == ["load", "first call"]
+    rounds = dict.fromkeys(name for name in own if name.startswith("round"))  # one may be taken again: a busy machine
+    assert list(rounds) == ["round 1", "round 2", "round 3", "round 4"]
+    assert own[-2:] == ["verification", "verification"]
 
 
 @pytest.mark.parametrize(
