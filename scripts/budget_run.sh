@@ -11,18 +11,7 @@ layerzero-tune run --device cuda:0 --preset quick --ops attention,norm --budget 
 layerzero-tune compile "$folder/results" --out "$folder/tables"
 layerzero-tune evaluate "$folder/tables" --results "$folder/results" --held-out 110 --out "$folder/held-out" --json \
   > "$folder/evaluation.json"
-python3 - "$folder" "$commit" <<'PYTHON'
-import json, pathlib, platform, sys
-import torch, triton
-folder, commit = sys.argv[1:]
-facts = {
-    "commit": commit,
-    "device": torch.cuda.get_device_name(0),
-    "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-                 "cudnn": torch.backends.cudnn.version(), "triton": triton.__version__},
-}
-pathlib.Path(folder, "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
-PYTHON
+python3 scripts/device_facts.py "$commit" > "$folder/facts.json"
 for rows in 16 33 48 65 96; do
   echo "{\"operation\": \"norm.rms\", \"dtype\": \"bfloat16\", \"mode\": \"graph\", \"rows\": $rows, \"hidden_size\": 1024}"
 done > "$folder/faults.jsonl"

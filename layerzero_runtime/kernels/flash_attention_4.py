@@ -8,7 +8,6 @@ devices where that choice does not depend on sizes, later calls start this funct
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -36,8 +35,6 @@ _LIBRARY = "flash_attn_4"
 # it never splits the keys (`_tile_size_fwd_sm90`, `_get_fwd_config`).
 _READ_VERSIONS = "4.0.0"
 _SIZE_INDEPENDENT_MAJOR = 9
-# Names the architecture to compile for (`_get_device_arch`).
-_DESCRIBED_GPU = "FLASH_ATTENTION_ARCH"
 # Of the example call.
 _QUERIES, _KEYS, _SCALE = 2, 3, 0.5
 # What the compiled function takes first: query, key, value, output, no logarithms of the sums, scale.
@@ -131,8 +128,7 @@ def _launch(context: SelectionContext, attend: Callable[..., Tensor]) -> Launch 
     """What starts the compiled function for calls like the context's, compiled here; None where only `attend` can."""
     import torch
 
-    # The process compiles for a GPU that it does not see, but was told of.
-    if _DESCRIBED_GPU in os.environ and not torch.cuda.is_available():
+    if not torch.cuda.is_available():  # the process compiles for a GPU that it does not see
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         with FakeTensorMode(), torch.no_grad():

@@ -3,9 +3,9 @@
 All kernels of the operation are candidates. One is refused by its limits, by the policy, by its breaker, or because its
 library is missing. Of those that are left, the ones that a lock of the policy covers go first, and the others only
 where these have failed on this very call. Then the order is: the sum of the policy's boosts, highest first; how early
-the nearest measured bucket prefers the kernel, unless it compiles at its first use and the bucket is of other static
-features; its priority less `transform_cost_hint` for each copy that the call needs around it, highest first; its id.
-Where nothing is left, kernels that only ask for dense tensors are given dense copies.
+the nearest measured bucket prefers the kernel; its priority less `transform_cost_hint` for each copy that the call
+needs around it, highest first; its id. Where nothing is left, kernels that only ask for dense tensors are given dense
+copies.
 """
 
 from __future__ import annotations
@@ -122,13 +122,10 @@ class LiveSelector:
 
         def order(choice: Choice) -> tuple[Any, ...]:
             spec = choice.kernel.spec
-            # A guess is not worth the seconds that a kernel compiles at its first use for these static features.
-            is_guessed = spec.compiles and not prior.shares_code
-            preferred = last if is_guessed else place.get(spec.kernel_id, last)
             copies = transforms_of(spec, context, densify=choice.densify).copies
             return (
                 -self.policy.boost(spec, context),
-                preferred,
+                place.get(spec.kernel_id, last),
                 copies * spec.transform_cost_hint - spec.priority,
                 spec.kernel_id,
             )

@@ -168,7 +168,7 @@ class Selector:
             for candidate in self.tables.alike(context.device):
                 prior = self._without_stale(candidate, self.tables.nearest(candidate).prior(operation, context))
                 if prior.preferences:
-                    return replace(prior, shares_code=prior.shares_code and candidate is table)
+                    return prior
         except TableError as error:
             if self.counters.raise_by_one("evidence_damaged") == 0:
                 log_warning(f"{error}; misses go by priority alone")

@@ -9,30 +9,30 @@ from typing import Any
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operation import Operation, StaticKey
-from layerzero_runtime.tables.table import Table, TableEntry
+from layerzero_runtime.tables.table import Table
 from layerzero_runtime.tables.table_evidence import evidence_of
 
 # A bucket says nothing of sizes further away than this factor on any axis: as wide as the steps between the measured
 # points of a tuning are at most.
 REACH = 16.0
 MAX_KEPT = 4096
-# Static features that are sizes: where one was not measured, the nearest stands in for it.
+# Static features that are sizes: what was measured at one value says something of the values around it.
 _NUMERIC = ("head_dim", "gqa_group")
+# Types of which one stands in for the other on a GPU: its tensor cores and its memory serve both alike. A CPU may have
+# instructions for one alone.
+_TWINS = {"bfloat16": "float16", "float16": "bfloat16"}
+# Octaves beside a call that a bucket of the other type is worth; those of other numeric features count as they are.
+TWIN_GAP = 0.25
 
 Preference = tuple[str, Mapping[str, Any]]  # kernel id, configuration
 
 
 @dataclass(frozen=True, slots=True)
 class Prior:
-    """Kernels in the order in which the nearest bucket prefers them, and a name for that bucket; both may be empty.
-
-    `shares_code` tells that the bucket is of the call's own static key on its device: what its calls have compiled,
-    this one runs too.
-    """
+    """Kernels in the order in which the nearest bucket prefers them, and a name for that bucket; both may be empty."""
 
     preferences: tuple[Preference, ...] = ()
     bucket: str = ""
-    shares_code: bool = False
 
 
 class NearestBuckets:
@@ -69,30 +69,34 @@ class NearestBuckets:
     def of_leaf(self, operation: Operation, static_key: StaticKey, leaf: int) -> Prior:
         """The preferences of one bucket: its chain, then the runner-up that its evidence names."""
         entry = self._table.entries[operation.name][static_key]
-        return self._of(operation, static_key, entry, leaf, shares_code=True)
-
-    def _of(
-        self, operation: Operation, static_key: StaticKey, entry: TableEntry, leaf: int, *, shares_code: bool
-    ) -> Prior:
         preferences: list[Preference] = [(step.kernel_id, step.configuration) for step in entry.leaves[leaf]]
         evidence = evidence_of(self._table, operation.name, static_key, leaf).get("evidence") or {}
         runner_up = evidence.get("runner_up")
         if runner_up is not None and all(kernel_id != runner_up for kernel_id, _ in preferences):
             preferences.append((runner_up, {}))
-        return Prior(tuple(preferences), f"{operation.name} {static_key} leaf {leaf}", shares_code)
+        return Prior(tuple(preferences), f"{operation.name} {static_key} leaf {leaf}")
 
     def _search(self, operation: Operation, context: SelectionContext) -> Prior:
-        static_key = self._nearest_key(operation, context)
-        if static_key is None:
-            return Prior()
-        entry = self._table.entries[operation.name][static_key]
         # The lower end of each octave stands for all sizes in it.
         lows = [1 << (size.bit_length() - 1) for size in operation.sizes(context)]
         sizes = {axis.name: low for axis, low in zip(operation.axes, lows, strict=True)}
+        best: tuple[float, StaticKey, int] | None = None
+        for key_gap, static_key in self._nearest_keys(operation, context):
+            if best is not None and key_gap >= best[0]:
+                break
+            found = self._nearest_leaf(operation, static_key, sizes)
+            if found is not None and (best is None or key_gap + found[0] < best[0]):
+                best = (key_gap + found[0], static_key, found[1])
+        return Prior() if best is None else self.of_leaf(operation, *best[1:])
+
+    def _nearest_leaf(
+        self, operation: Operation, static_key: StaticKey, sizes: Mapping[str, int]
+    ) -> tuple[float, int] | None:
+        """Octaves between the sizes and the key's nearest bucket with a plan, and its number."""
         best: tuple[float, int] | None = None
-        for leaf in range(len(entry.leaves)):
+        for leaf, chain in enumerate(self._table.entries[operation.name][static_key].leaves):
             bucket = evidence_of(self._table, operation.name, static_key, leaf).get("bucket")
-            if not bucket or not entry.leaves[leaf]:
+            if not bucket or not chain:
                 continue
             gaps = {
                 name: _gap(name, bounds, sizes)
@@ -102,26 +106,29 @@ class NearestBuckets:
             is_near = all(gap <= math.log2(REACH) for name, gap in gaps.items() if name in sizes)
             if is_near and (best is None or (sum(gaps.values()), leaf) < best):
                 best = (sum(gaps.values()), leaf)
-        if best is None:
-            return Prior()
-        shares_code = static_key == operation.static_key(context)
-        return self._of(operation, static_key, entry, best[1], shares_code=shares_code)
+        return best
 
-    def _nearest_key(self, operation: Operation, context: SelectionContext) -> StaticKey | None:
-        """The measured static key that differs in numeric features alone, by the least sum of log ratios."""
-        wanted = operation.static_key(context)
-        keys = self._table.entries.get(operation.name, {})
-        if wanted in keys:
-            return wanted
+    def _nearest_keys(self, operation: Operation, context: SelectionContext) -> list[tuple[float, StaticKey]]:
+        """The measured static keys that differ from the context's in numeric features, or on a GPU by the other 16-bit
+        type, each with the octaves that this is worth, nearest first."""
+        own = operation.static_key(context)
         numeric = [2 + place for place, name in enumerate(operation.static) if name in _NUMERIC]
-        best: tuple[float, str, StaticKey] | None = None
-        for key in keys:
-            if any(a != b for place, (a, b) in enumerate(zip(key, wanted, strict=True)) if place not in numeric):
-                continue
-            gap = sum(abs(math.log2(key[place] / wanted[place])) for place in numeric)
-            if gap <= math.log2(REACH) and (best is None or (gap, repr(key)) < best[:2]):
-                best = (gap, repr(key), key)
-        return None if best is None else best[2]
+        wanted = {_without(own, numeric): 0.0}
+        mode, dtype, *others = own
+        if dtype in _TWINS and self._table.device.platform != "cpu":
+            wanted[_without((mode, _TWINS[dtype], *others), numeric)] = TWIN_GAP
+        found = []
+        for key in self._table.entries.get(operation.name, {}):
+            gap = wanted.get(_without(key, numeric))
+            if gap is not None:
+                steps = [abs(math.log2(key[place] / own[place])) for place in numeric]
+                if sum(steps) <= math.log2(REACH):
+                    found.append((gap + sum(steps), key))
+        return sorted(found, key=lambda each: (each[0], repr(each[1])))
+
+
+def _without(key: StaticKey, places: Sequence[int]) -> StaticKey:
+    return tuple(value for place, value in enumerate(key) if place not in places)
 
 
 def _gap(name: str, bounds: Sequence[int], sizes: Mapping[str, int]) -> float:

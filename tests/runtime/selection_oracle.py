@@ -129,10 +129,8 @@ def expect(
     broken: Collection[str],
     context: SelectionContext,
     preferences: Sequence[str] = (),
-    shares_code: bool = False,
 ) -> Expected:
-    """What serves a call that no table entry answers; `preferences` is the order of the nearest bucket, which
-    `shares_code` where it is of the call's static key."""
+    """What serves a call that no table entry answers; `preferences` is the order of the nearest bucket."""
     legal, sparse, unavailable = [], [], []
     candidates = [spec for spec in specs if context.operation in spec.operations]
     for spec in candidates:
@@ -150,8 +148,7 @@ def expect(
 
     def order(spec: KernelSpec) -> tuple[Any, ...]:
         boost = sum(rule.boost for rule in policy.boosts if applies(rule, context) and covers(rule, spec))
-        is_preferred = spec.kernel_id in preferences and (shares_code or not spec.compiles)
-        place = preferences.index(spec.kernel_id) if is_preferred else len(preferences)
+        place = preferences.index(spec.kernel_id) if spec.kernel_id in preferences else len(preferences)
         price = spec.transform_cost_hint * copies(spec, context, made_dense)
         return (-boost, place, price - spec.priority, spec.kernel_id)
 
@@ -176,10 +173,8 @@ def expect_with_table(
     context: SelectionContext,
     chain: Sequence[tuple[str, Sequence[Limit]]],
     preferences: Sequence[str],
-    is_of_key: bool,
 ) -> Expected:
-    """The same where a table has a bucket for the call: `chain` has its kernels, each with its guards. `is_of_key` says
-    whether it has any for the call's static key.
+    """The same where a table has a bucket for the call: `chain` has its kernels, each with its guards.
 
     A lock or a boost that applies takes the decision from the table. Else the first kernel of the chain serves that is
     registered, works, is allowed, and whose guards take the call; where there is none, the call is a miss.
@@ -192,4 +187,4 @@ def expect_with_table(
                 continue
             if all(holds(guard, context, of_nothing=True) for guard in guards):
                 return Expected(kernel_id, source="table", available=not is_missing(spec))
-    return expect(specs, policy, broken, context, preferences, shares_code=is_of_key)
+    return expect(specs, policy, broken, context, preferences)

@@ -62,6 +62,7 @@ def _libraries(
     forward = SimpleNamespace(default=bindings.efficient_forward)
     monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", forward)
     monkeypatch.setattr(flash_attention_4, "library_version", lambda name: "4.0.0b36")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a process without a GPU compiles for another
     monkeypatch.setattr(plain_calls, "_warned", set())
     with stand_ins.modules(
         flash_attn__cute={"flash_attn_func": flash_attention.flash_attn_func},

@@ -192,11 +192,11 @@ def test_select_agrees_with_the_oracle_where_a_table_answers(synthetic_tables: T
                 steps = entry.leaves[leaf] if entry is not None and leaf >= 0 else ()
                 chain = [(step.kernel_id, step.guards) for step in steps]
                 preferences = [kernel_id for kernel_id, _ in snapshot.prior_of(context).preferences]
-                expected = expect_with_table(known, policy, broken, context, chain, preferences, entry is not None)
+                expected = expect_with_table(known, policy, broken, context, chain, preferences)
                 spec = next((spec for spec in known if spec.kernel_id == expected.kernel_id), None)
                 found = selected(snapshot, context)
                 assert without_turned(found, spec, context) == without_turned(expected, spec, context)
-                by_table = expect_with_table(known, EMPTY, (), context, chain, preferences, entry is not None)
+                by_table = expect_with_table(known, EMPTY, (), context, chain, preferences)
                 seen["hit"] += expected.source == "table"
                 seen["hit, overruled"] += by_table.source == "table" and by_table != expected
                 seen["hit, another plan"] += expected.source == "table" and expected.kernel_id != chain[0][0]

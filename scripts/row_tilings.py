@@ -1,0 +1,152 @@
+"""How our Triton norms should cut up rows where no table says: times tilings over widths on a GPU, and prints for each
+width of a block the tiling that is best over all norms, few rows and many.
+
+usage: python scripts/row_tilings.py [--device cuda:0] [--out FILE]
+`ROW_TILINGS` of layerzero_runtime/kernels/triton_rows.py has what it printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.device import DeviceSpec, detect_device
+from layerzero_runtime.kernel import Configuration
+from layerzero_runtime.kernels.triton_norm import KERNELS
+from layerzero_runtime.kernels.triton_rows import ROW_SPACE
+from layerzero_runtime.operations import operation_named
+from layerzero_tune.identity import canonical_json
+from layerzero_tune.measure.bench import Bench
+from layerzero_tune.measure.clock import Rotation, take_sample, warm_up
+from layerzero_tune.measure.inputs import RandomTensors
+from layerzero_tune.search.configurations.valid import valid_configurations
+
+WIDTHS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 8192, 12288, 16384)
+FEW_ROWS = 64
+MANY_BYTES = 64 << 20
+PROGRAMS = (0, 2)
+STAGES = (1,)
+WARM_UP_MS, SAMPLE_MS = 1.0, 4.0
+# Argument sets that outgrow the last-level cache where a call is long enough to matter.
+SETS = 3
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A norm at one shape, and its tilings by the width of their block."""
+
+    operation: str
+    context: SelectionContext
+    configurations: tuple[Configuration, ...]
+
+
+def trials(device: DeviceSpec) -> Iterator[Trial]:
+    for kernel in KERNELS:
+        (operation,) = kernel.spec.operations
+        for width in WIDTHS:
+            for rows in (FEW_ROWS, MANY_BYTES // (2 * width)):
+                context = SelectionContext(
+                    operation=operation, dtype="bfloat16", mode="graph", rows=rows, hidden_size=width
+                ).with_device(device)
+                yield Trial(operation, context, tuple(_tilings(context)))
+
+
+def _tilings(context: SelectionContext) -> Iterator[Configuration]:
+    """Those whose block holds a row whole."""
+    assert context.hidden_size is not None
+    block = max(128, 1 << (context.hidden_size - 1).bit_length())
+    for configuration in valid_configurations(ROW_SPACE, context).values():
+        is_tried = configuration["programs_per_multiprocessor"] in PROGRAMS and configuration["num_stages"] in STAGES
+        if configuration["block_width"] == block and is_tried:
+            yield configuration
+
+
+def load(operation: str, context: SelectionContext, configuration: Configuration) -> Any:
+    """Compiles, or takes what another process has compiled."""
+    (kernel,) = (kernel for kernel in KERNELS if operation in kernel.spec.operations)
+    return kernel.load(context, configuration)
+
+
+def compile_all(found: Sequence[Trial]) -> None:
+    forms = {
+        (trial.operation, canonical_json(dict(configuration))): (trial.operation, trial.context, configuration)
+        for trial in found
+        for configuration in trial.configurations
+    }
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        for done in [pool.submit(_compile, *form) for form in forms.values()]:
+            done.result()
+
+
+def _compile(operation: str, context: SelectionContext, configuration: Configuration) -> None:
+    load(operation, context, configuration)
+
+
+def times(bench: Bench, trial: Trial) -> dict[str, float]:
+    """ns of a call by tiling."""
+    operation = operation_named(trial.operation)
+    source = RandomTensors(bench.name, 0)
+    drawn = [source.draw(operation, trial.context) for _ in range(SETS)]
+    rotation = Rotation([operation.arguments(trial.context, tensors) for tensors in drawn])
+    found = {}
+    for configuration in trial.configurations:
+        timed = bench.clock.timed(load(trial.operation, trial.context, configuration), rotation)
+        found[canonical_json(dict(configuration))] = take_sample(timed, warm_up(timed, WARM_UP_MS), SAMPLE_MS)
+    return found
+
+
+def best_of_block(measured: Sequence[dict[str, Any]]) -> Iterator[tuple[int, str, float, float]]:
+    """By block: the tiling with the least mean loss against the best of each shape, that mean, and the worst of it."""
+    losses: dict[int, dict[str, list[float]]] = {}
+    for line in measured:
+        best = min(line["ns"].values())
+        for text, ns in line["ns"].items():
+            losses.setdefault(json.loads(text)["block_width"], {}).setdefault(text, []).append(math.log(ns / best))
+    for block, by_tiling in sorted(losses.items()):
+        # Some tilings are of use for many rows alone.
+        most = max(map(len, by_tiling.values()))
+        complete = {text: values for text, values in by_tiling.items() if len(values) == most}
+        text = min(complete, key=lambda text: sum(complete[text]))
+        yield block, text, math.exp(sum(complete[text]) / most), math.exp(max(complete[text]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--out", type=Path, help="where to write all times as JSON")
+    arguments = parser.parse_args()
+    found = list(trials(detect_device(arguments.device)))
+    compile_all(found)
+    bench = Bench.of(arguments.device, "graph")
+    with torch.inference_mode(), bench.current():
+        measured = [
+            {"operation": trial.operation, "rows": trial.context.rows, "width": trial.context.hidden_size}
+            | {"ns": times(bench, trial)}
+            for trial in found
+        ]
+    if arguments.out is not None:
+        facts = {
+            "device": bench.spec.name,
+            "torch": torch.__version__,
+            "measured_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        arguments.out.write_text(json.dumps(facts | {"measured": measured}) + "\n", encoding="utf-8")
+    for block, text, mean, worst in best_of_block(measured):
+        print(f"{block:6} {text}: {mean:.3f} of the best's time, {worst:.3f} at worst")
+
+
+if __name__ == "__main__":
+    main()
