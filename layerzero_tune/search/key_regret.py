@@ -16,6 +16,7 @@ from layerzero_tune.compile.regret import Estimate, RegretModel, largest_loss, p
 from layerzero_tune.identity import choice_of
 from layerzero_tune.measure.statistics import LOG_RESOLUTION
 from layerzero_tune.results.measurement import Measurement
+from layerzero_tune.search.demand_bounds import DemandBounds
 from layerzero_tune.search.doubt import close_choices, leaves_doubt
 
 # Log ratio that a call of the default is taken to lose where nothing is known: on an H100 it takes 1.28 times the time
@@ -54,7 +55,7 @@ class KeyRegret:
         self._settled: set[Sizes] = set()
         self._begun: set[Sizes] = set()
         self._new: set[Sizes] = set()
-        self._reached: set[tuple[int, int]] = set()
+        self._bounds = DemandBounds(self.demand, self.free)
         self._model: RegretModel | None = None
         self._regrets = np.full(len(self.demand), UNKNOWN)
         self._is_covered = np.zeros(len(self.demand), dtype=np.bool_)
@@ -95,7 +96,7 @@ class KeyRegret:
     def expect(self, sizes: Sizes) -> None:
         """Count a contest as measured, with its share taken off the regret around it."""
         self._settled.add(sizes)
-        self._reached |= self._bounds_at(sizes)
+        self._bounds.reach(sizes)
         self._worths = None
         self._regrets = self._regrets * (1.0 - self._shares(sizes))
 
@@ -203,27 +204,8 @@ class KeyRegret:
         return frozenset() if verdict is None else close_choices(verdict)
 
     def new_bounds(self, sizes: Sizes) -> int:
-        """How many bounds of the demand (smallest and largest sizes, the largest product) a contest here would be the
-        first to reach: a table answers inside the measured ranges alone."""
-        return len(self._bounds_at(sizes) - self._reached)
-
-    def _bounds_at(self, sizes: Sizes) -> set[tuple[int, int]]:
-        reached = {
-            (axis, side)
-            for axis, bounds in self._ranges.items()
-            for side, bound in enumerate(bounds)
-            if (sizes[axis] >= bound if side else sizes[axis] <= bound)
-        }
-        is_largest = math.prod(sizes[axis] for axis in self.free) >= self._largest_product
-        return reached | {(-1, 1)} if is_largest else reached
-
-    @cached_property
-    def _ranges(self) -> dict[int, tuple[int, int]]:
-        return {axis: (min(s[axis] for s in self.demand), max(s[axis] for s in self.demand)) for axis in self.free}
-
-    @cached_property
-    def _largest_product(self) -> int:
-        return max(math.prod(sizes[axis] for axis in self.free) for sizes in self.demand)
+        """How many bounds of the demand a contest here would be the first to reach."""
+        return self._bounds.new_at(sizes)
 
     def _regret(self, sizes: Sizes, is_covered: bool) -> float:
         if sizes in self._verdicts:
