@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,11 +25,24 @@ from layerzero_tune.identity import choice_of
 def plans_of(form: TableForm, contexts: Iterable[SelectionContext]) -> Mapping[SelectionContext, ExecutionPlan]:
     """By context the plan on the table's device: the table's, or on a miss the live selector's."""
     device = DeviceSpec.from_dict(form.device)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, _tables_in(folder):
         emit(form).write(Path(folder))
-        os.environ[TABLES_VARIABLE] = folder
         snapshot = Snapshot(Registry(builtin_kernels()), CounterGroup())
         return {context: snapshot.select(context.with_device(device)) for context in contexts}
+
+
+@contextmanager
+def _tables_in(folder: str) -> Iterator[None]:
+    """Tables are looked for in this folder first."""
+    before = os.environ.get(TABLES_VARIABLE)
+    os.environ[TABLES_VARIABLE] = folder
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[TABLES_VARIABLE]
+        else:
+            os.environ[TABLES_VARIABLE] = before
 
 
 def choice_in(plan: ExecutionPlan) -> Choice:
