@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -156,8 +157,10 @@ def test_a_second_tuning_that_picks_otherwise_is_found() -> None:
     first, second = tuned(500.0), tuned(2000.0)
     held_out = import_module("removed_buckets").contests_of(first)
     conditions = checks("second_tuning").second_tuning_conditions
+    before = dict(os.environ)
     assert failing(conditions(first, tuned(501.0), held_out)) == []
     assert failing(conditions(first, second, held_out)) == [
         "second tuning: the same plan or a tied one 0, at least 0.98",
         "second tuning: difference of the two 0.5, at most 0.005",
     ]
+    assert dict(os.environ) == before
