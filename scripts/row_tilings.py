@@ -1,8 +1,8 @@
 """How our Triton norms should cut up rows where no table says: times tilings over widths on a GPU, and prints for each
 width of a block the tiling that is best over all norms, few rows and many.
 
-usage: python scripts/row_tilings.py [--device cuda:0] [--out FILE]
-`ROW_TILINGS` of layerzero_runtime/kernels/triton_rows.py has what it printed.
+usage: python scripts/row_tilings.py [--device cuda:0] [--out FILE] [--write]
+With --write it puts them into `ROW_TILINGS` of layerzero_runtime/kernels/triton_rows.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from layerzero_tune.measure.clock import Rotation, take_sample, warm_up
 from layerzero_tune.measure.inputs import RandomTensors
 from layerzero_tune.search.configurations.valid import valid_configurations
 
-WIDTHS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 8192, 12288, 16384)
+WIDTHS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 8192, 12288, 16384)
 FEW_ROWS = 64
 MANY_BYTES = 64 << 20
 PROGRAMS = (0, 2)
@@ -41,6 +42,9 @@ STAGES = (1,)
 WARM_UP_MS, SAMPLE_MS = 1.0, 4.0
 # Argument sets that outgrow the last-level cache where a call is long enough to matter.
 SETS = 3
+# Narrower rows take this block too.
+LEAST_BLOCK = 128
+SOURCE = Path(__file__).parent.parent / "layerzero_runtime" / "kernels" / "triton_rows.py"
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def trials(device: DeviceSpec) -> Iterator[Trial]:
 def _tilings(context: SelectionContext) -> Iterator[Configuration]:
     """Those whose block holds a row whole."""
     assert context.hidden_size is not None
-    block = max(128, 1 << (context.hidden_size - 1).bit_length())
+    block = max(LEAST_BLOCK, 1 << (context.hidden_size - 1).bit_length())
     for configuration in valid_configurations(ROW_SPACE, context).values():
         is_tried = configuration["programs_per_multiprocessor"] in PROGRAMS and configuration["num_stages"] in STAGES
         if configuration["block_width"] == block and is_tried:
@@ -123,10 +127,31 @@ def best_of_block(measured: Sequence[dict[str, Any]]) -> Iterator[tuple[int, str
         yield block, text, math.exp(sum(complete[text]) / most), math.exp(max(complete[text]))
 
 
+def with_tilings(source: str, tilings: Sequence[Configuration]) -> str:
+    """The module's source with these as its `ROW_TILINGS`.
+
+    Raises:
+        ValueError: the source has no such constant.
+    """
+    written = "".join(f"    {_tiling(tiling)},\n" for tiling in tilings)
+    found, times = re.subn(r"^ROW_TILINGS = \(\n.*?^\)\n", f"ROW_TILINGS = (\n{written})\n", source, flags=re.M | re.S)
+    if times != 1:
+        raise ValueError(f"{SOURCE} has {times} tuples ROW_TILINGS, required 1")
+    return found
+
+
+def _tiling(configuration: Configuration) -> str:
+    """The call that makes it, without what is usual."""
+    usual = {"num_stages": 1, "programs_per_multiprocessor": 0}
+    given = {name: value for name, value in configuration.items() if usual.get(name) != value}
+    return f"Tiling({', '.join(f'{name}={value}' for name, value in given.items())})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--out", type=Path, help="where to write all times as JSON")
+    parser.add_argument("--write", action="store_true", help="put the best into the source")
     arguments = parser.parse_args()
     found = list(trials(detect_device(arguments.device)))
     compile_all(found)
@@ -144,8 +169,12 @@ def main() -> None:
             "measured_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         arguments.out.write_text(json.dumps(facts | {"measured": measured}) + "\n", encoding="utf-8")
-    for block, text, mean, worst in best_of_block(measured):
+    best = list(best_of_block(measured))
+    for block, text, mean, worst in best:
         print(f"{block:6} {text}: {mean:.3f} of the best's time, {worst:.3f} at worst")
+    if arguments.write:
+        tilings = [json.loads(text) for _, text, *_ in best]
+        SOURCE.write_text(with_tilings(SOURCE.read_text(encoding="utf-8"), tilings), encoding="utf-8")
 
 
 if __name__ == "__main__":
