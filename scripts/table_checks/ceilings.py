@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from removed_buckets import contests_of
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernels.triton_device import ITEM_BYTES
 from layerzero_runtime.operations import operation_named
 from layerzero_tune.command_line.output import shape_text
 from layerzero_tune.compile.judge import describe_choice
-from layerzero_tune.identity import canonical_json
+from layerzero_tune.identity import choice_of
 from layerzero_tune.measure.work import call_elements
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
@@ -32,7 +34,7 @@ def ceiling_conditions(ceilings: Mapping[str, Any], results: Path) -> Iterator[C
         f"ceilings of {ceilings['device']}, {ceilings['measured_at']}: copy {copied / 1e12:.2f} TB/s, bf16 matmul "
         f"{multiplied / 1e12:.0f} TFLOP/s"
     )
-    for context, rows in _by_context(ResultsStore(results).read().rows).items():
+    for context, rows in contests_of(ResultsStore(results).read().rows).items():
         times = {_name(row): median(row.samples_ns) * 1e-9 for row in rows if row.status == "ok" and row.samples_ns}
         screened = {_name(row): row.screen_ns * 1e-9 for row in rows if row.status == "ok" and row.screen_ns}
         is_prefill = context.num_heads is not None and context.seq_len_q != 1
@@ -46,13 +48,6 @@ def ceiling_conditions(ceilings: Mapping[str, Any], results: Path) -> Iterator[C
             yield Condition.at_least(f"{shape}: {best}'s share of the copy", amount / own[best] / ceiling, OWN_SHARE)
 
 
-def _by_context(rows: Sequence[Measurement]) -> dict[SelectionContext, list[Measurement]]:
-    found: dict[SelectionContext, list[Measurement]] = {}
-    for row in rows:
-        found.setdefault(row.context, []).append(row)
-    return found
-
-
 def _bytes(context: SelectionContext) -> float:
     """Every tensor moved once."""
     return call_elements(context) * ITEM_BYTES[context.dtype]
@@ -63,4 +58,4 @@ def _flops(context: SelectionContext) -> float:
 
 
 def _name(row: Measurement) -> str:
-    return describe_choice((row.kernel_id, canonical_json(dict(row.configuration))))
+    return describe_choice(choice_of(row.kernel_id, row.configuration))
