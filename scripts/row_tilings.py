@@ -51,7 +51,6 @@ SOURCE = Path(__file__).parent.parent / "layerzero_runtime" / "kernels" / "trito
 class Trial:
     """A norm at one shape, and its tilings by the width of their block."""
 
-    operation: str
     context: SelectionContext
     configurations: tuple[Configuration, ...]
 
@@ -64,7 +63,7 @@ def trials(device: DeviceSpec) -> Iterator[Trial]:
                 context = SelectionContext(
                     operation=operation, dtype="bfloat16", mode="graph", rows=rows, hidden_size=width
                 ).with_device(device)
-                yield Trial(operation, context, tuple(_tilings(context)))
+                yield Trial(context, tuple(_tilings(context)))
 
 
 def _tilings(context: SelectionContext) -> Iterator[Configuration]:
@@ -77,15 +76,15 @@ def _tilings(context: SelectionContext) -> Iterator[Configuration]:
             yield configuration
 
 
-def load(operation: str, context: SelectionContext, configuration: Configuration) -> Any:
+def load(context: SelectionContext, configuration: Configuration) -> Any:
     """Compiles, or takes what another process has compiled."""
-    (kernel,) = (kernel for kernel in KERNELS if operation in kernel.spec.operations)
+    (kernel,) = (kernel for kernel in KERNELS if context.operation in kernel.spec.operations)
     return kernel.load(context, configuration)
 
 
 def compile_all(found: Sequence[Trial]) -> None:
     forms = {
-        (trial.operation, canonical_json(dict(configuration))): (trial.operation, trial.context, configuration)
+        (trial.context.operation, canonical_json(dict(configuration))): (trial.context, configuration)
         for trial in found
         for configuration in trial.configurations
     }
@@ -95,19 +94,20 @@ def compile_all(found: Sequence[Trial]) -> None:
             done.result()
 
 
-def _compile(operation: str, context: SelectionContext, configuration: Configuration) -> None:
-    load(operation, context, configuration)
+def _compile(context: SelectionContext, configuration: Configuration) -> None:
+    """`load` for another process: functions do not travel between processes."""
+    load(context, configuration)
 
 
 def times(bench: Bench, trial: Trial) -> dict[str, float]:
     """ns of a call by tiling."""
-    operation = operation_named(trial.operation)
+    operation = operation_named(trial.context.operation)
     source = RandomTensors(bench.name, 0)
     drawn = [source.draw(operation, trial.context) for _ in range(SETS)]
     rotation = Rotation([operation.arguments(trial.context, tensors) for tensors in drawn])
     found = {}
     for configuration in trial.configurations:
-        timed = bench.clock.timed(load(trial.operation, trial.context, configuration), rotation)
+        timed = bench.clock.timed(load(trial.context, configuration), rotation)
         found[canonical_json(dict(configuration))] = take_sample(timed, warm_up(timed, WARM_UP_MS), SAMPLE_MS)
     return found
 
@@ -158,7 +158,7 @@ def main() -> None:
     bench = Bench.of(arguments.device, "graph")
     with torch.inference_mode(), bench.current():
         measured = [
-            {"operation": trial.operation, "rows": trial.context.rows, "width": trial.context.hidden_size}
+            {"operation": trial.context.operation, "rows": trial.context.rows, "width": trial.context.hidden_size}
             | {"ns": times(bench, trial)}
             for trial in found
         ]
