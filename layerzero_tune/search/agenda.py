@@ -58,9 +58,9 @@ class Agenda:
         self._keys = _key_agendas(device, self._clock, lines, offered, held, self.searched, refine)
         for rows in held.values():
             key, sizes = cell_of(rows[0].context)
-            if key in self._keys and not rows[0].is_search:
-                self._keys[key].take_in(sizes, rows)
-                if (contest := device.recalled(rows)) is not None:
+            if key in self._keys and not rows[0].is_search and (current := device.current(rows)):
+                self._keys[key].take_in(sizes, current)
+                if len(current) == len(rows) and (contest := device.recalled(rows)) is not None:
                     self._keys[key].note_last(sizes, contest)
         for agenda in self._keys.values():
             agenda.renew()

@@ -62,8 +62,11 @@ class MeasuringDevice(Protocol):
     def again(self, contest: Contest) -> Contest | None:
         """The contest once more, for one that leaves a doubt; None if that is of no use."""
 
+    def current(self, rows: Sequence[Measurement]) -> Sequence[Measurement]:
+        """Those of the rows that the device would measure again: of the same sources and versions."""
+
     def recalled(self, rows: Sequence[Measurement]) -> Contest | None:
-        """The contest that gave these rows, if the device would measure the same again; None if not."""
+        """The contest that gave these rows, all of them current; None for a device that repeats none."""
 
     def expect(self, contests: Iterable[Contest]) -> None:
         """Contests that are likely to follow the next one; a device that prepares none does not look at them."""
@@ -176,8 +179,11 @@ class LiveDevice:
         """From another thread: end what is being measured, which raises `GivenUpError` there."""
         self._worker.give_up()
 
+    def current(self, rows: Sequence[Measurement]) -> Sequence[Measurement]:
+        return [row for row in rows if self._identity.gives(row, self._kernels)]
+
     def recalled(self, rows: Sequence[Measurement]) -> Contest | None:
-        return contest_of_rows(rows) if all(self._identity.gives(row, self._kernels) for row in rows) else None
+        return contest_of_rows(rows)
 
     def measures(self, contest: Contest) -> bool:
         """Whether the contest's jobs are what this process would measure: the same device, sources and versions."""

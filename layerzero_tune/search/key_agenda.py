@@ -199,13 +199,23 @@ class KeyAgenda:
         self._ranking = None
 
     def _points(self, searches: Mapping[Sizes, Ranked]) -> Iterable[Ranked]:
-        """The workload's points; one that a search waits for ranks as the search does."""
+        """The workload's points; one that a search waits for ranks as the search does, one at which kernels enter that
+        came later, or changed, by what they may gain there."""
         count = len(self._measured)
         for sizes, contests in self._waiting.items():
             bounds = self.regret.new_bounds(sizes)
             coverage = (0.0, count, -bounds) if bounds else ANY_OTHER
             found = self._ranked(sizes, self._planned("point", sizes, contests[0]), coverage)
+            if sizes in self._measured and (entrants := _choices(contests[0]) - self.regret.tried(sizes)):
+                found = self._entering(found, sizes, entrants)
             yield replace(found, rank=min(found.rank, searches[sizes].rank)) if sizes in searches else found
+
+    def _entering(self, found: Ranked, sizes: Sizes, entrants: frozenset[Choice]) -> Ranked:
+        gain = self.regret.gain_of(entrants, sizes)
+        if gain <= found.planned.regret:
+            return found
+        planned = replace(found.planned, regret=gain)
+        return Ranked(_rank(gain * self.regret.demanded(sizes), planned, sizes), planned, found.not_before)
 
     def _repeats(self) -> Iterable[Ranked]:
         for sizes, contests in self._last.items():
@@ -287,5 +297,5 @@ def _rank(
     return (*coverage, -round(worth / planned.seconds, 9), *sizes)
 
 
-def _choices(contest: Contest) -> set[Choice]:
-    return {choice_of(found.kernel_id, found.configuration) for found in contest.candidates}
+def _choices(contest: Contest) -> frozenset[Choice]:
+    return frozenset(choice_of(found.kernel_id, found.configuration) for found in contest.candidates)

@@ -60,6 +60,7 @@ class KeyRegret:
         self._regrets = np.full(len(self.demand), UNKNOWN)
         self._is_covered = np.zeros(len(self.demand), dtype=np.bool_)
         self._worths: Floats | None = None
+        self._gains: dict[tuple[Sizes, frozenset[Choice]], float] = {}
         self._nearest: list[Sizes | None] = [None] * len(self.demand)
         self._nearest_distances = np.full(len(self.demand), math.inf)
 
@@ -126,6 +127,7 @@ class KeyRegret:
                 self._regrets[number] = self._regret(sizes, bool(covered[number]))
         self._new.clear()
         self._worths = None
+        self._gains.clear()
 
     def _near_new(self) -> Mask:
         """The demanded sizes of which the model says something else because of the new contests."""
@@ -187,6 +189,22 @@ class KeyRegret:
         lead = verdict.log_ratio(verdict.served)
         standings = verdict.standings.items()
         return {choice: standing.log_ratio - lead for choice, standing in standings if choice[0] == kernel_id}
+
+    def gain_of(self, entrants: frozenset[Choice], sizes: Sizes) -> float:
+        """What is served at measured sizes may lose to choices that were not measured there: the largest expected log
+        ratio, by what they were elsewhere. It may lag by a few contests."""
+        if (sizes, entrants) not in self._gains:
+            self._gains[sizes, entrants] = self._gain_of(entrants, sizes)
+        return self._gains[sizes, entrants]
+
+    def _gain_of(self, entrants: Collection[Choice], sizes: Sizes) -> float:
+        served = self.served(sizes)
+        if served is None or self._model is None:
+            return UNKNOWN
+        found = self._model.estimates({served, *entrants}, sizes)
+        if found.keys() < {served, *entrants}:
+            return UNKNOWN
+        return largest_loss(found[served], (found[choice] for choice in entrants))
 
     def tried(self, sizes: Sizes) -> frozenset[Choice]:
         """The choices that were measured at these sizes, with or without a time."""

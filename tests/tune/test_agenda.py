@@ -42,6 +42,7 @@ class LandscapeDevice:
     def rows(self, context: SelectionContext) -> list[Measurement]:
         return contest_rows(context, self._times(context), noise=0.002)
 
+    current = RecordedDevice.current
     expect = RecordedDevice.expect
 
     def recalled(self, rows: Sequence[Measurement]) -> Contest | None:

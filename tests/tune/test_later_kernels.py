@@ -10,10 +10,12 @@ import pytest
 from layerzero_tune.compile.judge import judge
 from layerzero_tune.measure.contest import Candidate, Contest
 from layerzero_tune.results.store import ResultsStore
+from layerzero_tune.search.jobs import contest_of_rows
+from layerzero_tune.search.key_regret import UNKNOWN
 from tests.tune.clocked_device import ClockedDevice, run
 from tests.tune.configured_kernels import PASSES
 from tests.tune.synthetic_results import norm
-from tests.tune.tuning_runs import planned_at
+from tests.tune.tuning_runs import agenda_at, planned_at
 
 DEFAULT, FUSED, VECTOR = "torch.rms_norm", "torch.rms_norm.fused", "torch.rms_norm.vector_norm"
 POINT = norm(8)
@@ -80,3 +82,60 @@ def test_a_later_contest_is_repeated_where_it_leaves_a_doubt(tmp_path: Path) -> 
     assert [contest.repeat for contest in contests] == [0, 1, 2]
     assert len({contest.job_ids for contest in contests}) == 1
     assert run(device, store, POINT) == []
+
+
+POINTS = [norm(rows, width) for rows in (1, 8, 64) for width in (512, 1024)]
+
+
+def test_kernels_that_come_later_go_before_what_is_in_doubt_where_they_may_win(tmp_path: Path) -> None:
+    """With a budget the points at which another contest might tell more would take it all."""
+    store = ResultsStore(tmp_path)
+    close = SPEEDS | {FUSED: 0.99}
+    device = Timed([DEFAULT, FUSED])
+    device.speeds = close
+    run(device, store, *POINTS)
+    device = Timed([DEFAULT, FUSED, VECTOR])
+    device.speeds = close
+    agenda = agenda_at(device, POINTS, store, refine=True)
+    planned = agenda.next()
+    assert planned is not None
+    assert planned.regret == pytest.approx(UNKNOWN)
+    for _ in POINTS:
+        assert planned is not None
+        assert VECTOR in ids(planned.contest)
+        rows, _ = device.measure(planned.contest)
+        agenda.learn(planned, rows)
+        planned = agenda.next()
+
+
+def test_where_a_later_kernel_has_lost_all_around_it_comes_late(tmp_path: Path) -> None:
+    store = ResultsStore(tmp_path)
+    run(Timed([DEFAULT, FUSED]), store, *POINTS)
+    device = Timed([DEFAULT, FUSED, VECTOR])
+    device.speeds = SPEEDS | {VECTOR: 2.0}
+    agenda = agenda_at(device, POINTS, store)
+    first = agenda.next()
+    assert first is not None
+    rows, _ = device.measure(first.contest)
+    agenda.learn(first, rows)
+    second = agenda.next()
+    assert second is not None
+    assert second.regret < 0.1 * first.regret
+
+
+def test_rows_of_a_changed_source_say_nothing_of_what_is_left(tmp_path: Path) -> None:
+    """Else its points would seem done, and come last."""
+    run(Timed([DEFAULT, FUSED]), ResultsStore(tmp_path / "new"), *POINTS)
+    held = ResultsStore(tmp_path / "new").read().rows
+    older = ResultsStore(tmp_path / "older")
+    for point in POINTS:
+        rows = [row for row in held if row.context == point]
+        jobs = [row.job_id[::-1] if row.kernel_id == FUSED else row.job_id for row in rows]
+        contest_id = replace(contest_of_rows(rows), job_ids=tuple(jobs)).contest_id
+        older.append([replace(row, job_id=job, contest_id=contest_id) for row, job in zip(rows, jobs, strict=True)])
+    device = Timed([DEFAULT, FUSED])
+    planned = agenda_at(device, POINTS, older).next()
+    assert planned is not None
+    assert planned.regret == pytest.approx(UNKNOWN)
+    assert FUSED in ids(planned.contest)
+    assert agenda_at(device, POINTS, ResultsStore(tmp_path / "new")).next() is None

@@ -53,6 +53,7 @@ class SharedDevice:
         return tuple(replace(row, contention=share) for row in rows), ContestOutcome((), rows[0].measured_at)
 
     again = LiveDevice.again
+    current = RecordedDevice.current
     expect = RecordedDevice.expect
 
     def recalled(self, rows: Sequence[Measurement]) -> Contest | None:
