@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.errors import ResultsError
 from layerzero_runtime.kernel import Configuration
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.plan import ExecutionPlan
@@ -13,7 +14,7 @@ from layerzero_runtime.snapshot import Snapshot
 from layerzero_tune.compile.judge import describe_choice
 from layerzero_tune.evaluate.public_calls import PUBLIC_CALL
 from layerzero_tune.evaluate.score import Score, confirms_slower, has_time, score
-from layerzero_tune.identity import canonical_json
+from layerzero_tune.identity import canonical_json, choice_of
 from layerzero_tune.measure.contest import Candidate, Contest
 from layerzero_tune.measure.statistics import holm
 from layerzero_tune.results.measurement import Measurement
@@ -23,6 +24,15 @@ from layerzero_tune.search.device import COMING, LiveDevice
 # Each shape is measured once, and once more where its choice looks slow; a contest that is of no use is taken so often.
 _REPEATS = 2
 _TAKES = 3
+_OWN_CHOICE = canonical_json({})
+
+
+@dataclass(frozen=True)
+class Unscored:
+    """A held-out shape on which the default or what a table chose has no time, and why."""
+
+    context: SelectionContext
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -30,12 +40,16 @@ class Evaluation:
     """What the held-out shapes gave.
 
     Attributes:
-        slower: those scores that a remeasurement confirmed to be slower than the default.
+        scores: of the table, in the order of the shapes, without the unscored ones.
+        beside: of each other table on the same shapes, by the same contests.
+        slower: those of the table's scores that a remeasurement confirmed to be slower than the default.
         measured_to: the latest contest's time, UTC.
         preparation_s: seconds that loading and compiling kernels took, of contests measured in this call.
     """
 
     scores: tuple[Score, ...]
+    beside: tuple[tuple[Score, ...], ...]
+    unscored: tuple[Unscored, ...]
     slower: frozenset[Score]
     measured_to: str
     preparation_s: float
@@ -47,16 +61,17 @@ def evaluate(
     contexts: Sequence[SelectionContext],
     store: ResultsStore,
     table_id: str,
+    beside: Sequence[Snapshot] = (),
     progress: Callable[[SelectionContext], None] = lambda context: None,
 ) -> Evaluation:
     """Measure every legal kernel, with the configurations that the table ships, and the public call on each shape, and
-    score what the snapshot selects.
+    score what the snapshot selects; what the others select meets in the same contests.
 
     Contests that the store holds already are not measured again. `table_id` is a hash of the table's content: the
     public call through another table is another job.
 
     Raises:
-        ResultsError: the store cannot be written, or a choice could not be timed.
+        ResultsError: the store cannot be written.
     """
     held: dict[str, list[Measurement]] = {}
     if store.contest_ids():
@@ -66,12 +81,12 @@ def evaluate(
     used: list[Measurement] = []
     preparation_s = 0.0
 
-    def measured(contest: Contest, chosen: str) -> Sequence[Measurement]:
+    def measured(contest: Contest, chosen: Sequence[str]) -> Sequence[Measurement]:
         """Taken again where the GPU was slowed down, or what is chosen has no time; the last one counts if it always
         is so."""
         for take in range(_TAKES):
             rows = measured_once(replace(contest, repeat=contest.repeat + take * _REPEATS))
-            if not rows[0].is_slowed and has_time(rows, chosen):
+            if not rows[0].is_slowed and all(has_time(rows, name) for name in chosen):
                 break
         used.extend(rows)
         return rows
@@ -85,55 +100,81 @@ def evaluate(
             preparation_s += outcome.preparation_s
         return held[contest.contest_id]
 
-    placed = [context.with_device(device.spec) for context in contexts]
-    plans = [snapshot.select(context) for context in placed]
-    contests = [
-        _contest(device, context, plan, _shipped(snapshot, there), table_id)
-        for context, there, plan in zip(contexts, placed, plans, strict=True)
-    ]
-    scores: list[Score] = []
-    for number, (context, plan, contest) in enumerate(zip(contexts, plans, contests, strict=True), 1):
-        device.expect(contests[number : number + COMING])
-        chosen = describe_choice((plan.kernel_id, canonical_json(dict(plan.configuration))))
-        scores.append(score(measured(contest, chosen), chosen, hit=plan.source == "table"))
-        progress(context)
-    suspects = holm([found.slower_p for found in scores]) if scores else ()
+    shapes = _in_order(_shape(device, context, (snapshot, *beside), table_id) for context in contexts)
+    scores: dict[SelectionContext, tuple[Score, ...]] = {}
+    unscored = []
+    for number, shape in enumerate(shapes, 1):
+        device.expect(following.contest for following in shapes[number : number + COMING])
+        rows = measured(shape.contest, shape.chosen)
+        try:
+            pairs = zip(shape.chosen, shape.plans, strict=True)
+            scores[shape.context] = tuple(score(rows, name, hit=plan.source == "table") for name, plan in pairs)
+        except ResultsError as error:
+            unscored.append(Unscored(shape.context, str(error)))
+        progress(shape.context)
+    of_tables = tuple(zip(*(scores[context] for context in contexts if context in scores), strict=True))
+    own = of_tables[0] if of_tables else ()
+    contests = {shape.context: shape.contest for shape in shapes}
+    suspects = holm([found.slower_p for found in own]) if own else ()
     slower = frozenset(
         found
-        for found, contest, is_suspect in zip(scores, contests, suspects, strict=True)
-        if is_suspect and confirms_slower(measured(replace(contest, repeat=1), found.chosen), found.chosen)
+        for found, is_suspect in zip(own, suspects, strict=True)
+        if is_suspect
+        and confirms_slower(measured(replace(contests[found.context], repeat=1), [found.chosen]), found.chosen)
     )
     store.compact()
-    return Evaluation(tuple(scores), slower, max((row.measured_at for row in used), default=""), preparation_s)
+    measured_to = max((row.measured_at for row in used), default="")
+    return Evaluation(own, of_tables[1:], tuple(unscored), slower, measured_to, preparation_s)
 
 
-def _contest(
-    device: LiveDevice,
-    context: SelectionContext,
-    plan: ExecutionPlan,
-    shipped: Mapping[str, Sequence[Configuration]],
-    table_id: str,
-) -> Contest:
-    """All legal kernels and the public call; the choice reaches the final rounds whatever the screening says."""
-    kernels = [
-        replace(candidate, configuration=configuration, is_default=candidate.is_default and not configuration)
+@dataclass(frozen=True)
+class _Shape:
+    """A shape, what each table selects there, by name too, and the contest in which all of it meets."""
+
+    context: SelectionContext
+    plans: tuple[ExecutionPlan, ...]
+    contest: Contest
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        return tuple(describe_choice(choice_of(plan.kernel_id, plan.configuration)) for plan in self.plans)
+
+
+def _in_order(shapes: Iterable[_Shape]) -> tuple[_Shape, ...]:
+    """Those of graphs first: beside them kernels compile for what follows, beside eager calls none may."""
+    return tuple(sorted(shapes, key=lambda shape: shape.context.mode != "graph"))
+
+
+def _shape(device: LiveDevice, context: SelectionContext, tables: Sequence[Snapshot], table_id: str) -> _Shape:
+    """All legal kernels and the public call; what is chosen reaches the final rounds whatever the screening says."""
+    placed = context.with_device(device.spec)
+    plans = tuple(table.select(placed) for table in tables)
+    shipped = _shipped(tables[0], placed)
+    for plan in plans:  # on a miss it may have the configuration of another static key
+        shipped.setdefault(plan.kernel_id, {})[canonical_json(dict(plan.configuration))] = plan.configuration
+    chosen = {choice_of(plan.kernel_id, plan.configuration) for plan in plans}
+    entered = [
+        replace(
+            candidate,
+            configuration=configuration,
+            is_default=candidate.is_default and not configuration,
+            is_anchor=choice_of(candidate.kernel_id, configuration) in chosen,
+        )
         for candidate in device.candidates(context)
         if candidate.kernel_id != PUBLIC_CALL
-        for configuration in ({}, *shipped.get(candidate.kernel_id, ()))
+        for _, configuration in sorted({_OWN_CHOICE: {}, **shipped.get(candidate.kernel_id, {})}.items())
     ]
-    chosen = plan.kernel_id, plan.configuration
-    entered = [replace(found, is_anchor=(found.kernel_id, found.configuration) == chosen) for found in kernels]
-    return device.contest(context, [*entered, Candidate(PUBLIC_CALL, {"table": table_id}, is_anchor=True)])
+    public = Candidate(PUBLIC_CALL, {"table": table_id}, is_anchor=True)
+    return _Shape(context, plans, device.contest(context, [*entered, public]))
 
 
-def _shipped(snapshot: Snapshot, context: SelectionContext) -> dict[str, list[Configuration]]:
-    """By kernel, the configurations beside its own choice that the table has for the context's static key."""
+def _shipped(snapshot: Snapshot, context: SelectionContext) -> dict[str, dict[str, Configuration]]:
+    """By kernel and text, the configurations that the table has for the context's static key."""
     operation = operation_named(context.operation)
     table = None if context.device is None else snapshot.tables.of(context.device)
     entry = None if table is None else table.entries.get(operation.name, {}).get(operation.static_key(context))
     found: dict[str, dict[str, Configuration]] = {}
     for chain in () if entry is None else entry.leaves:
         for step in chain:
-            if step.configuration:
-                found.setdefault(step.kernel_id, {})[canonical_json(dict(step.configuration))] = step.configuration
-    return {kernel_id: [texts[text] for text in sorted(texts)] for kernel_id, texts in found.items()}
+            found.setdefault(step.kernel_id, {})[canonical_json(dict(step.configuration))] = step.configuration
+    return found

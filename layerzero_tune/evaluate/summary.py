@@ -25,7 +25,8 @@ SUMMARY_COLUMNS = (
 
 @dataclass(frozen=True)
 class Summary:
-    """The figures of `evaluate --json`; efficiency is best time / chosen time."""
+    """The figures of `evaluate --json`; efficiency is best time / chosen time. What is slower than the default is None
+    where no remeasurement has confirmed it."""
 
     n: int
     hit_rate: float
@@ -34,10 +35,10 @@ class Summary:
     efficiency_min: float
     speedup_vs_default_geomean: float
     speedup_end_to_end_geomean: float | None
-    slower_than_default: int
+    slower_than_default: int | None
 
 
-def summarise(scores: Sequence[Score], slower: frozenset[Score]) -> Summary:
+def summarise(scores: Sequence[Score], slower: frozenset[Score] | None) -> Summary:
     """The summary of at least one score; `slower` are those confirmed to be slower than the default.
 
     Raises:
@@ -53,13 +54,13 @@ def summarise(scores: Sequence[Score], slower: frozenset[Score]) -> Summary:
         efficiency_min=min(efficiencies),
         speedup_vs_default_geomean=geometric_mean([score.speedup for score in scores]),
         speedup_end_to_end_geomean=geometric_mean(end_to_end) if end_to_end else None,
-        slower_than_default=sum(score in slower for score in scores),
+        slower_than_default=None if slower is None else sum(score in slower for score in scores),
     )
 
 
 def summary_cells(operation: str, mode: str, summary: Mapping[str, Any]) -> tuple[str, ...]:
     """A row of a table for people, in the order of `SUMMARY_COLUMNS`; `summary` has the fields of `Summary`."""
-    end_to_end = summary["speedup_end_to_end_geomean"]
+    end_to_end, slower = summary["speedup_end_to_end_geomean"], summary["slower_than_default"]
     return (
         operation,
         mode,
@@ -70,7 +71,7 @@ def summary_cells(operation: str, mode: str, summary: Mapping[str, Any]) -> tupl
         f"{summary['efficiency_min']:.3f}",
         f"{summary['speedup_vs_default_geomean']:.2f}x",
         "-" if end_to_end is None else f"{end_to_end:.2f}x",
-        str(summary["slower_than_default"]),
+        "-" if slower is None else str(slower),
     )
 
 

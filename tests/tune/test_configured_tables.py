@@ -56,6 +56,20 @@ def test_an_evaluation_measures_and_scores_the_shipped_configuration(snapshot: S
     assert [dict(row.configuration) for row in sorted(rows, key=lambda row: len(row.configuration))] == [{}, BEST]
 
 
+def test_a_choice_whose_configuration_the_table_does_not_ship_is_timed_too(
+    snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a miss's may be, which takes it from the nearest bucket of another static key."""
+    assert snapshot.tables.of(DEVICE) is not None
+    monkeypatch.delenv("LAYERZERO_TABLES")
+    without = Snapshot(Registry(KERNELS), CounterGroup())
+    device = ClockedDevice([DEFAULT, PASSES.kernel_id, PUBLIC_CALL])
+    found = evaluate(device, without, [norm(20)], ResultsStore(tmp_path / "held-out"), "a" * 32, [snapshot])
+    assert [score.chosen for score in found.scores] == [DEFAULT]
+    assert [score.chosen for score in found.beside[0]] == [f'{PASSES.kernel_id} {{"order":"rows","passes":4}}']
+    assert not found.unscored
+
+
 def test_a_kernel_counts_once_at_a_point_whatever_its_configurations(tmp_path: Path) -> None:
     points = {line.kernel_id: (line.points, line.wins) for line in kernel_wins(searched(tmp_path))}
     assert points == {DEFAULT: (6, 0), PASSES.kernel_id: (6, 6)}

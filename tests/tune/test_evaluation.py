@@ -10,7 +10,6 @@ import pytest
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.counters import CounterGroup
-from layerzero_runtime.errors import ResultsError
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.libraries import library_version
 from layerzero_runtime.registry import Registry
@@ -130,11 +129,38 @@ def test_within_two_percent_is_not_slower(snapshot: Snapshot, tmp_path: Path) ->
     assert [contest.repeat for contest in device.measured] == [0, 0, 0]
 
 
-def test_a_choice_that_fails_ends_the_evaluation_but_keeps_its_contests(snapshot: Snapshot, tmp_path: Path) -> None:
-    device = ScriptedDevice({DEFAULT: 1000.0, FUSED: "died"}, {FUSED: "died"})
-    with pytest.raises(ResultsError, match=r"'torch\.rms_norm\.fused' has no time at .*died as scripted"):
-        evaluated(device, snapshot, tmp_path / "held-out")
-    assert len(ResultsStore(tmp_path / "held-out").contest_ids()) == 3
+def test_a_choice_that_fails_is_told_and_the_other_shapes_are_scored(snapshot: Snapshot, tmp_path: Path) -> None:
+    device = ScriptedDevice({DEFAULT: 1000.0, FUSED: "died"}, {DEFAULT: 1000.0, FUSED: "died"})
+    found = evaluated(device, snapshot, tmp_path / "held-out")
+    assert [score.context for score in found.scores] == [norm(5000)]
+    assert [shape.context for shape in found.unscored] == [norm(3), norm(20)]
+    assert all("'torch.rms_norm.fused' has no time at" in shape.reason for shape in found.unscored)
+    assert all("died as scripted" in shape.reason for shape in found.unscored)
+
+
+def test_another_table_meets_the_first_in_the_same_contests(
+    snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert snapshot.tables.of(DEVICE) is not None
+    monkeypatch.delenv("LAYERZERO_TABLES")
+    without = Snapshot(Registry(builtin_kernels()), CounterGroup())
+    device = ScriptedDevice({DEFAULT: 2000.0, FUSED: 1000.0}, {})
+    contexts = [norm(3), norm(20), norm(5000)]
+    found = evaluate(device, snapshot, contexts, ResultsStore(tmp_path / "held-out"), "a" * 32, [without])
+    assert len(device.measured) == 3
+    assert [(score.chosen, score.hit) for score in found.scores] == [(FUSED, True), (FUSED, True), (DEFAULT, False)]
+    assert [(score.chosen, score.hit) for score in found.beside[0]] == [(DEFAULT, False)] * 3
+    assert [score.efficiency for score in found.beside[0]] == pytest.approx([0.5] * 3)
+    anchors = {candidate.kernel_id for candidate in device.measured[0].candidates if candidate.is_anchor}
+    assert anchors == {DEFAULT, FUSED, PUBLIC_CALL}
+
+
+def test_graphs_come_first_and_scores_in_the_order_of_the_shapes(snapshot: Snapshot, tmp_path: Path) -> None:
+    device = ScriptedDevice({DEFAULT: 2000.0, FUSED: 1000.0}, {})
+    contexts = [norm(3), replace(norm(3), mode="graph"), norm(20)]
+    found = evaluate(device, snapshot, contexts, ResultsStore(tmp_path / "held-out"), "a" * 32)
+    assert [contest.context.mode for contest in device.measured] == ["graph", "eager", "eager"]
+    assert [score.context for score in found.scores] == contexts
 
 
 def test_a_choice_that_fails_once_is_measured_again(snapshot: Snapshot, tmp_path: Path) -> None:
