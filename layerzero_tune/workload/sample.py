@@ -11,7 +11,7 @@ from layerzero_tune.workload.lines import WorkloadLine
 
 def sample_lines(lines: Sequence[WorkloadLine], at_most: int, seed: int) -> tuple[WorkloadLine, ...]:
     """At most so many lines of each operation and mode, each as likely as any other, in their order. Equal input and
-    seed give equal lines.
+    seed give equal lines; a larger sample has those of a smaller one.
 
     Raises:
         WorkloadError: `at_most` is below 1.
@@ -22,5 +22,5 @@ def sample_lines(lines: Sequence[WorkloadLine], at_most: int, seed: int) -> tupl
     for number, line in enumerate(lines):
         groups.setdefault((line.context.operation, line.context.mode), []).append(number)
     chance = random.Random(seed)
-    kept = [number for _, group in sorted(groups.items()) for number in chance.sample(group, min(at_most, len(group)))]
+    kept = [number for _, group in sorted(groups.items()) for number in chance.sample(group, len(group))[:at_most]]
     return tuple(lines[number] for number in sorted(kept))

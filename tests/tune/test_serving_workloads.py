@@ -280,6 +280,7 @@ def test_a_sample_keeps_so_many_lines_of_each_operation_and_mode_in_their_order(
     assert [line for line in lines if line in set(kept)] == list(kept)
     whole, rest = (Counter((line.context.operation, line.context.mode) for line in each) for each in (lines, kept))
     assert rest == {group: min(at_most, number) for group, number in whole.items()}
+    assert set(kept) <= set(sample_lines(lines, at_most + 3, seed=3))
 
 
 def test_more_draws_are_the_same_points_and_others() -> None:
