@@ -34,12 +34,12 @@ def tuning(rows: Sequence[Measurement], contexts: Sequence[SelectionContext]) ->
 
 
 def alike_by(models: Mapping[Key, RegretModel]) -> Alike:
-    """By the regret models of the static keys."""
+    """By the regret models of the static keys; where there is none, nothing is known to be as good."""
 
     def alike(context: SelectionContext, choice: Choice) -> Collection[Choice]:
         operation = operation_named(context.operation)
-        model = models[operation.name, operation.static_key(context)]
-        return model.alike(choice, operation.sizes(context), TIE_WITHIN)
+        model = models.get((operation.name, operation.static_key(context)))
+        return {choice} if model is None else model.alike(choice, operation.sizes(context), TIE_WITHIN)
 
     return alike
 

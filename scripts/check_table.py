@@ -1,8 +1,8 @@
 """Judge a GPU's table: its held-out evaluation, its live selector, its losers, its ceilings, a second tuning.
 
 usage: python scripts/check_table.py [tables/nvidia_h100_80gb_hbm3] [scripts/results/h100_table]
-The second folder holds what was measured beside the table: facts.json, tuning_runs.jsonl, held-out/ and ceilings/
-(results), ceilings.json, removed_buckets.json, not_run.json and second/ (results).
+The second folder holds what was measured beside the table: facts.json, tuning_runs.jsonl, ceilings/ (results),
+ceilings.json, not_run.json and second_results/.
 Exits with status 1 where a condition does not hold.
 """
 
@@ -14,38 +14,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from removed_buckets import contests_of
 from table_checks.ceilings import ceiling_conditions
 from table_checks.condition import Condition
 from table_checks.held_out import held_out_conditions
+from table_checks.live import live_conditions
 from table_checks.losers import loser_conditions
 from table_checks.second_tuning import second_tuning_conditions
 
 from layerzero_tune.results.store import ResultsStore
 
 ROOT = Path(__file__).parent.parent
-LIVE_EFFICIENCY = 0.93
 
 
 def conditions(table: Path, beside: Path) -> Iterator[Condition]:
     evaluation, facts = _read(table / "evaluation.json"), _read(beside / "facts.json")
     print(f"commit {facts['commit']}, {facts['device']}, {facts['versions']}, evaluated {evaluation['measured_to']}")
     runs = [json.loads(line) for line in (beside / "tuning_runs.jsonl").read_text().splitlines()]
-    for results in ("results", "second"):
+    for results in ("results", "second_results"):
         times = [run["device_s"] for run in runs if run["results"] == results]
         print(f"device time of {results}: {sum(times) / 60:.0f} min in {len(times)} runs")
     yield from held_out_conditions(evaluation)
-    live = next(line for line in _read(beside / "removed_buckets.json") if line["operation"] == "all")
-    yield Condition.at_least(
-        f"live selector on {live['shapes']} shapes whose buckets were removed: efficiency",
-        live["efficiency_geomean"],
-        LIVE_EFFICIENCY,
-    )
+    yield from live_conditions(evaluation)
     rows = ResultsStore(table / "results").read().rows
     yield from loser_conditions(rows, _read(beside / "not_run.json"))
     yield from ceiling_conditions(_read(beside / "ceilings.json"), beside / "ceilings")
-    held_out = contests_of(ResultsStore(beside / "held-out").read().rows)
-    yield from second_tuning_conditions(rows, ResultsStore(beside / "second").read().rows, held_out)
+    yield from second_tuning_conditions(evaluation, rows, ResultsStore(beside / "second_results").read().rows)
 
 
 def _read(path: Path) -> Any:

@@ -1,48 +1,77 @@
 #!/usr/bin/env bash
-# On a CUDA device, one stage of a table that ships; each continues what an earlier call left in the folder.
-# scripts/check_table.py judges it all afterwards.
-# usage: scripts/gpu_table.sh tune FOLDER BUDGET COMMIT      tune for the serving workloads; may be called again
-#        scripts/gpu_table.sh second FOLDER BUDGET COMMIT    the same once more, independently
-#        scripts/gpu_table.sh evaluate FOLDER COMMIT         compile, measure the held-out shapes
-#        scripts/gpu_table.sh live FOLDER                    the live selector where buckets are missing
-#        scripts/gpu_table.sh ceilings FOLDER                what the device gives at most, and kernels near that
+# On an H100, one stage of a table that ships; each continues what an earlier call left in the folder, and keeps what it
+# has when it is interrupted. scripts/check_table.py judges it all afterwards.
+# usage: scripts/gpu_table.sh tune FOLDER COMMIT BUDGET      tune for the serving workloads; may be called again
+#        scripts/gpu_table.sh second FOLDER COMMIT BUDGET    the same once more, independently
+#        scripts/gpu_table.sh compile FOLDER                 the tables of both, and without buckets; needs no GPU
+#        scripts/gpu_table.sh evaluate FOLDER COMMIT [N]     measure N held-out shapes of each operation and mode
+#        scripts/gpu_table.sh ceilings FOLDER COMMIT         what the device gives at most, and kernels near that
 set -euo pipefail
-stage=${1:?usage: gpu_table.sh STAGE FOLDER ...} folder=${2:?usage: gpu_table.sh STAGE FOLDER ...}
+usage="usage: gpu_table.sh STAGE FOLDER [COMMIT [BUDGET or N]]"
+stage=${1:?$usage} folder=${2:?$usage}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 workloads=tables/workloads
+product="NVIDIA H100 80GB HBM3"
 mkdir -p "$folder"
 
-tune() { # RESULTS BUDGET COMMIT
-  local start=$SECONDS began
+# A table is of one product.
+device_facts() { # COMMIT
+  python3 scripts/device_facts.py "${1:?commit}" > "$folder/facts.new.json"
+  grep -q "\"device\": \"$product\"" "$folder/facts.new.json" || { cat "$folder/facts.new.json" >&2; exit 3; }
+  mv "$folder/facts.new.json" "$folder/facts.json"
+}
+
+tune() { # RESULTS COMMIT BUDGET
+  local began
   began=$(date -u -Iseconds)
-  layerzero-tune run --device cuda:0 --workload $workloads/tuned.jsonl --budget "$2" --out "$1" --json \
-    > "$folder/run.json"
-  python3 - "$folder" "$(basename "$1")" "$3" "$began" $((SECONDS - start)) <<'PYTHON'
+  device_facts "$2"
+  # What is interrupted has taken its time too.
+  # shellcheck disable=SC2064
+  trap "noted '$(basename "$1")' '$2' '$began' $SECONDS" EXIT
+  layerzero-tune run --device cuda:0 --workload $workloads/tuned.jsonl --budget "${3:?budget, such as 9m}" --out "$1" \
+    --json > "$folder/run.json"
+}
+
+noted() { # NAME COMMIT BEGAN, and the shell's SECONDS then
+  python3 - "$folder" "$1" "$2" "$3" $((SECONDS - $4)) <<'PYTHON'
 import json, pathlib, sys
 folder, results, commit, began, device_s = sys.argv[1:]
-run = json.loads(pathlib.Path(folder, "run.json").read_text())
+report = pathlib.Path(folder, "run.json")
+run = json.loads(report.read_text() or "{}")
 kept = ("contests_measured", "measuring_s", "preparing_s", "expected_regret")
 line = {"results": results, "commit": commit, "began": began, "device_s": int(device_s)}
-line |= {name: run[name] for name in kept}
+line |= {name: run[name] for name in kept if name in run}
 with pathlib.Path(folder, "tuning_runs.jsonl").open("a") as file:
     file.write(json.dumps(line) + "\n")
+report.unlink()
 PYTHON
-  rm "$folder/run.json"
 }
 
 case $stage in
-  tune) tune "$folder/results" "${3:?budget, such as 9m}" "${4:?commit}" ;;
-  second) tune "$folder/second" "${3:?budget, such as 9m}" "${4:?commit}" ;;
-  evaluate)
-    python3 scripts/device_facts.py "${3:?commit}" > "$folder/facts.json"
+  tune) tune "$folder/results" "${3:?commit}" "${4:-}" ;;
+  second) tune "$folder/second_results" "${3:?commit}" "${4:-}" ;;
+  compile)
     layerzero-tune compile "$folder/results" --out "$folder/tables"
-    layerzero-tune evaluate "$folder/tables" --results "$folder/results" --workload $workloads/held-out.jsonl \
-      --out "$folder/held-out" --json > "$folder/evaluation.json"
+    [ ! -d "$folder/second_results" ] || layerzero-tune compile "$folder/second_results" --out "$folder/second"
+    for seed in 0 1 2; do
+      python3 scripts/removed_buckets.py "$folder/results" "$folder/without_buckets_$seed" --seed $seed
+    done
     ;;
-  live) python3 scripts/removed_buckets.py "$folder/results" "$folder/held-out" --json > "$folder/removed_buckets.json" ;;
+  evaluate)
+    device_facts "${3:?commit}"
+    layerzero-tune workload sample $workloads/held-out.jsonl --at-most "${4:-52}" --out "$folder/held-out.jsonl"
+    beside=()
+    for tables in "$folder"/second "$folder"/without_buckets_*; do
+      [ ! -d "$tables" ] || beside+=(--beside "$tables")
+    done
+    layerzero-tune evaluate "$folder/tables" --results "$folder/results" --workload "$folder/held-out.jsonl" \
+      "${beside[@]}" --out "$folder/held-out" --json > "$folder/evaluation.new.json" || [ $? -eq 2 ]  # shapes without a time
+    mv "$folder/evaluation.new.json" "$folder/evaluation.json"
+    ;;
   ceilings)
+    device_facts "${3:?commit}"
     python3 scripts/device_ceilings.py --device cuda:0 --out "$folder/ceilings.json"
     layerzero-tune run --device cuda:0 --workload $workloads/ceilings.jsonl --out "$folder/ceilings" --json > /dev/null
     ;;
-  *) echo "stage is '$stage', allowed: tune, second, evaluate, live, ceilings" >&2; exit 2 ;;
+  *) echo "stage is '$stage', allowed: tune, second, compile, evaluate, ceilings" >&2; exit 2 ;;
 esac

@@ -10,10 +10,14 @@ usage: python scripts/regret_against_measurements.py RESULTS [--seeds 3] [--out 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
+import multiprocessing
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -121,25 +125,35 @@ def worth(rows: Sequence[Measurement], held_out: Mapping[SelectionContext, Verdi
 
 def curves(rows: Sequence[Measurement], seeds: int) -> tuple[Spent, ...]:
     """Every order at every share, means over the seeds."""
+    with ProcessPoolExecutor(min(seeds, os.cpu_count() or 1), mp_context=multiprocessing.get_context("fork")) as pool:
+        each = list(pool.map(functools.partial(spent, rows), range(seeds)))
+    return tuple(
+        Spent(
+            order,
+            share,
+            *(math.fsum(values) / seeds for values in zip(*(one[order, share] for one in each), strict=True)),
+        )
+        for order, share in each[0]
+    )
+
+
+def spent(rows: Sequence[Measurement], seed: int) -> Mapping[tuple[str, float], tuple[int, float, float, float]]:
+    """By order and share, for one choice of what is held out: contests, seconds, regret and hit rate."""
     device = RecordedDevice(rows)
     by_context: dict[SelectionContext, list[Measurement]] = {}
     for row in rows:
         by_context.setdefault(row.context, []).append(row)
     verdicts = {(key, verdict.sizes): verdict for key, found in judge(rows).items() for verdict in found}
-    found: dict[tuple[str, float], list[tuple[int, float, float, float]]] = {}
-    for seed in range(seeds):
-        held_out, offered = parted(sorted(by_context, key=lambda context: repr(context.to_dict())), seed)
-        judged = {context: verdicts[cell_of(context)] for context in held_out if cell_of(context) in verdicts}
-        for name, steps in orders(device, offered, seed).items():
-            for share in SHARES:
-                taken = steps[: round(share * len(steps))]
-                seconds = math.fsum(step.seconds for step in taken)
-                regret, hit_rate = worth([row for step in taken for row in by_context[step.context]], judged)
-                found.setdefault((name, share), []).append((len(taken), seconds, regret, hit_rate))
-    return tuple(
-        Spent(name, share, *(math.fsum(values) / seeds for values in zip(*each, strict=True)))
-        for (name, share), each in found.items()
-    )
+    held_out, offered = parted(sorted(by_context, key=lambda context: repr(context.to_dict())), seed)
+    judged = {context: verdicts[cell_of(context)] for context in held_out if cell_of(context) in verdicts}
+    found = {}
+    for name, steps in orders(device, offered, seed).items():
+        for share in SHARES:
+            taken = steps[: round(share * len(steps))]
+            seconds = math.fsum(step.seconds for step in taken)
+            regret, hit_rate = worth([row for step in taken for row in by_context[step.context]], judged)
+            found[name, share] = len(taken), seconds, regret, hit_rate
+    return found
 
 
 def parted(

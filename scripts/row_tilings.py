@@ -1,8 +1,9 @@
 """How our Triton norms should cut up rows where no table says: times tilings over widths on a GPU, and prints for each
 width of a block the tiling that is best over all norms, few rows and many.
 
-usage: python scripts/row_tilings.py [--device cuda:0] [--out FILE] [--write]
-With --write it puts them into `ROW_TILINGS` of layerzero_runtime/kernels/triton_rows.py.
+usage: python scripts/row_tilings.py --out FILE.jsonl [--device cuda:0] [--write]
+What the file has is not timed again. With --write it puts the best into `ROW_TILINGS` of
+layerzero_runtime/kernels/triton_rows.py.
 """
 
 from __future__ import annotations
@@ -83,8 +84,12 @@ def load(context: SelectionContext, configuration: Configuration) -> Any:
 
 
 def compile_all(found: Sequence[Trial]) -> None:
+    """Once each; how many programs run does not change their code."""
     forms = {
-        (trial.context.operation, canonical_json(dict(configuration))): (trial.context, configuration)
+        (trial.context.operation, canonical_json(dict(configuration) | {"programs_per_multiprocessor": 0})): (
+            trial.context,
+            configuration,
+        )
         for trial in found
         for configuration in trial.configurations
     }
@@ -107,9 +112,16 @@ def times(bench: Bench, trial: Trial) -> dict[str, float]:
     rotation = Rotation([operation.arguments(trial.context, tensors) for tensors in drawn])
     found = {}
     for configuration in trial.configurations:
+        bench.give_back_memory()  # what the last graph's results lay in
         timed = bench.clock.timed(load(trial.context, configuration), rotation)
         found[canonical_json(dict(configuration))] = take_sample(timed, warm_up(timed, WARM_UP_MS), SAMPLE_MS)
     return found
+
+
+def place_of(trial: Trial) -> dict[str, Any]:
+    """What a line of the file is of."""
+    context = trial.context
+    return {"operation": context.operation, "rows": context.rows, "width": context.hidden_size}
 
 
 def best_of_block(measured: Sequence[dict[str, Any]]) -> Iterator[tuple[int, str, float, float]]:
@@ -150,25 +162,26 @@ def _tiling(configuration: Configuration) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--out", type=Path, help="where to write all times as JSON")
+    parser.add_argument("--out", type=Path, required=True, help="file of all times, a line for each norm and shape")
     parser.add_argument("--write", action="store_true", help="put the best into the source")
     arguments = parser.parse_args()
-    found = list(trials(detect_device(arguments.device)))
-    compile_all(found)
     bench = Bench.of(arguments.device, "graph")
-    with torch.inference_mode(), bench.current():
-        measured = [
-            {"operation": trial.context.operation, "rows": trial.context.rows, "width": trial.context.hidden_size}
-            | {"ns": times(bench, trial)}
-            for trial in found
-        ]
-    if arguments.out is not None:
-        facts = {
-            "device": bench.spec.name,
-            "torch": torch.__version__,
-            "measured_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-        arguments.out.write_text(json.dumps(facts | {"measured": measured}) + "\n", encoding="utf-8")
+    facts = {"device": bench.spec.name, "torch": torch.__version__}
+    arguments.out.touch()
+    measured = [json.loads(line) for line in arguments.out.read_text(encoding="utf-8").splitlines()]
+    left = [
+        trial
+        for trial in trials(detect_device(arguments.device))
+        if not any(line.items() >= (place_of(trial) | facts).items() for line in measured)
+    ]
+    compile_all(left)
+    with torch.inference_mode(), bench.current(), arguments.out.open("a", encoding="utf-8") as file:
+        for trial in left:
+            ns = times(bench, trial)
+            at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            measured.append(facts | {"measured_at": at} | place_of(trial) | {"ns": ns})
+            file.write(json.dumps(measured[-1]) + "\n")
+            file.flush()
     best = list(best_of_block(measured))
     for block, text, mean, worst in best:
         print(f"{block:6} {text}: {mean:.3f} of the best's time, {worst:.3f} at worst")

@@ -116,6 +116,12 @@ def describe_choice(choice: Choice) -> str:
     return kernel_id if configuration == "{}" else f"{kernel_id} {configuration}"
 
 
+def choice_described(text: str) -> Choice:
+    """The choice of which `describe_choice` gave the text."""
+    kernel_id, _, configuration = text.partition(" ")
+    return kernel_id, configuration or "{}"
+
+
 def judge(rows: Iterable[Measurement]) -> dict[tuple[str, StaticKey], tuple[Verdict, ...]]:
     """Verdicts by operation and static key, sorted by sizes; cells in which nothing has a time are left out.
 

@@ -62,7 +62,7 @@ def compile_rows(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> Comp
         raise ResultsError(
             f"the results hold kernels that are not registered: {', '.join(unknown)}; name their module with --kernels"
         )
-    current = _current_rows(rows, by_id)
+    current = current_rows(rows, by_id)
     models = {key: _model(key[0], verdicts) for key, verdicts in judge(current).items()}
     entries = tuple(entry_of(key, model, by_id, device) for key, model in models.items())
     if not entries:
@@ -120,7 +120,7 @@ def _identity_of(library: str, digits: int, version: str, source_hash: str) -> M
     }
 
 
-def _current_rows(rows: Sequence[Measurement], kernels: Mapping[str, Kernel]) -> tuple[Measurement, ...]:
+def current_rows(rows: Sequence[Measurement], kernels: Mapping[str, Kernel]) -> tuple[Measurement, ...]:
     """Rows of each kernel's newest library version and source alone: the older ones measured something else."""
     newest: dict[str, Measurement] = {}
     for row in rows:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-from removed_buckets import contests_of
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernels.triton_device import ITEM_BYTES
@@ -34,15 +32,19 @@ def ceiling_conditions(ceilings: Mapping[str, Any], results: Path) -> Iterator[C
         f"ceilings of {ceilings['device']}, {ceilings['measured_at']}: copy {copied / 1e12:.2f} TB/s, bf16 matmul "
         f"{multiplied / 1e12:.0f} TFLOP/s"
     )
-    for context, rows in contests_of(ResultsStore(results).read().rows).items():
-        times = {_name(row): median(row.samples_ns) * 1e-9 for row in rows if row.status == "ok" and row.samples_ns}
-        screened = {_name(row): row.screen_ns * 1e-9 for row in rows if row.status == "ok" and row.screen_ns}
+    by_context: dict[SelectionContext, list[Measurement]] = {}
+    for row in ResultsStore(results).read().rows:
+        if row.status == "ok" and not row.is_search and not row.is_slowed:
+            by_context.setdefault(row.context, []).append(row)
+    for context, rows in by_context.items():
+        timed, screened = _seconds(rows, lambda row: row.samples_ns), _seconds(rows, _screening)
+        times = timed or screened
         is_prefill = context.num_heads is not None and context.seq_len_q != 1
         amount, ceiling = (_flops(context), multiplied) if is_prefill else (_bytes(context), copied)
         winner = min(times, key=lambda name: times[name])
         shape = f"{context.operation} {context.dtype} {shape_text(context)}"
         print(f"  {shape}: {winner} {amount / times[winner] / ceiling:.2f} of the ceiling")
-        own = {name: time for name, time in (screened | times).items() if name.startswith(OWN)}
+        own = {name: time for name, time in (screened | timed).items() if name.startswith(OWN)}
         if own and not is_prefill:
             best = min(own, key=lambda name: own[name])
             yield Condition.at_least(f"{shape}: {best}'s share of the copy", amount / own[best] / ceiling, OWN_SHARE)
@@ -57,5 +59,14 @@ def _flops(context: SelectionContext) -> float:
     return operation_named(context.operation).flops(context)
 
 
-def _name(row: Measurement) -> str:
-    return describe_choice(choice_of(row.kernel_id, row.configuration))
+def _screening(row: Measurement) -> Sequence[float]:
+    return () if row.screen_ns is None else (row.screen_ns,)
+
+
+def _seconds(rows: Sequence[Measurement], samples: Callable[[Measurement], Sequence[float]]) -> dict[str, float]:
+    """By choice, the median over its contests of the median of their samples, in s; those without any are left out."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if taken := samples(row):
+            found.setdefault(describe_choice(choice_of(row.kernel_id, row.configuration)), []).append(median(taken))
+    return {name: median(medians) * 1e-9 for name, medians in found.items()}

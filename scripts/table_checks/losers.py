@@ -10,16 +10,30 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_tune.command_line.output import shape_text
 from layerzero_tune.compile.judge import judge
+from layerzero_tune.compile.pipeline import current_rows
 from layerzero_tune.results.measurement import Measurement
 from table_checks.condition import Condition
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """Where a kernel came nearest to the best one: its time over the best's, 1 where it won."""
+    """Where a kernel came nearest to the best one.
 
+    Attributes:
+        has_won: it was the best itself, at one shape at least.
+        ratio: its time over the best's.
+        has_rounds: whether it is a ratio of final rounds, or of a screening, which it left nowhere.
+    """
+
+    has_won: bool
     ratio: float
+    has_rounds: bool
     context: SelectionContext
+
+    @property
+    def rank(self) -> tuple[bool, bool, float]:
+        """The nearest is the least."""
+        return not self.has_won, not self.has_rounds, self.ratio
 
 
 def loser_conditions(rows: Sequence[Measurement], not_run: Mapping[str, str]) -> Iterator[Condition]:
@@ -27,7 +41,7 @@ def loser_conditions(rows: Sequence[Measurement], not_run: Mapping[str, str]) ->
     must have a time, or its library must be in `not_run`, with what was tried."""
     nearest = nearest_of(rows)
     for kernel_id, found in sorted(nearest.items()):
-        if found.ratio > 1:
+        if not found.has_won:
             shape = f"{found.context.operation} {found.context.mode} {found.context.dtype} {shape_text(found.context)}"
             print(f"  wins nowhere: {kernel_id}, nearest {found.ratio:.3f} times the best's time ({shape})")
     for library, tried in not_run.items():
@@ -40,13 +54,16 @@ def loser_conditions(rows: Sequence[Measurement], not_run: Mapping[str, str]) ->
 
 
 def nearest_of(rows: Sequence[Measurement]) -> Mapping[str, Nearest]:
-    """By kernel, of those with a time."""
+    """By kernel, of those with a time; rows of the newest source of each alone, as a table is compiled from them."""
+    kernels = {kernel.kernel_id: kernel for kernel in builtin_kernels()}
     nearest: dict[str, Nearest] = {}
-    for verdicts in judge(rows).values():
+    for verdicts in judge(current_rows(rows, kernels)).values():
         for verdict in verdicts:
-            best = min(standing.log_ratio for standing in verdict.standings.values())
-            for (kernel_id, _), standing in verdict.standings.items():
+            best = verdict.standings[verdict.best].log_ratio
+            for choice, standing in verdict.standings.items():
                 ratio = math.exp(standing.log_ratio - best)
-                if kernel_id not in nearest or ratio < nearest[kernel_id].ratio:
-                    nearest[kernel_id] = Nearest(ratio, verdict.context)
+                found = Nearest(choice == verdict.best, ratio, bool(standing.rounds), verdict.context)
+                held = nearest.get(choice[0])
+                if held is None or found.rank < held.rank:
+                    nearest[choice[0]] = found
     return nearest

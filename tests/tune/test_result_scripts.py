@@ -10,8 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
+
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.tables.staleness import kernel_source_hash
+from layerzero_runtime.tables.table_files import load_table_file
+from layerzero_tune.compile.pipeline import compile_table
 from layerzero_tune.results.store import ResultsStore
 from tests.tune.synthetic_results import grid, measured, norm
 
@@ -111,22 +115,15 @@ def test_a_budgeted_run_that_falls_short_is_told(tmp_path: Path) -> None:
     assert len(failed) == 2  # the efficiency, and the fault that is not there
 
 
-def test_without_its_buckets_a_table_leaves_the_choice_to_the_live_selector(tmp_path: Path) -> None:
-    """All of them gone, the default serves, at half the fused kernel's speed; with a fifth gone, often the others say
-    what is best."""
-    results = tuned(tmp_path, 1, 1.5)
-    none_left = run_script("removed_buckets.py", results, results, "--share", 1, "--seeds", 1, "--json")
-    assert none_left.returncode == 0, none_left.stderr
-    (norms, together) = json.loads(none_left.stdout)
-    assert (norms["operation"], norms["mode"], norms["shapes"]) == ("norm.rms", "eager", 40)
-    assert round(together["efficiency_geomean"], 2) == 0.5
-    whole = run_script("removed_buckets.py", results, results, "--share", 0, "--seeds", 1)
-    assert "no held-out shape lies in a removed bucket" in whole.stderr
-
-
-def test_the_live_selector_takes_what_a_bucket_beside_prefers(tmp_path: Path) -> None:
-    results = tuned(tmp_path, 256, 1.5)
-    found = run_script("removed_buckets.py", results, results, "--share", 0.5, "--seeds", 20, "--json")
-    assert found.returncode == 0, found.stderr
-    (norms, _) = json.loads(found.stdout)
-    assert norms["efficiency_min"] < 0.6 < norms["efficiency_geomean"]
+@pytest.mark.parametrize("share", [0, 1])
+def test_buckets_are_taken_out_of_a_table(tmp_path: Path, share: int) -> None:
+    results = tuned(tmp_path / "results", 256, 1.5)
+    done = run_script("removed_buckets.py", results, tmp_path / "thinned", "--share", share)
+    assert done.returncode == 0, done.stderr
+    whole = compile_table(ResultsStore(results).read().rows, builtin_kernels())
+    (folder,) = (tmp_path / "thinned").iterdir()
+    entries = load_table_file(folder / "__init__.py").entries["norm.rms"].values()
+    left = sum(bool(chain) for entry in entries for chain in entry.leaves)
+    buckets = sum(bool(leaf.chain) for entry in whole.entries for leaf in entry.leaves())
+    assert buckets > 1
+    assert left == (0 if share else buckets)

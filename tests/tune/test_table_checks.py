@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -55,7 +54,8 @@ def evaluation(change: Callable[[str, str, int], dict[str, Any]] = lambda kind, 
         for mode in ("graph", "eager")
         for number in range(60)
     ]
-    return {"shapes": shapes, "summaries": [{"mode": mode, "slower_than_default": 0} for mode in ("graph", "eager")]}
+    summaries = [{"mode": mode, "slower_than_default": 0} for mode in ("graph", "eager")]
+    return {"shapes": shapes, "summaries": summaries, "unscored": []}
 
 
 def test_an_evaluation_that_is_good_everywhere_passes() -> None:
@@ -93,12 +93,14 @@ def test_one_shape_alone_is_found_by_the_least_efficiency() -> None:
 def test_a_shape_slower_than_the_default_and_too_few_shapes_are_found() -> None:
     found = evaluation()
     found["summaries"][1]["slower_than_default"] = 1
+    found["unscored"] = [{"context": {}, "reason": "died"}]
     found["shapes"] = [shape for shape in found["shapes"] if shape["context"]["operation"] != "norm.layer"] + [
         shape for shape in found["shapes"] if shape["context"]["operation"] == "norm.layer"
     ][30:]
     assert failing(checks("held_out").held_out_conditions(found)) == [
         "held-out shapes of norm.layer 90, at least 100",
-        "eager: shapes slower than the default 1, at most 0",
+        "shapes slower than the default 1, at most 0",
+        "shapes without a time 1, at most 0",
     ]
 
 
@@ -146,6 +148,36 @@ def test_kernels_that_win_nowhere_are_listed_with_the_nearest(capsys: pytest.Cap
     }
 
 
+def test_a_kernel_that_a_screening_alone_puts_first_has_not_won(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = measured([replace(norm(50), mode="graph")], lambda _: {"torch.rms_norm": 1e6, "liger.rms_norm": 5e5})
+    lucky = [replace(row, samples_ns=()) if row.kernel_id == "liger.rms_norm" else row for row in rows]
+    list(checks("losers").loser_conditions(lucky, {}))
+    assert "wins nowhere: liger.rms_norm, nearest 0.500 times" in capsys.readouterr().out
+
+
+def beside(name: str, picks: Iterable[dict[str, Any]], chosen: str = "torch.rms_norm.fused") -> dict[str, Any]:
+    """An evaluation of norms of 1, 2, ... rows, all served and as fast as can be, with another table's picks beside."""
+    good = {"hit": True, "chosen": chosen, "efficiency": 1.0}
+    shapes = [
+        {"context": norm(rows).to_dict(), **good, "beside": [good | pick]} for rows, pick in enumerate(picks, start=1)
+    ]
+    return {"shapes": shapes, "beside": [{"name": name}]}
+
+
+@pytest.mark.parametrize(
+    ("lost", "failed"), [(0.94, []), (0.92, ["live selector in removed buckets: efficiency 0.92"])]
+)
+def test_the_live_selector_is_judged_by_what_it_picks_in_removed_buckets(lost: float, failed: list[str]) -> None:
+    found = beside("without_buckets_0", [{"efficiency": 0.5}, {"hit": False, "efficiency": lost}])
+    texts = failing(checks("live").live_conditions(found))
+    assert [text.partition(", at least")[0] for text in texts] == failed
+
+
+def test_a_live_selector_that_was_not_evaluated_is_not_judged() -> None:
+    (text,) = failing(checks("live").live_conditions(beside("second", [{"hit": False}])))
+    assert text == "held-out shapes in removed buckets 0, at least 1"
+
+
 def test_a_second_tuning_that_picks_otherwise_is_found() -> None:
     contexts = grid(norm, (1, 4, 16, 64, 256, 1024), (512, 1024, 2048))
     kernels = {kernel.kernel_id: kernel for kernel in builtin_kernels()}
@@ -154,13 +186,16 @@ def test_a_second_tuning_that_picks_otherwise_is_found() -> None:
         rows = measured(contexts, lambda _: {"torch.rms_norm": 1000.0, "torch.rms_norm.fused": fused})
         return [replace(row, source_hash=kernel_source_hash(kernels[row.kernel_id])) for row in rows]
 
-    first, second = tuned(500.0), tuned(2000.0)
-    held_out = import_module("removed_buckets").contests_of(first)
     conditions = checks("second_tuning").second_tuning_conditions
-    before = dict(os.environ)
-    assert failing(conditions(first, tuned(501.0), held_out)) == []
-    assert failing(conditions(first, second, held_out)) == [
+    same = beside("second", [{}] * 20)
+    assert failing(conditions(same, tuned(500.0), tuned(501.0))) == []
+    other = beside("second", [{"chosen": "torch.rms_norm", "efficiency": 0.5}] * 20)
+    assert failing(conditions(other, tuned(500.0), tuned(2000.0))) == [
         "second tuning: the same plan or a tied one 0, at least 0.98",
         "second tuning: difference of the two 0.5, at most 0.005",
     ]
-    assert dict(os.environ) == before
+    tied = beside("second", [{"chosen": "torch.rms_norm"}] * 20)
+    assert failing(conditions(tied, tuned(995.0), tuned(1005.0))) == []
+    assert failing(conditions(beside("first", [{}]), tuned(500.0), tuned(500.0))) == [
+        "second tuning: tables evaluated beside the first 0, at least 1"
+    ]
