@@ -18,7 +18,8 @@ from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.operations import operation_named
 from layerzero_tune.command_line.output import shape_text
 from layerzero_tune.compile.judge import Choice
-from layerzero_tune.compile.pipeline import Key, compile_rows
+from layerzero_tune.compile.pipeline import compile_rows
+from layerzero_tune.compile.pooling import Key
 from layerzero_tune.compile.regret import RegretModel
 from layerzero_tune.evaluate.agreement import TIE_WITHIN, Agreement, Alike, Tuning, agreement
 from layerzero_tune.results.measurement import Measurement

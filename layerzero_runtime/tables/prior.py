@@ -11,6 +11,7 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operation import Operation, StaticKey
 from layerzero_runtime.tables.table import Table
 from layerzero_runtime.tables.table_evidence import evidence_of
+from layerzero_runtime.twin_types import twin_of
 
 # A bucket says nothing of sizes further away than this factor on any axis: as wide as the steps between the measured
 # points of a tuning are at most.
@@ -18,9 +19,6 @@ REACH = 16.0
 MAX_KEPT = 4096
 # Static features that are sizes: what was measured at one value says something of the values around it.
 _NUMERIC = ("head_dim", "gqa_group")
-# Types of which one stands in for the other on a GPU: its tensor cores and its memory serve both alike. A CPU may have
-# instructions for one alone.
-_TWINS = {"bfloat16": "float16", "float16": "bfloat16"}
 # Octaves beside a call that a bucket of the other type is worth; those of other numeric features count as they are.
 TWIN_GAP = 0.25
 
@@ -114,9 +112,9 @@ class NearestBuckets:
         own = operation.static_key(context)
         numeric = [2 + place for place, name in enumerate(operation.static) if name in _NUMERIC]
         wanted = {_without(own, numeric): 0.0}
-        mode, dtype, *others = own
-        if dtype in _TWINS and self._table.device.platform != "cpu":
-            wanted[_without((mode, _TWINS[dtype], *others), numeric)] = TWIN_GAP
+        twin = twin_of(own, self._table.device.platform)
+        if twin is not None:
+            wanted[_without(twin, numeric)] = TWIN_GAP
         found = []
         for key in self._table.entries.get(operation.name, {}):
             gap = wanted.get(_without(key, numeric))

@@ -10,7 +10,6 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.errors import ResultsError
 from layerzero_runtime.kernel import Kernel
-from layerzero_runtime.operation import StaticKey
 from layerzero_runtime.operations import operation_named
 from layerzero_tune.compile.coverage import bounds_of, max_product_of, unmeasured_cells
 from layerzero_tune.compile.foreseen import foreseen_sizes
@@ -18,6 +17,7 @@ from layerzero_tune.compile.form import Entry, TableForm
 from layerzero_tune.compile.ground import Ground
 from layerzero_tune.compile.judge import Verdict, judge
 from layerzero_tune.compile.leaf import LeafBuilder
+from layerzero_tune.compile.pooling import Key, pooled
 from layerzero_tune.compile.portfolio import candidates
 from layerzero_tune.compile.region import Region
 from layerzero_tune.compile.regret import RegretModel
@@ -25,8 +25,6 @@ from layerzero_tune.compile.tree import TreeGrower
 from layerzero_tune.identity import canonical_json
 from layerzero_tune.results.content import results_hash
 from layerzero_tune.results.measurement import Measurement
-
-Key = tuple[str, StaticKey]  # operation and static key
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def compile_rows(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> Comp
             f"the results hold kernels that are not registered: {', '.join(unknown)}; name their module with --kernels"
         )
     current = current_rows(rows, by_id)
-    models = {key: _model(key[0], verdicts) for key, verdicts in judge(current).items()}
+    models = {key: _model(key[0], verdicts) for key, verdicts in pooled(judge(current), device.platform).items()}
     entries = tuple(entry_of(key, model, by_id, device) for key, model in models.items())
     if not entries:
         statuses = ", ".join(sorted({row.status for row in current}))

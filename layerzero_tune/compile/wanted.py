@@ -15,7 +15,8 @@ from layerzero_runtime.operations import operation_named
 from layerzero_tune.compile.coverage import unmeasured_cells, with_tied
 from layerzero_tune.compile.emit import leaf_at
 from layerzero_tune.compile.form import Entry
-from layerzero_tune.compile.pipeline import Compilation, Key
+from layerzero_tune.compile.pipeline import Compilation
+from layerzero_tune.compile.pooling import Key
 from layerzero_tune.compile.regret import VOUCHED, Place, RegretModel, place_of, vouching
 from layerzero_tune.identity import canonical_json
 from layerzero_tune.results.measurement import Measurement

@@ -9,7 +9,7 @@ from itertools import chain, islice
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operation import Sizes
 from layerzero_runtime.operations import operation_named
-from layerzero_tune.compile.pipeline import Key
+from layerzero_tune.compile.pooling import Key, pool_of
 from layerzero_tune.measure.contest import Contest
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.search.configurations.searched import Searched
@@ -28,9 +28,9 @@ BOUNDS_SHARE = 0.6
 class Agenda:
     """The next contest, again and again, as results come in. Equal input gives equal choices.
 
-    First every static key reaches the bounds of its points, the keys in turn, so that what is held compiles to a table
-    that covers them. Then comes what lowers the weighted expected regret most per second. Not all is worked out anew
-    after each contest, so that planning stays far below measuring.
+    Static keys that share their verdicts count as one. First every key reaches the bounds of its points, the keys in
+    turn, so that what is held compiles to a table that covers them. Then comes what lowers the weighted expected regret
+    most per second. Not all is worked out anew after each contest, so that planning stays far below measuring.
 
     Args:
         device: offers repeats, and contests at added points.
@@ -49,15 +49,16 @@ class Agenda:
         *,
         refine: bool,
     ) -> None:
+        self._platform = device.spec.platform
         self.done = set(held)
-        self.searched = Searched(row for rows in held.values() for row in rows)
+        self.searched = Searched((row for rows in held.values() for row in rows), self._platform)
         self._clock = ContestClock()
         self._measured = 0
         self._aside: set[str] = set()
         self._in_flight: set[str] = set()
         self._keys = _key_agendas(device, self._clock, lines, offered, held, self.searched, refine)
         for rows in held.values():
-            key, sizes = cell_of(rows[0].context)
+            key, sizes = self._cell_of(rows[0].context)
             if key in self._keys and not rows[0].is_search and (current := device.current(rows)):
                 self._keys[key].take_in(sizes, current)
                 if len(current) == len(rows) and (contest := device.recalled(rows)) is not None:
@@ -87,7 +88,7 @@ class Agenda:
 
     def begin(self, planned: Planned) -> None:
         """It is being measured: `next` leaves it out until it was learned, struck or set aside."""
-        key, sizes = cell_of(planned.contest.context)
+        key, sizes = self._cell_of(planned.contest.context)
         self._in_flight.add(planned.contest.contest_id)
         self._keys[key].begin(sizes, planned)
 
@@ -103,7 +104,7 @@ class Agenda:
         compiling of its kernels. `contest` is the one they are of where it is not the planned one, but one that a
         search has led to."""
         contest = contest or planned.contest
-        key, sizes = cell_of(contest.context)
+        key, sizes = self._cell_of(contest.context)
         agenda = self._keys[key]
         if taken_s is not None:
             self._learn_times(planned, agenda.is_begun, taken_s, preparation_s)
@@ -131,7 +132,7 @@ class Agenda:
     def strike(self, planned: Planned) -> None:
         """Take off what others have measured meanwhile, and a search that is over."""
         self._in_flight.discard(planned.contest.contest_id)
-        key, sizes = cell_of(planned.contest.context)
+        key, sizes = self._cell_of(planned.contest.context)
         if planned.kind == "search":
             self._keys[key].end_search(sizes, planned)
         else:
@@ -142,7 +143,7 @@ class Agenda:
         self._in_flight.discard(planned.contest.contest_id)
         self._aside.add(planned.contest.contest_id)
         if planned.kind == "search":
-            key, sizes = cell_of(planned.contest.context)
+            key, sizes = self._cell_of(planned.contest.context)
             self._keys[key].end_search(sizes, planned)
 
     def bring_back(self) -> int:
@@ -156,7 +157,7 @@ class Agenda:
         up by that."""
         found: list[Planned] = []
         while (planned := self.next(within_s)) is not None:
-            key, sizes = cell_of(planned.contest.context)
+            key, sizes = self._cell_of(planned.contest.context)
             found.append(planned)
             within_s -= planned.seconds
             if planned.kind == "search":
@@ -189,6 +190,9 @@ class Agenda:
         mean = math.fsum(regret for regret, _ in sums) / weight if weight else 0.0
         return mean, max((agenda.regret.worst() for agenda in self._keys.values()), default=0.0)
 
+    def _cell_of(self, context: SelectionContext) -> tuple[Key, Sizes]:
+        return pooled_cell(context, self._platform)
+
     def _first(self, agenda: KeyAgenda, within_s: float, *, apart: bool) -> Ranked | None:
         """The best of a key that may come now. Bounds that would take more than their key's share of the time do not go
         first: they wait their turn by what they are worth."""
@@ -214,6 +218,12 @@ def cell_of(context: SelectionContext) -> tuple[Key, Sizes]:
     return (operation.name, operation.static_key(context)), operation.sizes(context)
 
 
+def pooled_cell(context: SelectionContext, platform: str) -> tuple[Key, Sizes]:
+    """The same with one key for all that share their verdicts."""
+    key, sizes = cell_of(context)
+    return pool_of(key, platform), sizes
+
+
 def _key_agendas(
     device: MeasuringDevice,
     clock: ContestClock,
@@ -230,7 +240,7 @@ def _key_agendas(
     for line in lines:
         if not offered[line.context]:
             continue
-        key, sizes = cell_of(line.context)
+        key, sizes = pooled_cell(line.context, device.spec.platform)
         examples.setdefault(key, line.context)
         weights = demand.setdefault(key, {})
         weights[sizes] = weights.get(sizes, 0.0) + line.weight

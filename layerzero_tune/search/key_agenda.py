@@ -1,4 +1,4 @@
-"""The agenda of one static key: what may be measured next under it, ranked."""
+"""The agenda of one static key, or of those that share their verdicts: what may be measured next under it, ranked."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Ranked:
 
 
 class KeyAgenda:
-    """What one static key has on the agenda.
+    """What one static key has on the agenda, with those that share its verdicts.
 
     Args:
         device: offers repeats, and contests at added points.
@@ -119,6 +119,7 @@ class KeyAgenda:
                 self._searches.add(sizes, contests[0].context)
         self._last: dict[Sizes, dict[frozenset[str], Contest]] = {}
         self._measured: dict[Sizes, tuple[SelectionContext, CallTimes]] = {}
+        self._dtypes: set[str] = set()
         self._since: dict[Sizes, int] = {}
         self._between: tuple[tuple[Between, Contest], ...] = ()
         self._parted: RegretModel | None = None
@@ -150,6 +151,7 @@ class KeyAgenda:
     def take_in(self, sizes: Sizes, rows: Sequence[Measurement], number: int = -APART) -> None:
         """The rows of a contest, the `number`-th of the run."""
         self.regret.learn(sizes, rows)
+        self._dtypes.add(rows[0].context.dtype)
         self._measured[sizes] = (rows[0].context, call_times(rows))
         self._since[sizes] = number
         if self._searches is not None:
@@ -204,7 +206,9 @@ class KeyAgenda:
         count = len(self._measured)
         for sizes, contests in self._waiting.items():
             bounds = self.regret.new_bounds(sizes)
-            coverage = (0.0, count, -bounds) if bounds else ANY_OTHER
+            # A type has to be measured at all before the other one's verdicts say anything of it.
+            is_new_type = contests[0].context.dtype not in self._dtypes
+            coverage = (0.0, count, -bounds) if bounds or is_new_type else ANY_OTHER
             found = self._ranked(sizes, self._planned("point", sizes, contests[0]), coverage)
             if sizes in self._measured and (entrants := _choices(contests[0]) - self.regret.tried(sizes)):
                 found = self._entering(found, sizes, entrants)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -75,8 +76,12 @@ class KeyRegret:
         return self._rows.keys()
 
     def learn(self, sizes: Sizes, rows: Sequence[Measurement]) -> None:
-        """Take in a contest; until `renew` works out what it says, it counts as was expected of it."""
-        self._rows.setdefault(sizes, []).extend(rows)
+        """Take in a contest; until `renew` works out what it says, it counts as was expected of it. One of a type that
+        shares its verdicts with what is held at these sizes is a further one of the same cell."""
+        held = self._rows.setdefault(sizes, [])
+        if held and held[0].context.dtype != rows[0].context.dtype:
+            rows = [replace(row, context=held[0].context) for row in rows]
+        held.extend(rows)
         self._new.add(sizes)
         self._doubts.pop(sizes, None)
         distances = self._distances(sizes)
