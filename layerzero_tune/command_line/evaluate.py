@@ -13,12 +13,8 @@ from typing import Annotated, Any, Self
 import typer
 
 from layerzero_runtime.context import SelectionContext
-from layerzero_runtime.counters import CounterGroup
 from layerzero_runtime.device import DeviceSpec
-from layerzero_runtime.dispatch import publish_snapshot
 from layerzero_runtime.errors import ContextError, ResultsError
-from layerzero_runtime.kernels import builtin_kernels
-from layerzero_runtime.registry import Registry
 from layerzero_runtime.snapshot import Snapshot
 from layerzero_runtime.tables.table import Table
 from layerzero_tune.command_line.options import (
@@ -32,6 +28,7 @@ from layerzero_tune.command_line.output import notes, print_json, print_table, p
 from layerzero_tune.evaluate import public_calls
 from layerzero_tune.evaluate.evaluation import evaluate
 from layerzero_tune.evaluate.gate import Gate
+from layerzero_tune.evaluate.one_table import snapshot_of
 from layerzero_tune.evaluate.score import Score
 from layerzero_tune.evaluate.summary import SUMMARY_COLUMNS, Summary, by_operation, summarise, summary_cells
 from layerzero_tune.measure.contest import MeasurementPolicy
@@ -67,8 +64,7 @@ def evaluate_command(
     contexts = _contexts(workload, [row.context for row in rows], held_out, seed)
     spec = live_device(str(rows[0].device["platform"]))
     others = [_Other.of(folder, spec) for folder in beside or ()]
-    table = use_tables(tables, spec)
-    snapshot = publish_snapshot()
+    table = use_tables(tables, spec)  # last: the public calls go through it
     table_id = _table_id(table)
     check_writable(out)
     start = perf_counter()
@@ -82,7 +78,7 @@ def evaluate_command(
         task = bar.add_task("held-out shapes", total=len(contexts))
         found = evaluate(
             device,
-            snapshot,
+            snapshot_of(table),
             contexts,
             ResultsStore(out),
             table_id,
@@ -133,7 +129,7 @@ def evaluate_command(
 
 @dataclass(frozen=True)
 class _Other:
-    """Tables beside those that are evaluated: what their folder is called, and a snapshot that has them alone."""
+    """Another table: what its folder is called, and a snapshot that has it alone."""
 
     name: str
     table_id: str
@@ -142,9 +138,7 @@ class _Other:
     @classmethod
     def of(cls, folder: Path, spec: DeviceSpec) -> Self:
         table = use_tables(folder, spec)
-        snapshot = Snapshot(Registry(builtin_kernels()), CounterGroup())
-        snapshot.tables.of(spec)  # loaded while the folder is the one in use
-        return cls(folder.resolve().name, _table_id(table), snapshot)
+        return cls(folder.resolve().name, _table_id(table), snapshot_of(table))
 
 
 def _table_id(table: Table) -> str:

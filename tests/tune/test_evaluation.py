@@ -15,15 +15,17 @@ from layerzero_runtime.libraries import library_version
 from layerzero_runtime.registry import Registry
 from layerzero_runtime.snapshot import Snapshot
 from layerzero_runtime.tables.staleness import kernel_source_hash
+from layerzero_runtime.tables.table_files import load_table_file
 from layerzero_tune.compile.emit import emit
 from layerzero_tune.evaluate.evaluation import Evaluation, evaluate
+from layerzero_tune.evaluate.one_table import snapshot_of
 from layerzero_tune.evaluate.public_calls import KERNELS, PUBLIC_CALL
 from layerzero_tune.measure.contest import Contest, ContestOutcome, JobOutcome, MeasurementPolicy
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.device import LiveDevice, rows_of
 from layerzero_tune.worker.process import WorkerProcess
-from tests.tune.synthetic_results import DEVICE, Times, compiled, grid, measured, norm
+from tests.tune.synthetic_results import DEVICE, Times, compiled, full, grid, measured, norm
 
 DEFAULT, FUSED, VECTOR = "torch.rms_norm", "torch.rms_norm.fused", "torch.rms_norm.vector_norm"
 BUILTIN = {kernel.kernel_id: kernel for kernel in (*builtin_kernels(), *KERNELS)}
@@ -153,6 +155,18 @@ def test_another_table_meets_the_first_in_the_same_contests(
     assert [score.efficiency for score in found.beside[0]] == pytest.approx([0.5] * 3)
     anchors = {candidate.kernel_id for candidate in device.measured[0].candidates if candidate.is_anchor}
     assert anchors == {DEFAULT, FUSED, PUBLIC_CALL}
+
+
+def test_a_table_that_is_alone_misses_what_another_one_knows(snapshot: Snapshot, tmp_path: Path) -> None:
+    """Of the same device, which the environment names: a process that has both would go by its buckets."""
+    rows = measured(grid(full, (1, 16), (64, 256)), lambda _: {"torch.sdpa": 1000.0})
+    # Under another name than the one in the environment, as one that is installed has.
+    folder = emit(compiled(rows)).write(tmp_path / "other").rename(tmp_path / "alone")
+    other = load_table_file(folder / "__init__.py")
+    placed = norm(20).with_device(DEVICE)
+    assert snapshot.select(placed).kernel_id == FUSED
+    plan = snapshot_of(other).select(placed)
+    assert (plan.kernel_id, plan.source) == (DEFAULT, "live")
 
 
 def test_graphs_come_first_and_scores_in_the_order_of_the_shapes(snapshot: Snapshot, tmp_path: Path) -> None:
