@@ -30,7 +30,7 @@ from layerzero_tune.search.recorded_device import RecordedDevice
 from layerzero_tune.search.tuning import tune
 from layerzero_tune.worker.process import WorkerProcess
 from tests.tune.command import RUNTIME_FOLDER, CommandsHere
-from tests.tune.ray_cluster import PLACES, SlowNode, two_nodes
+from tests.tune.ray_cluster import PLACES, SlowNode, in_flight, two_nodes
 from tests.tune.recordings import recorded_rows
 from tests.tune.synthetic_results import DEVICE, norm
 from tests.tune.tuning_runs import Seen, agenda_at
@@ -102,11 +102,15 @@ def test_a_deadline_gives_up_what_is_in_flight(cluster: Any, recording: Path, tm
     assert list((store.directory / LEASES).glob("*")) == []
 
 
+def processes_of(node: Any) -> list[int]:
+    """Its raylet and all that this has started."""
+    raylet: int = node.all_processes["raylet"][0].process.pid
+    return [raylet, *map(int, Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split())]
+
+
 def kill_node(cluster: Any, node: Any) -> None:
-    """The end of a host: its raylet and all that it has started."""
-    raylet = node.all_processes["raylet"][0].process.pid
-    children = Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split()
-    for pid in (raylet, *map(int, children)):
+    """The end of a host."""
+    for pid in processes_of(node):
         os.kill(pid, signal.SIGKILL)
     cluster.remove_node(node, allow_graceful=False)
 
@@ -116,16 +120,21 @@ def test_a_run_completes_although_a_node_is_killed(cluster: Any, recording: Path
     begun = tmp_path / "begun"
     begun.mkdir()
     (victim,) = cluster.worker_nodes
+    seconds = 0.4
+    killed_after: list[int] = []
 
     def kill(seen: Seen) -> None:
-        if len(seen.finished_contests) == 8:
+        count = len(seen.finished_contests)
+        if count >= 8 and not killed_after and in_flight(begun, seconds, processes_of(victim)):
+            killed_after.append(count)
             kill_node(cluster, victim)
 
     rows, seen, store = ResultsStore(recording).read().rows, Seen(kill), ResultsStore(tmp_path / "out")
     device = RecordedDevice(rows)
-    with OnRay(DEVICE, SlowNode(recording, 0.4, begun)) as executor:
+    with OnRay(DEVICE, SlowNode(recording, seconds, begun)) as executor:
         assert executor.slots == 2 * PLACES
         tune(device, agenda_at(device, device.contexts, store), store, seen, executor=executor)
+    assert killed_after
     assert store.read().rows == rows
     finished = Counter(one.contest.contest_id for one in seen.finished_contests)
     assert set(finished.values()) == {1}
