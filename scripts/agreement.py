@@ -15,11 +15,10 @@ from table_plans import choice_in, plans_of
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernels import builtin_kernels
-from layerzero_runtime.operations import operation_named
 from layerzero_tune.command_line.output import shape_text
+from layerzero_tune.compile.cell import Key, cell_of
 from layerzero_tune.compile.judge import Choice
 from layerzero_tune.compile.pipeline import compile_rows
-from layerzero_tune.compile.pooling import Key
 from layerzero_tune.compile.regret import RegretModel
 from layerzero_tune.evaluate.agreement import TIE_WITHIN, Agreement, Alike, Tuning, agreement
 from layerzero_tune.results.measurement import Measurement
@@ -38,9 +37,9 @@ def alike_by(models: Mapping[Key, RegretModel]) -> Alike:
     """By the regret models of the static keys; where there is none, nothing is known to be as good."""
 
     def alike(context: SelectionContext, choice: Choice) -> Collection[Choice]:
-        operation = operation_named(context.operation)
-        model = models.get((operation.name, operation.static_key(context)))
-        return {choice} if model is None else model.alike(choice, operation.sizes(context), TIE_WITHIN)
+        key, sizes = cell_of(context)
+        model = models.get(key)
+        return {choice} if model is None else model.alike(choice, sizes, TIE_WITHIN)
 
     return alike
 

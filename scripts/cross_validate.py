@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from layerzero_runtime.kernels import builtin_kernels
-from layerzero_runtime.operation import Sizes, StaticKey
-from layerzero_runtime.operations import operation_named
+from layerzero_runtime.operation import Sizes
+from layerzero_tune.compile.cell import Key, cell_of
 from layerzero_tune.compile.emit import leaf_at
 from layerzero_tune.compile.form import Entry
 from layerzero_tune.compile.judge import Choice, Verdict, judge
@@ -27,8 +27,6 @@ from layerzero_tune.compile.pipeline import compile_table
 from layerzero_tune.measure.statistics import SLOWER_THRESHOLD, percentile
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
-
-Key = tuple[str, StaticKey]
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Figures:
 def served_without(
     rows: Sequence[Measurement], verdicts: dict[Key, dict[Sizes, Verdict]], left_out: frozenset[tuple[Key, Sizes]]
 ) -> Iterator[Served]:
-    form = compile_table([row for row in rows if _cell(row) not in left_out], builtin_kernels())
+    form = compile_table([row for row in rows if cell_of(row.context) not in left_out], builtin_kernels())
     entries = {(entry.operation, entry.static_key): entry for entry in form.entries}
     for key, sizes in sorted(left_out, key=repr):
         verdict = verdicts[key].get(sizes)
@@ -87,11 +85,6 @@ def _choice(entry: Entry | None, verdict: Verdict) -> Choice | None:
     return next(passing, None)
 
 
-def _cell(row: Measurement) -> tuple[Key, Sizes]:
-    operation = operation_named(row.context.operation)
-    return (operation.name, operation.static_key(row.context)), operation.sizes(row.context)
-
-
 def figures(operation: str, mode: str, served: Sequence[Served]) -> Figures:
     regrets = [one.regret for one in served if one.hit] or [0.0]
     efficiencies = [math.exp(-regret) for regret in regrets]
@@ -110,7 +103,7 @@ def figures(operation: str, mode: str, served: Sequence[Served]) -> Figures:
 def cross_validate(rows: Sequence[Measurement], folds: int, seeds: int) -> tuple[Figures, ...]:
     """The figures per operation and mode, and over all."""
     verdicts = {key: {verdict.sizes: verdict for verdict in found} for key, found in judge(rows).items()}
-    cells = sorted({_cell(row) for row in rows}, key=repr)
+    cells = sorted({cell_of(row.context) for row in rows}, key=repr)
     served: list[Served] = []
     for seed in range(seeds):
         shuffled = random.Random(seed).sample(cells, len(cells))

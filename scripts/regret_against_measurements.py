@@ -27,13 +27,14 @@ from table_plans import plans_of
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.operations import OPERATIONS
+from layerzero_tune.compile.cell import cell_of
 from layerzero_tune.compile.judge import Verdict, judge
 from layerzero_tune.compile.pipeline import compile_table
 from layerzero_tune.identity import canonical_json
 from layerzero_tune.results.content import results_hash
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
-from layerzero_tune.search.agenda import Agenda, cell_of
+from layerzero_tune.search.agenda import Agenda
 from layerzero_tune.search.recorded_device import RecordedDevice
 from layerzero_tune.workload.lines import WorkloadLine
 

@@ -22,6 +22,7 @@ from layerzero_tune.command_line.options import (
     check_writable,
     live_device,
     registry_with,
+    table_in,
     use_tables,
 )
 from layerzero_tune.command_line.output import notes, print_json, print_table, progress_bar
@@ -64,7 +65,7 @@ def evaluate_command(
     contexts = _contexts(workload, [row.context for row in rows], held_out, seed)
     spec = live_device(str(rows[0].device["platform"]))
     others = [_Other.of(folder, spec) for folder in beside or ()]
-    table = use_tables(tables, spec)  # last: the public calls go through it
+    table = use_tables(tables, spec)
     table_id = _table_id(table)
     check_writable(out)
     start = perf_counter()
@@ -137,7 +138,7 @@ class _Other:
 
     @classmethod
     def of(cls, folder: Path, spec: DeviceSpec) -> Self:
-        table = use_tables(folder, spec)
+        table = table_in(folder, spec)
         return cls(folder.resolve().name, _table_id(table), snapshot_of(table))
 
 

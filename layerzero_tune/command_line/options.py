@@ -100,6 +100,17 @@ def use_tables(tables: Path, device: DeviceSpec) -> Table:
     """The device's table of this folder, which this process and its workers will find first.
 
     Raises:
+        TableError: as `table_in`.
+    """
+    table = table_in(tables, device)
+    os.environ[TABLES_VARIABLE] = str(tables.resolve())
+    return table
+
+
+def table_in(tables: Path, device: DeviceSpec) -> Table:
+    """The device's table of this folder.
+
+    Raises:
         TableError: the folder has none, or one that is damaged, of another schema or of another device.
     """
     path = tables / device.slug / "__init__.py"
@@ -111,5 +122,4 @@ def use_tables(tables: Path, device: DeviceSpec) -> Table:
         )
     table = load_table_file(path)
     check_device(table, device)
-    os.environ[TABLES_VARIABLE] = str(tables.resolve())
     return table

@@ -11,13 +11,14 @@ from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.errors import ResultsError
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.operations import operation_named
+from layerzero_tune.compile.cell import Key
 from layerzero_tune.compile.coverage import bounds_of, max_product_of, unmeasured_cells
 from layerzero_tune.compile.foreseen import foreseen_sizes
 from layerzero_tune.compile.form import Entry, TableForm
 from layerzero_tune.compile.ground import Ground
 from layerzero_tune.compile.judge import Verdict, judge
 from layerzero_tune.compile.leaf import LeafBuilder
-from layerzero_tune.compile.pooling import Key, pooled
+from layerzero_tune.compile.pooling import pooled
 from layerzero_tune.compile.portfolio import candidates
 from layerzero_tune.compile.region import Region
 from layerzero_tune.compile.regret import RegretModel

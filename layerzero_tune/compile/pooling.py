@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from layerzero_runtime.operation import StaticKey
+from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.operation import Sizes
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.twin_types import twin_of
+from layerzero_tune.compile.cell import Key, cell_of
 from layerzero_tune.compile.judge import Verdict
-
-Key = tuple[str, StaticKey]  # operation and static key
 
 
 def pooled(verdicts: Mapping[Key, Sequence[Verdict]], platform: str) -> dict[Key, tuple[Verdict, ...]]:
@@ -36,6 +36,12 @@ def pool_of(key: Key, platform: str) -> Key:
     name, static_key = key
     twin = twin_of(static_key, platform)
     return key if twin is None else (name, min(static_key, twin, key=lambda each: str(each[1])))
+
+
+def pooled_cell(context: SelectionContext, platform: str) -> tuple[Key, Sizes]:
+    """The key and the sizes of a call, with one key for all that share their verdicts."""
+    key, sizes = cell_of(context)
+    return pool_of(key, platform), sizes
 
 
 def _borrowed(name: str, own: Sequence[Verdict], others: Sequence[Verdict]) -> Iterator[Verdict]:

@@ -12,11 +12,11 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ContextError
 from layerzero_runtime.operation import Sizes
 from layerzero_runtime.operations import operation_named
+from layerzero_tune.compile.cell import Key, cell_of
 from layerzero_tune.compile.coverage import unmeasured_cells, with_tied
 from layerzero_tune.compile.emit import leaf_at
 from layerzero_tune.compile.form import Entry
 from layerzero_tune.compile.pipeline import Compilation
-from layerzero_tune.compile.pooling import Key
 from layerzero_tune.compile.regret import VOUCHED, Place, RegretModel, place_of, vouching
 from layerzero_tune.identity import canonical_json
 from layerzero_tune.results.measurement import Measurement
@@ -34,11 +34,11 @@ def wanted_lines(
     """
     tried: dict[Key, set[Sizes]] = {}
     for row in rows:
-        key, sizes = _cell_of(row.context)
+        key, sizes = cell_of(row.context)
         tried.setdefault(key, set()).add(sizes)
     asked: dict[Key, list[tuple[Sizes, float]]] = {}
     for line in workload:
-        key, sizes = _cell_of(line.context)
+        key, sizes = cell_of(line.context)
         asked.setdefault(key, []).append((sizes, line.weight))
     found: list[tuple[float, WorkloadLine]] = []
     for entry in compilation.form.entries:
@@ -51,11 +51,6 @@ def wanted_lines(
             found.append((round(regret * weight, 9), WorkloadLine(shapes[sizes], weight)))
     found.sort(key=lambda item: (-item[0], canonical_json(item[1].context.to_dict())))
     return tuple(line for _, line in found)
-
-
-def _cell_of(context: SelectionContext) -> tuple[Key, Sizes]:
-    operation = operation_named(context.operation)
-    return (operation.name, operation.static_key(context)), operation.sizes(context)
 
 
 def _cover(entry: Entry, model: RegretModel, tried: Collection[Sizes]) -> dict[Sizes, SelectionContext]:

@@ -9,7 +9,8 @@ from itertools import chain, islice
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operation import Sizes
 from layerzero_runtime.operations import operation_named
-from layerzero_tune.compile.pooling import Key, pool_of
+from layerzero_tune.compile.cell import Key
+from layerzero_tune.compile.pooling import pooled_cell
 from layerzero_tune.measure.contest import Contest
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.search.configurations.searched import Searched
@@ -210,18 +211,6 @@ class Agenda:
             dear.append(item)
             break
         return min(dear, key=lambda item: item.rank, default=None)
-
-
-def cell_of(context: SelectionContext) -> tuple[Key, Sizes]:
-    """The static key and the sizes of a point."""
-    operation = operation_named(context.operation)
-    return (operation.name, operation.static_key(context)), operation.sizes(context)
-
-
-def pooled_cell(context: SelectionContext, platform: str) -> tuple[Key, Sizes]:
-    """The same with one key for all that share their verdicts."""
-    key, sizes = cell_of(context)
-    return pool_of(key, platform), sizes
 
 
 def _key_agendas(

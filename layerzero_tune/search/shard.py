@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ContextError
 from layerzero_runtime.operations import operation_named
+from layerzero_tune.compile.cell import cell_of
 from layerzero_tune.identity import content_hash
 from layerzero_tune.measure.contest import MeasurementPolicy
-from layerzero_tune.search.agenda import cell_of
 from layerzero_tune.search.contest_time import GUESSED_FINALISTS, contest_s, guessed_call_times
 from layerzero_tune.workload.lines import WorkloadLine
 

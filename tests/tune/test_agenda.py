@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec
+from layerzero_tune.compile.cell import cell_of
 from layerzero_tune.compile.pipeline import compile_table
 from layerzero_tune.measure.contest import Contest, ContestOutcome
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
-from layerzero_tune.search.agenda import Agenda, cell_of
+from layerzero_tune.search.agenda import Agenda
 from layerzero_tune.search.between import CLOSEST
 from layerzero_tune.search.device import Held
 from layerzero_tune.search.jobs import contest_of_rows

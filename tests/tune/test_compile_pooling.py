@@ -16,9 +16,9 @@ from layerzero_tune.compile.emit import leaf_at
 from layerzero_tune.compile.form import TableForm
 from layerzero_tune.compile.judge import judge
 from layerzero_tune.compile.pipeline import compile_rows
-from layerzero_tune.compile.pooling import pool_of, pooled
+from layerzero_tune.compile.pooling import pool_of, pooled, pooled_cell
 from layerzero_tune.results.measurement import Measurement
-from layerzero_tune.search.agenda import Agenda, pooled_cell
+from layerzero_tune.search.agenda import Agenda
 from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.key_regret import KeyRegret
 from layerzero_tune.search.recorded_device import RecordedDevice

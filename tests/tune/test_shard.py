@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerzero_runtime.operations import OPERATIONS
+from layerzero_tune.compile.cell import cell_of
 from layerzero_tune.results.store import ResultsStore
-from layerzero_tune.search.agenda import cell_of
 from layerzero_tune.search.shard import Shard, _seconds
 from layerzero_tune.workload.lines import WorkloadLine
 from layerzero_tune.workload.presets import preset_workload

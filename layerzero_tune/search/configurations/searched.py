@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operation import StaticKey
 from layerzero_runtime.operations import operation_named
+from layerzero_tune.compile.cell import key_of
 from layerzero_tune.compile.pooling import pool_of
 from layerzero_tune.results.measurement import Measurement
 
@@ -39,8 +40,7 @@ class Searched:
         return [found for points in groups for found in points.items()]
 
     def _group(self, kernel_id: str, context: SelectionContext) -> _Group:
-        key = context.operation, operation_named(context.operation).static_key(context)
-        return kernel_id, *pool_of(key, self._platform)
+        return kernel_id, *pool_of(key_of(context), self._platform)
 
     def around(self, kernel_id: str, context: SelectionContext) -> list[tuple[float, Sequence[Measurement]]]:
         """The kernel's rows at each other point of the static key and its twin, the nearest first, with how far it
