@@ -153,6 +153,8 @@ def test_another_table_meets_the_first_in_the_same_contests(
     assert [(score.chosen, score.hit) for score in found.scores] == [(FUSED, True), (FUSED, True), (DEFAULT, False)]
     assert [(score.chosen, score.hit) for score in found.beside[0]] == [(DEFAULT, False)] * 3
     assert [score.efficiency for score in found.beside[0]] == pytest.approx([0.5] * 3)
+    assert [score.end_to_end for score in found.beside[0]] == [None] * 3, "the public calls are the first table's"
+    assert None not in [score.end_to_end for score in found.scores]
     anchors = {candidate.kernel_id for candidate in device.measured[0].candidates if candidate.is_anchor}
     assert anchors == {DEFAULT, FUSED, PUBLIC_CALL}
 
