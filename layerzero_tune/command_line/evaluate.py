@@ -62,6 +62,8 @@ def evaluate_command(
     """Measure the tables on shapes that no tuning saw; status 2 where a shape has no time or a --gate fails."""
     gates = tuple(Gate.parse(text) for text in gate or ())
     rows = ResultsStore(results).read().rows
+    if not rows:
+        raise ResultsError(f"{results} holds no measurement; --results takes what layerzero-tune run measured")
     contexts = _contexts(workload, [row.context for row in rows], held_out, seed)
     spec = live_device(str(rows[0].device["platform"]))
     others = [_Other.of(folder, spec) for folder in beside or ()]

@@ -275,3 +275,9 @@ def test_held_out_shapes_that_were_all_measured_are_refused(
     shapes.write_text('{"operation": "norm.rms", "dtype": "float32", "rows": 6, "hidden_size": 1024}\n')
     evaluate = ("evaluate", tmp_path, "--results", recorded_results, "--out", tmp_path / "out", "--workload", shapes)
     check_refused(command, evaluate, r"shapes\.jsonl holds no shape that the tuning did not measure; name other shapes")
+
+
+def test_results_without_a_measurement_cannot_say_what_is_held_out(command: CommandsHere, tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    evaluate = ("evaluate", tmp_path, "--results", tmp_path / "results", "--out", tmp_path / "out")
+    check_refused(command, evaluate, r"results holds no measurement; --results takes what layerzero-tune run measured")
