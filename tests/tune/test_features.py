@@ -15,7 +15,7 @@ from layerzero_tune.compile.regret import REACH
 from layerzero_tune.results.store import ResultsStore
 
 TABLES = Path(__file__).parents[2] / "tables"
-# Key/value heads of the presets' models; the committed results' random probes have others.
+# Key/value heads of the CPU presets' models; the committed results' random probes have others.
 TUNED_HEADS = (8, 12)
 
 Features = Callable[[SelectionContext], tuple[int, ...]]
@@ -57,7 +57,7 @@ def expected_best(tuned: Sequence[Verdict], at: Verdict, features: Features) -> 
 
 def test_other_head_counts_are_served_as_well_by_the_product_as_by_raw_shapes() -> None:
     regrets: dict[Features, list[float]] = {product: [], raw: []}
-    for results in sorted(TABLES.glob("*/results")):
+    for results in sorted(TABLES.glob("cpu_*/results")):
         for (operation, _), verdicts in judge(ResultsStore(results).read().rows).items():
             if not operation.startswith("attention."):
                 continue
