@@ -190,9 +190,11 @@ class KeyAgenda:
         self._ranking = None
 
     def expect(self, sizes: Sizes) -> None:
-        """Count a contest as measured without knowing what it gave, and ask for no repeat there."""
+        """Count a contest as measured without knowing what it gave, and ask for no repeat and no entry there."""
         self._last.pop(sizes, None)
         self.regret.expect(sizes)
+        if self._searches is not None:
+            self._searches.expect(sizes)
         self._ranking = None
 
     def renew(self) -> None:

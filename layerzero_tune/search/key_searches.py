@@ -76,6 +76,7 @@ class KeySearches:
         self._begun: dict[str, set[Sizes]] = {}
         self._over: dict[str, set[Sizes]] = {}
         self._entries: dict[Sizes, tuple[object, Entry | None]] = {}
+        self._expected: set[Sizes] = set()
 
     def add(self, sizes: Sizes, context: SelectionContext) -> None:
         """There is a point at these sizes, measured or not."""
@@ -97,6 +98,10 @@ class KeySearches:
         if self._searches.is_over(self._contexts[sizes], kernel_id, self._searched):
             self._over.setdefault(kernel_id, set()).add(sizes)
 
+    def expect(self, sizes: Sizes) -> None:
+        """Ask for no entry at these sizes from here on."""
+        self._expected.add(sizes)
+
     def searches(self) -> Iterator[Searchable]:
         """For each kernel the search that is worth most, if one is expected to gain what counts."""
         kernels = dict.fromkeys(kernel_id for found in self._searchable.values() for kernel_id in found)
@@ -107,7 +112,7 @@ class KeySearches:
     def entries(self) -> Iterator[Entry]:
         """The measured points at which configurations that searches have found are expected to gain what counts."""
         for sizes, context in self._contexts.items():
-            if not self._searchable[sizes] or sizes not in self._regret.measured:
+            if not self._searchable[sizes] or sizes not in self._regret.measured or sizes in self._expected:
                 continue
             known = self._known(sizes)
             if sizes not in self._entries or self._entries[sizes][0] != known:

@@ -19,6 +19,7 @@ from layerzero_tune.identity import choice_of
 from layerzero_tune.measure.contest import JobOutcome
 from layerzero_tune.worker.child import Child
 from layerzero_tune.worker.compile_job import CompileJob
+from layerzero_tune.worker.import_times import ImportTimes
 from layerzero_tune.worker.process import START_TIMEOUT_S
 from layerzero_tune.worker.protocol import Ready, Refusal
 from layerzero_tune.worker.time_limits import TimeLimits
@@ -61,7 +62,9 @@ class Compilers(AbstractContextManager["Compilers"]):
         count = compiler_count() if count is None else count
         self._idle = [_Compiler(kernel_modules) for _ in range(count)]
         self._all = tuple(self._idle)
-        self._lock = threading.Lock()
+        self._returned = threading.Condition()
+        self._waiting: Counter[str] = Counter()
+        self._times = ImportTimes()
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="compiling")
         self._found: dict[str, Future[JobOutcome | None]] = {}
         self._hanging: dict[tuple[str, str], JobOutcome] = {}
@@ -116,14 +119,17 @@ class Compilers(AbstractContextManager["Compilers"]):
         if choice in self._hanging:
             return self._hanging[choice]
         compiler = self._take(job)
+        has_imported, start = job.library in compiler.imported, monotonic()
         try:
             fault = compiler.compile(job, self._limit_s)
         except _HangsError:
             silence = f"no end of compiling within {self._limit_s:g} s"
             return self._hanging.setdefault(choice, JobOutcome("timeout", silence, hung_compiling=True))
         finally:
-            with self._lock:
+            with self._returned:
+                self._times.learn(job.library, monotonic() - start, has_imported=has_imported)
                 self._idle.append(compiler)
+                self._returned.notify_all()
         if fault:
             self._faults[job.kernel_id] += 1
             if self._faults[job.kernel_id] == 1:
@@ -131,9 +137,20 @@ class Compilers(AbstractContextManager["Compilers"]):
         return None
 
     def _take(self, job: CompileJob) -> _Compiler:
-        """One that is idle, which there always is: no more threads are here than processes."""
-        with self._lock:
-            compiler = next((idle for idle in reversed(self._idle) if job.library in idle.imported), self._idle[-1])
+        """One that has imported the kernel's library, as soon as it is idle, or another one where that is sooner. Of
+        those at least one is idle for each that waits: no more threads are here than processes."""
+        with self._returned:
+            self._waiting[job.library] += 1
+            while True:
+                owners = [compiler for compiler in self._all if job.library in compiler.imported]
+                compiler = next((idle for idle in reversed(self._idle) if idle in owners), None)
+                ahead = (len(owners) + self._waiting[job.library] - 1) / max(1, len(owners))
+                if compiler is None and not (owners and self._times.is_worth_waiting(job.library, ahead)):
+                    compiler = self._idle[-1]
+                if compiler is not None:
+                    break
+                self._returned.wait()
+            self._waiting[job.library] -= 1
             self._idle.remove(compiler)
         return compiler
 

@@ -40,6 +40,16 @@ def _notes_number(configuration: Configuration) -> None:
     note(f"number-{configuration['number']}", str(os.getpid()))
 
 
+_imported: set[str] = set()
+
+
+def _imports_slowly(configuration: Configuration) -> None:
+    if not _imported:
+        time.sleep(1.0)
+        _imported.add("slow")
+    _notes_number(configuration)
+
+
 def _meets(configuration: Configuration) -> None:
     """Comes to an end only where so many processes are here at once."""
     note("meets")
@@ -85,6 +95,7 @@ def _compiling(name: str, compilation: Callable[[Configuration], None], library:
 KERNELS: tuple[Kernel, ...] = (
     *(_compiling("meets", _meets, library) for library in ("first", "second")),
     *(_compiling("number", _notes_number, library) for library in ("first", "second")),
+    _compiling("number", _imports_slowly, "slow"),
     *(
         _compiling(name, compilation)
         for name, compilation in {

@@ -264,6 +264,20 @@ def test_a_plan_foresees_searches(tmp_path: Path) -> None:
     assert min(found.seconds for found in searches) > max(found.seconds for found in points)
 
 
+def test_a_plan_foresees_each_entry_once(tmp_path: Path) -> None:
+    device = ClockedDevice([DEFAULT, PASSES.kernel_id])
+
+    def at_the_first_entry(seen: Seen) -> None:
+        if seen.finished_contests[-1].planned.kind == "entry":
+            raise KeyboardInterrupt
+
+    points = [norm(8), norm(9), norm(10)]
+    with pytest.raises(KeyboardInterrupt):
+        run_at(device, points, tmp_path, Seen(at_the_first_entry))
+    planned = agenda_at(device, points, ResultsStore(tmp_path)).forecast()
+    assert Counter(found.kind for found in planned) == {"entry": 2}
+
+
 def test_a_recorded_search_is_replayed_whole(tmp_path: Path) -> None:
     recorded = ResultsStore(tmp_path / "recorded")
     run(ClockedDevice([DEFAULT, PASSES.kernel_id]), recorded, *map(norm, range(8, 14)))
