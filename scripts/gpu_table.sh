@@ -53,9 +53,7 @@ case $stage in
   compile)
     layerzero-tune compile "$folder/results" --out "$folder/tables"
     [ ! -d "$folder/second_results" ] || layerzero-tune compile "$folder/second_results" --out "$folder/second"
-    for seed in 0 1 2; do
-      python3 scripts/removed_buckets.py "$folder/results" "$folder/without_buckets_$seed" --seed $seed
-    done
+    python3 scripts/removed_buckets.py "$folder/results" "$folder/without_buckets" --tables 3
     ;;
   evaluate)
     device_facts "${3:?commit}"

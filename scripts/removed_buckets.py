@@ -1,7 +1,7 @@
-"""A table that lost buckets: compiles results and takes a share of the buckets out at random, so that an evaluation
-tells what the live selector picks there (`layerzero-tune evaluate TABLES ... --beside OUT`).
+"""Tables that lost buckets: compiles results and takes a share of the buckets out at random, so that an evaluation
+tells what the live selector picks there (`layerzero-tune evaluate TABLES ... --beside OUT_0`).
 
-usage: python scripts/removed_buckets.py RESULTS OUT [--share 0.2] [--seed 0]
+usage: python scripts/removed_buckets.py RESULTS OUT [--share 0.2] [--tables 1]
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ def without_buckets(form: TableForm, share: float, chance: random.Random) -> Tab
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="folder of the results that the table is compiled from")
-    parser.add_argument("out", type=Path, help="folder for the table")
+    parser.add_argument("out", type=Path, help="beginning of the folders' names: OUT_0, OUT_1 and so on")
     parser.add_argument("--share", type=float, default=0.2, help="how much of the buckets is taken out")
-    parser.add_argument("--seed", type=int, default=0, help="each takes out others")
+    parser.add_argument("--tables", type=int, default=1, help="how many tables, each without others")
     arguments = parser.parse_args()
     whole = compile_table(ResultsStore(arguments.results).read().rows, builtin_kernels())
-    emit(without_buckets(whole, arguments.share, random.Random(arguments.seed))).write(arguments.out)
+    for seed in range(arguments.tables):
+        folder = arguments.out.with_name(f"{arguments.out.name}_{seed}")
+        emit(without_buckets(whole, arguments.share, random.Random(seed))).write(folder)
 
 
 if __name__ == "__main__":

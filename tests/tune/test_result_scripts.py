@@ -121,7 +121,7 @@ def test_buckets_are_taken_out_of_a_table(tmp_path: Path, share: int) -> None:
     done = run_script("removed_buckets.py", results, tmp_path / "thinned", "--share", share)
     assert done.returncode == 0, done.stderr
     whole = compile_table(ResultsStore(results).read().rows, builtin_kernels())
-    (folder,) = (tmp_path / "thinned").iterdir()
+    (folder,) = (tmp_path / "thinned_0").iterdir()
     entries = load_table_file(folder / "__init__.py").entries["norm.rms"].values()
     left = sum(bool(chain) for entry in entries for chain in entry.leaves)
     buckets = sum(bool(leaf.chain) for entry in whole.entries for leaf in entry.leaves())
