@@ -4,7 +4,9 @@ A judge for changes to the compiler that needs no measuring: the times of the ce
 smaller table misses at some of them, such as those that bounded the measured range; efficiency is over the hits.
 Compare figures of one command line alone: with fewer points than the results have, all are worse than an evaluation's.
 
-usage: python scripts/cross_validate.py RESULTS [--folds 5] [--seeds 3] [--json]
+With --on the whole table is scored on the contests of an evaluation instead (`layerzero-tune evaluate --out`).
+
+usage: python scripts/cross_validate.py RESULTS [--folds 5] [--seeds 3] [--on HELD_OUT] [--json]
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from layerzero_tune.compile.emit import leaf_at
 from layerzero_tune.compile.form import Entry
 from layerzero_tune.compile.judge import Choice, Verdict, judge
 from layerzero_tune.compile.pipeline import compile_table
+from layerzero_tune.evaluate.public_calls import PUBLIC_CALL
 from layerzero_tune.measure.statistics import SLOWER_THRESHOLD, percentile
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
@@ -55,19 +58,24 @@ class Figures:
     slower_than_default: int
 
 
-def served_without(
-    rows: Sequence[Measurement], verdicts: dict[Key, dict[Sizes, Verdict]], left_out: frozenset[tuple[Key, Sizes]]
-) -> Iterator[Served]:
-    form = compile_table([row for row in rows if cell_of(row.context) not in left_out], builtin_kernels())
+Verdicts = Mapping[Key, Mapping[Sizes, Verdict]]
+Cells = frozenset[tuple[Key, Sizes]]
+
+
+def served_by(rows: Sequence[Measurement], verdicts: Verdicts, cells: Cells) -> Iterator[Served]:
+    """What the table of the rows serves at the cells, by their verdicts."""
+    form = compile_table(rows, builtin_kernels())
     entries = {(entry.operation, entry.static_key): entry for entry in form.entries}
-    for key, sizes in sorted(left_out, key=repr):
+    for key, sizes in sorted(cells, key=repr):
         verdict = verdicts[key].get(sizes)
         if verdict is None:
             continue
         choice = _choice(entries.get(key), verdict)
         chosen = verdict.default if choice is None else choice
         standing = verdict.standings.get(chosen)
-        slower = standing is not None and standing.low > math.log(SLOWER_THRESHOLD)
+        if standing is None:  # a configuration that was not tried there
+            continue
+        slower = standing.low > math.log(SLOWER_THRESHOLD)
         yield Served(
             key[0],
             verdict.context.mode,
@@ -100,15 +108,29 @@ def figures(operation: str, mode: str, served: Sequence[Served]) -> Figures:
     )
 
 
-def cross_validate(rows: Sequence[Measurement], folds: int, seeds: int) -> tuple[Figures, ...]:
-    """The figures per operation and mode, and over all."""
-    verdicts = {key: {verdict.sizes: verdict for verdict in found} for key, found in judge(rows).items()}
+def verdicts_of(rows: Iterable[Measurement]) -> Verdicts:
+    return {key: {verdict.sizes: verdict for verdict in found} for key, found in judge(rows).items()}
+
+
+def cross_validated(rows: Sequence[Measurement], folds: int, seeds: int) -> Iterator[Served]:
+    """Each cell of the rows, as often as there are seeds, by a table that never saw it."""
+    verdicts = verdicts_of(rows)
     cells = sorted({cell_of(row.context) for row in rows}, key=repr)
-    served: list[Served] = []
     for seed in range(seeds):
         shuffled = random.Random(seed).sample(cells, len(cells))
         for fold in range(folds):
-            served += served_without(rows, verdicts, frozenset(shuffled[fold::folds]))
+            left_out = frozenset(shuffled[fold::folds])
+            yield from served_by([row for row in rows if cell_of(row.context) not in left_out], verdicts, left_out)
+
+
+def held_out(rows: Sequence[Measurement], evaluated: Sequence[Measurement]) -> Iterator[Served]:
+    """Each cell of an evaluation, by the table of the rows."""
+    kernels = [row for row in evaluated if row.kernel_id != PUBLIC_CALL]
+    return served_by(rows, verdicts_of(kernels), frozenset(cell_of(row.context) for row in kernels))
+
+
+def grouped(served: Sequence[Served]) -> tuple[Figures, ...]:
+    """The figures per operation and mode, and over all."""
     groups: dict[tuple[str, str], list[Served]] = {}
     for one in served:
         groups.setdefault((one.operation, one.mode), []).append(one)
@@ -120,9 +142,14 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="folder of results that run has written")
     parser.add_argument("--folds", type=int, default=5, help="one fold is left out, the others are compiled")
     parser.add_argument("--seeds", type=int, default=3, help="how often the cells are dealt into folds")
+    parser.add_argument("--on", type=Path, help="folder of an evaluation's contests: score on these alone")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    found = cross_validate(ResultsStore(arguments.results).read().rows, arguments.folds, arguments.seeds)
+    rows = ResultsStore(arguments.results).read().rows
+    if arguments.on is None:
+        found = grouped(list(cross_validated(rows, arguments.folds, arguments.seeds)))
+    else:
+        found = grouped(list(held_out(rows, ResultsStore(arguments.on).read().rows)))
     if arguments.json:
         print(json.dumps([asdict(line) for line in found], indent=1))
         return

@@ -63,6 +63,7 @@ class KeyRegret:
         self._worths: Floats | None = None
         self._gains: dict[tuple[Sizes, frozenset[Choice]], float] = {}
         self._nearest: list[Sizes | None] = [None] * len(self.demand)
+        self._beside = np.zeros(len(self.demand))
         self._nearest_distances = np.full(len(self.demand), math.inf)
 
     @property
@@ -78,6 +79,8 @@ class KeyRegret:
     def learn(self, sizes: Sizes, rows: Sequence[Measurement]) -> None:
         """Take in a contest; until `renew` works out what it says, it counts as was expected of it. One of a type that
         shares its verdicts with what is held at these sizes is a further one of the same cell."""
+        if sizes not in self._rows and sizes not in self._index:
+            self._beside[self._nearest_demanded(sizes)] += 1.0
         held = self._rows.setdefault(sizes, [])
         if held and held[0].context.dtype != rows[0].context.dtype:
             rows = [replace(row, context=held[0].context) for row in rows]
@@ -305,10 +308,15 @@ class KeyRegret:
         return distances
 
     def demanded(self, sizes: Sizes) -> float:
-        """The weight of these sizes; between the demanded ones, that of the nearest."""
+        """The weight of these sizes; between the demanded ones, what each of those measured beside the nearest has of
+        its weight: a demanded point stands for the calls around it, however many of these are measured."""
         if sizes in self.demand:
             return self.demand[sizes]
-        return float(self._weights[int(self._distances(sizes).argmin())])
+        nearest = self._nearest_demanded(sizes)
+        return float(self._weights[nearest] / (1.0 + self._beside[nearest]))
+
+    def _nearest_demanded(self, sizes: Sizes) -> int:
+        return int(self._distances(sizes).argmin())
 
     def _placed(self, cells: Iterable[Sizes]) -> Floats:
         return np.array([place_of(sizes, self.free) for sizes in cells], dtype=np.float64)

@@ -19,6 +19,13 @@ _TOP_PAD_BYTES = 64 * 1024 * 1024
 
 # Share of the memory that is available when the worker starts: the rest is the tuner's and other processes'.
 _USABLE_SHARE = 0.8
+# What kernels may keep over all contests (compiled code, and too little to be noticed in one of them) before a fresh
+# process measures the next: memory runs out later, if ever, and heaps of equal size are alike.
+_KEPT_BYTES = 1024 * 1024 * 1024
+# Beside GPUs the heap is no part of what is timed, and libraries keep more: in runs on an H100 a fresh worker came
+# every ten contests or so, and most of what they call preparation were its imports (2026-11-26). There they may keep
+# so much of the available memory, all workers of a host together.
+_KEPT_SHARE_BESIDE_GPUS = 0.25
 
 
 def limit_memory() -> None:
@@ -31,14 +38,31 @@ def limit_memory() -> None:
         return
     import resource
 
-    available = _kilobytes("/proc/meminfo", "MemAvailable")
+    available = available_bytes()
     held = _kilobytes("/proc/self/status", "VmData")  # what the limit counts
     if available is None or held is None:
         return
-    limit = 1024 * (held + int(_USABLE_SHARE * available))
+    limit = 1024 * held + int(_USABLE_SHARE * available)
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     if most == resource.RLIM_INFINITY or limit < most:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
+
+
+def kept_limit(gpus: int) -> int:
+    """How many bytes a worker's heap may grow by over its contests, on a host with so many GPUs to measure on (0: it
+    measures on the CPU)."""
+    available = available_bytes()
+    if gpus == 0 or available is None:
+        return _KEPT_BYTES
+    return max(_KEPT_BYTES, int(_KEPT_SHARE_BESIDE_GPUS * available / gpus))
+
+
+def available_bytes() -> int | None:
+    """Memory that new work can have without swapping (proc(5), MemAvailable); None where the system does not say."""
+    if sys.platform != "linux":
+        return None
+    kilobytes = _kilobytes("/proc/meminfo", "MemAvailable")
+    return None if kilobytes is None else 1024 * kilobytes
 
 
 def _kilobytes(path: str, name: str) -> int | None:

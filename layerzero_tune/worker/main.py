@@ -18,15 +18,11 @@ from layerzero_runtime.kernel import Kernel
 from layerzero_tune.measure.contest_run import measure_contest
 from layerzero_tune.measure.failures import SpoiledProcessError
 from layerzero_tune.measure.kept_memory import allocated_bytes
-from layerzero_tune.worker.allocator import limit_memory, retain_memory
+from layerzero_tune.worker.allocator import kept_limit, limit_memory, retain_memory
 from layerzero_tune.worker.child import die_with_tuner
 from layerzero_tune.worker.kernels import load_kernels, with_loads_remembered
 from layerzero_tune.worker.progress_board import ProgressBoard
 from layerzero_tune.worker.protocol import Finished, Loss, Ready, Refusal, Reply, Request
-
-# What kernels may keep over all contests (compiled code, and too little to be noticed in one of them) before a fresh
-# process measures the next: memory runs out later, if ever, and heaps of equal size are alike.
-_KEPT_BYTES = 1024 * 1024 * 1024
 
 
 def answer(
@@ -61,18 +57,26 @@ def main(arguments: list[str]) -> None:
     limit_memory()
     with Connection(socket) as tuner:
         try:
-            import torch  # noqa: F401 - now, so that no candidate's time limit pays for it
+            import torch  # now, so that no candidate's time limit pays for it
 
             kernels = with_loads_remembered(load_kernels(arguments[4:]))
         except LayerZeroError as error:
             tuner.send(Refusal(error))
             return
-        _serve(tuner, kernels, arguments[3], ProgressBoard(board))
+        device = arguments[3]
+        kept_bytes = kept_limit(torch.cuda.device_count() if device.startswith("cuda") else 0)
+        _serve(tuner, kernels, device, ProgressBoard(board), kept_bytes)
 
 
-def _serve(tuner: Connection[Reply, Request], kernels: Mapping[str, Kernel], device: str, board: ProgressBoard) -> None:
+def _serve(
+    tuner: Connection[Reply, Request],
+    kernels: Mapping[str, Kernel],
+    device: str,
+    board: ProgressBoard,
+    kept_bytes: int,
+) -> None:
     tuner.send(Ready())
-    allowed_bytes = allocated_bytes() + _KEPT_BYTES
+    allowed_bytes = allocated_bytes() + kept_bytes
     while True:
         try:
             request = tuner.recv()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -36,6 +37,7 @@ _VMSTAT = "/proc/vmstat"
 # A candidate's first loss may be the machine's fault, or an earlier kernel's in the same process.
 _CHANCES = 2
 DEFAULT_LIMITS = TimeLimits()
+_logger = logging.getLogger(__name__)
 _LEFT_OUT = JobOutcome("refused", "left out while another candidate is measured alone")
 
 
@@ -210,6 +212,7 @@ class WorkerProcess(AbstractContextManager["WorkerProcess"]):
                 raise reply.error
             if isinstance(reply, Finished):
                 if reply.is_last:
+                    _logger.info("the worker is replaced: its kernels keep more memory than they may")
                     self.close()
                 if alone is None:
                     return reply.outcome

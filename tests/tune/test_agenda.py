@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec
+from layerzero_runtime.operations import operation_named
 from layerzero_tune.compile.cell import cell_of
 from layerzero_tune.compile.pipeline import compile_table
 from layerzero_tune.measure.contest import Contest, ContestOutcome
@@ -23,6 +24,7 @@ from layerzero_tune.search.between import CLOSEST
 from layerzero_tune.search.device import Held
 from layerzero_tune.search.jobs import contest_of_rows
 from layerzero_tune.search.key_agenda import ENOUGH, Planned
+from layerzero_tune.search.key_regret import KeyRegret
 from layerzero_tune.search.recorded_device import RecordedDevice
 from layerzero_tune.workload.lines import WorkloadLine
 from tests.tune.synthetic_landscapes import beyond, landscapes
@@ -252,6 +254,17 @@ def test_a_run_that_refines_closes_in_on_the_crossing_and_ends() -> None:
     assert any(abs(math.log2((planned.contest.context.rows or 1) / 20)) < CLOSEST for planned in added)
     assert len(added) < 25
     assert all(planned.regret >= ENOUGH for planned in added)
+
+
+def test_what_is_measured_beside_a_demanded_point_shares_its_weight() -> None:
+    """However heavy a point is, a run does not stay around it."""
+    regret = KeyRegret(operation_named("norm.rms"), (0, 1), {(8, 1024): 6.0, (512, 1024): 1.0})
+    assert regret.demanded((16, 1024)) == 6.0
+    for rows in (12, 16, 16):
+        regret.learn((rows, 1024), LandscapeDevice(flat).rows(norm(rows)))
+    assert regret.demanded((10, 1024)) == 2.0
+    assert regret.demanded((8, 1024)) == 6.0
+    assert regret.demanded((400, 1024)) == 1.0
 
 
 def test_a_run_that_does_not_refine_keeps_to_the_points_asked_for() -> None:

@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+from layerzero_tune.worker import allocator
+from layerzero_tune.worker.allocator import available_bytes, kept_limit
+
 _PAGE_FAULTS = """
 import resource, sys
 from layerzero_tune.worker.allocator import retain_memory
@@ -35,3 +38,16 @@ def test_freed_memory_is_used_again_without_fresh_pages() -> None:
     assert retained == "True"
     assert faults < 1000
     assert page_faults("left alone")[1] > 50_000
+
+
+def test_workers_of_gpus_keep_more_and_together_no_more_than_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    gibibyte = 2**30
+    available = available_bytes()
+    assert available is None or available > gibibyte
+    monkeypatch.setattr(allocator, "available_bytes", lambda: 128 * gibibyte)
+    assert kept_limit(0) == gibibyte
+    assert kept_limit(1) == 32 * gibibyte
+    assert kept_limit(8) == 4 * gibibyte
+    assert kept_limit(64) == gibibyte
+    monkeypatch.setattr(allocator, "available_bytes", lambda: None)
+    assert kept_limit(1) == gibibyte

@@ -16,6 +16,7 @@ from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.tables.staleness import kernel_source_hash
 from layerzero_runtime.tables.table_files import load_table_file
 from layerzero_tune.compile.pipeline import compile_table
+from layerzero_tune.evaluate.public_calls import PUBLIC_CALL
 from layerzero_tune.results.store import ResultsStore
 from tests.tune.synthetic_results import grid, measured, norm
 
@@ -127,3 +128,16 @@ def test_buckets_are_taken_out_of_a_table(tmp_path: Path, share: int) -> None:
     buckets = sum(bool(leaf.chain) for entry in whole.entries for leaf in entry.leaves())
     assert buckets > 1
     assert left == (0 if share else buckets)
+
+
+def test_a_compiler_is_judged_on_the_contests_of_an_evaluation(tmp_path: Path) -> None:
+    """Between the measured rows a table serves the kernel that wins around them, also where another one is faster."""
+    results = tuned(tmp_path / "results", 256, 1.5)
+    times = {"torch.rms_norm": 1000.0, "torch.rms_norm.fused": 1250.0, PUBLIC_CALL: 1.0}
+    for context in grid(norm, (2, 2000), (1536,)):
+        ResultsStore(tmp_path / "held-out").append(measured([context], lambda _: times, noise=0.001))
+    done = run_script("cross_validate.py", results, "--on", tmp_path / "held-out", "--json")
+    assert done.returncode == 0, done.stderr
+    overall = json.loads(done.stdout)[-1]
+    assert (overall["cells"], overall["hit_rate"], overall["slower_than_default"]) == (2, 1.0, 1)
+    assert overall["efficiency_min"] == pytest.approx(0.8, rel=0.01)
