@@ -9,11 +9,10 @@ serving=(--tp 1,2,4,8 --mode eager,graph --dtype bfloat16,float16)
 
 # Rows have two sizes, attention has three: it takes more points to know it as well. GeGLU is of few models.
 layerzero-tune workload make --model tuned --draws 1 "${serving[@]}" --out "$drawn/once.jsonl"
-layerzero-tune workload make --model tuned --draws 2 "${serving[@]}" --ops attention --out "$drawn/twice.jsonl"
-layerzero-tune workload make --model tuned --draws 4 "${serving[@]}" --ops mlp.geglu --out "$drawn/geglu.jsonl"
-layerzero-tune workload merge "$drawn/once.jsonl" "$drawn/twice.jsonl" "$drawn/geglu.jsonl" --out "$out/tuned.jsonl"
+layerzero-tune workload make --model tuned --draws 2 "${serving[@]}" --ops attention,mlp.geglu --out "$drawn/twice.jsonl"
+layerzero-tune workload merge "$drawn/once.jsonl" "$drawn/twice.jsonl" --out "$out/tuned.jsonl"
 layerzero-tune workload make --model held-out --draws 3 "${serving[@]}" \
-  --unseen-by "$drawn/once.jsonl" --out "$drawn/unseen.jsonl"
+  --unseen-by "$out/tuned.jsonl" --out "$drawn/unseen.jsonl"
 # As many as are measured within half an hour.
 layerzero-tune workload sample "$drawn/unseen.jsonl" --ops attention --at-most 130 --out "$drawn/attention.jsonl"
 layerzero-tune workload sample "$drawn/unseen.jsonl" --ops norm,mlp --at-most 100 --out "$drawn/others.jsonl"
