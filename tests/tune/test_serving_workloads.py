@@ -138,10 +138,10 @@ def test_all_kinds_of_calls_are_drawn_as_often_as_asked() -> None:
         decoder = draws if config.decoder_layers else 0
         encoder = draws if config.encoder_layers else 0
         across = decoder if encoder else 0
-        # A decode's and a prefill's attention to an encoder, and a chunk's.
+        # A decode's and a prefill's attention to an encoder, and a chunk's; a chunk's to what lies before it.
         assert (found["prefill"], found["chunk"], found["full"]) == (decoder, decoder, encoder)
         assert found["decode"] == decoder + across
-        assert found["cross"] == 2 * across
+        assert found["cross"] == 2 * across + decoder
         rows = 2 * decoder + encoder
         assert found["norm.rms" if config.norm == "rms" else "norm.layer"] == rows
         assert found["mlp.swiglu"] == (rows if config.activation == "swiglu" else 0)
@@ -241,7 +241,7 @@ def test_the_committed_workloads_are_those_that_the_script_makes(command: Comman
 
 
 def test_the_committed_workloads_are_small_enough_to_keep() -> None:
-    assert sum(path.stat().st_size for path in COMMITTED.values()) < 2**20
+    assert sum(path.stat().st_size for path in COMMITTED.values()) < 1.25 * 2**20
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph"])

@@ -44,6 +44,7 @@ def test_llama_with_tensor_parallelism() -> None:
             causal_alignment="bottom_right",
             **heads,
         ): 32,
+        SelectionContext(operation="attention.cross", seq_len_q=256, seq_len_k=768, **heads): 32,
     }
     for rows in (2048, 2, 512):
         norms = {**common, "rows": rows, "hidden_size": 4096}
@@ -51,7 +52,7 @@ def test_llama_with_tensor_parallelism() -> None:
         assert WorkloadLine(SelectionContext(operation="norm.add_rms", **norms), 64) in lines
         swiglu = SelectionContext(operation="mlp.swiglu", **{**norms, "hidden_size": 3584})
         assert WorkloadLine(swiglu, 32) in lines
-    assert len(lines) == 3 + 9
+    assert len(lines) == 4 + 9
 
 
 def test_gemma_has_offset_norms_and_tanh_geglu() -> None:
@@ -80,6 +81,7 @@ def test_whisper_attends_from_decoder_to_encoder() -> None:
         ("attention.causal", 128, 128),
         ("attention.causal", 32, 128),
         ("attention.cross", 1, 128),
+        ("attention.cross", 32, 96),
         *(("attention.cross", tokens, 1500) for tokens in (128, 1, 32)),
     }
 
