@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -31,6 +32,7 @@ from layerzero_tune.worker.process import WorkerProcess
 MAX_TAKES = 3
 # So many contests ahead kernels are compiled: new code takes seconds, the contest that needs it one.
 COMING = 8
+_logger = logging.getLogger(__name__)
 
 
 # By contest, the rows that are known of a point.
@@ -135,6 +137,7 @@ class LiveDevice:
         if self._compilers is not None:
             self._compile(self._compilers, contest)
         compiled_s = perf_counter() - start
+        _logger.debug("%.1f s of waiting for what %s compiles", compiled_s, contest.context.operation)
         # Where the time of a call has the host's in it, nothing else may take the processors.
         is_paused = self._compilers is not None and contest.context.mode != "graph"
         paused = self._compilers.paused() if self._compilers and is_paused else nullcontext()

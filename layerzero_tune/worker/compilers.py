@@ -126,8 +126,11 @@ class Compilers(AbstractContextManager["Compilers"]):
             silence = f"no end of compiling within {self._limit_s:g} s"
             return self._hanging.setdefault(choice, JobOutcome("timeout", silence, hung_compiling=True))
         finally:
+            taken_s = monotonic() - start
+            beside = "" if has_imported else ", the import of its library included"
+            _logger.debug("%s was compiled ahead in %.1f s%s", job.kernel_id, taken_s, beside)
             with self._returned:
-                self._times.learn(job.library, monotonic() - start, has_imported=has_imported)
+                self._times.learn(job.library, taken_s, has_imported=has_imported)
                 self._idle.append(compiler)
                 self._returned.notify_all()
         if fault:
