@@ -28,7 +28,6 @@ from layerzero_tune.search.device import LiveDevice
 from layerzero_tune.worker import process
 from layerzero_tune.worker.compile_job import CompileJob, compile_jobs
 from layerzero_tune.worker.compilers import MAX_COMPILERS, Compilers, compiler_count
-from layerzero_tune.worker.import_times import ImportTimes
 from layerzero_tune.worker.library_compilers import KEPT_ON_DISK
 from layerzero_tune.worker.process import WorkerProcess
 from layerzero_tune.worker.time_limits import TimeLimits
@@ -110,19 +109,6 @@ def test_a_library_that_takes_long_to_import_but_not_to_compile_is_imported_once
     compilers.finish([CompileJob(RMS, "slow.number", {"number": 0})])
     compilers.finish([CompileJob(RMS, "slow.number", {"number": number}) for number in range(1, 9)])
     assert len({*chain(*(compiling.notes(f"number-{number}") for number in range(9)))}) == 1
-
-
-def test_waiting_is_worth_it_as_long_as_an_import_takes_longer() -> None:
-    times = ImportTimes()
-    assert not times.is_worth_waiting("quack", 1.0)
-    times.learn("quack", 8.0, has_imported=False)
-    assert times.is_worth_waiting("quack", 2.0)
-    assert not times.is_worth_waiting("quack", 3.0)
-    for seconds in (0.5, 1.5):
-        times.learn("quack", seconds, has_imported=True)
-    assert times.is_worth_waiting("quack", 6.0)
-    assert not times.is_worth_waiting("quack", 7.0)
-    assert not times.is_worth_waiting("liger", 1.0)
 
 
 @pytest.mark.parametrize(
