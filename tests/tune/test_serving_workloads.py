@@ -241,7 +241,7 @@ def test_the_committed_workloads_are_those_that_the_script_makes(command: Comman
 
 
 def test_the_committed_workloads_are_small_enough_to_keep() -> None:
-    assert sum(path.stat().st_size for path in COMMITTED.values()) < 1.25 * 2**20
+    assert sum(path.stat().st_size for path in COMMITTED.values()) < 2**20
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph"])
