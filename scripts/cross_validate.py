@@ -31,6 +31,9 @@ from layerzero_tune.measure.statistics import SLOWER_THRESHOLD, percentile
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
 
+Verdicts = Mapping[Key, Mapping[Sizes, Verdict]]
+Cells = frozenset[tuple[Key, Sizes]]
+
 
 @dataclass(frozen=True)
 class Served:
@@ -58,12 +61,9 @@ class Figures:
     slower_than_default: int
 
 
-Verdicts = Mapping[Key, Mapping[Sizes, Verdict]]
-Cells = frozenset[tuple[Key, Sizes]]
-
-
 def served_by(rows: Sequence[Measurement], verdicts: Verdicts, cells: Cells) -> Iterator[Served]:
-    """What the table of the rows serves at the cells, by their verdicts."""
+    """What the table of the rows serves at the cells, by their verdicts; cells at which that has no time, such as
+    those where its configuration was not tried, are left out."""
     form = compile_table(rows, builtin_kernels())
     entries = {(entry.operation, entry.static_key): entry for entry in form.entries}
     for key, sizes in sorted(cells, key=repr):
@@ -73,7 +73,7 @@ def served_by(rows: Sequence[Measurement], verdicts: Verdicts, cells: Cells) -> 
         choice = _choice(entries.get(key), verdict)
         chosen = verdict.default if choice is None else choice
         standing = verdict.standings.get(chosen)
-        if standing is None:  # a configuration that was not tried there
+        if standing is None:
             continue
         slower = standing.low > math.log(SLOWER_THRESHOLD)
         yield Served(

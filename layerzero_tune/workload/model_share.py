@@ -45,8 +45,9 @@ class ModelShare:
         """A pass over the last so many tokens of sequences of this length. Servers whose prefixes are shared attend to
         what lies before the chunk apart (cascades), which no mask covers."""
         yield self._attention("attention.causal", batch, tokens, length, causal_alignment="bottom_right")
-        if length - tokens != tokens:  # else it would be a point of attention.full
-            yield self._attention("attention.cross", batch, tokens, length - tokens)
+        before = length - tokens
+        if before != tokens:  # else it would be a point of attention.full
+            yield self._attention("attention.cross", batch, tokens, before)
         yield from self._decoder_rows(batch, tokens)
 
     def decode(self, batch: int, length: int) -> Iterator[WorkloadLine]:
