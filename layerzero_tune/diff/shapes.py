@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from layerzero_runtime.operation import Sizes
-from layerzero_runtime.operations import operation_named
+from layerzero_tune.compile.cell import cell_of
 from layerzero_tune.diff.side import EntryKey, Side
 from layerzero_tune.workload.lines import WorkloadLine
 
@@ -24,8 +24,7 @@ def shapes_of_workload(lines: Iterable[WorkloadLine]) -> tuple[Shape, ...]:
     """The shapes of a workload; weights of lines that make the same shape are added."""
     weights: dict[tuple[EntryKey, Sizes], float] = {}
     for line in lines:
-        operation = operation_named(line.context.operation)
-        found = ((operation.name, operation.static_key(line.context)), operation.sizes(line.context))
+        found = cell_of(line.context)
         weights[found] = weights.get(found, 0.0) + line.weight
     return tuple(Shape(key, sizes, weight) for (key, sizes), weight in weights.items())
 
