@@ -86,7 +86,7 @@ def parse_cpuinfo(text: str, usable: frozenset[int] | None = None) -> Processor 
 
 def detect_processor() -> Processor:
     """The processor of this machine: from /proc/cpuinfo, on macOS from sysctl, else what `os` knows."""
-    usable = _usable_processors()
+    usable = usable_processors()
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             found = parse_cpuinfo(file.read(), usable)
@@ -142,7 +142,7 @@ def _number(text: str) -> int:
         return 0
 
 
-def _usable_processors() -> frozenset[int] | None:
+def usable_processors() -> frozenset[int] | None:
     """Numbers of the logical processors that this process may run on; None where the system cannot say.
 
     The union over all threads: OpenMP with `OMP_PROC_BIND` ties each thread, the main one too, to a core of its own.

@@ -7,8 +7,11 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Self
+
+from layerzero_runtime.devices.cpu import usable_processors
 
 # Kernels that run on every core wait for the slowest of their threads: a neighbour that takes a twentieth of the
 # machine can cost them many times that.
@@ -25,44 +28,63 @@ _STAT = "/proc/stat"
 
 @dataclass(frozen=True)
 class ProcessorTime:
-    """Processor seconds since boot, of the whole machine, of this process and of the other processes of its run; and
-    the wall clock."""
+    """Processor seconds since boot, of all that runs on the processors that this process may use, of this process and
+    of the other processes of its run; the wall clock; and how many those processors are."""
 
     machine_s: float | None
     own_s: float
     wall_s: float
     siblings_s: float = 0.0
+    processors: int = 1
 
     @classmethod
     def now(cls, run: int | None = None) -> Self:
         """`run` is the process whose descendants, and itself, make up this process's run; without it nobody does."""
         siblings_s = 0.0 if run is None else _siblings_s(run)
-        return cls(_machine_busy_s(), time.process_time(), time.perf_counter(), siblings_s)
+        busy_s, processors = _busy()
+        return cls(busy_s, time.process_time(), time.perf_counter(), siblings_s, processors)
 
 
 def others_share(start: ProcessorTime, end: ProcessorTime) -> float:
-    """The share of the machine's processor time that went to others between two moments, 0 where it cannot be known.
-    Of the run's own processes that counts which goes beyond `FREE_SHARE`.
+    """The share of the processors' time that went to others between two moments, 0 where it cannot be known. Of the
+    run's own processes that counts which goes beyond `FREE_SHARE`.
 
-    The machine counts in ticks of 10 ms, so the moments should lie a tenth of a second apart or more.
+    The system counts in ticks of 10 ms, so the moments should lie a tenth of a second apart or more.
     """
     if start.machine_s is None or end.machine_s is None or end.wall_s <= start.wall_s:
         return 0.0
-    offered = (end.wall_s - start.wall_s) * (os.cpu_count() or 1)
+    offered = (end.wall_s - start.wall_s) * end.processors
     own, siblings = end.own_s - start.own_s, max(0.0, end.siblings_s - start.siblings_s)
     free = min(siblings, max(0.0, FREE_SHARE * offered - own))
     return max(0.0, end.machine_s - start.machine_s - own - free) / offered
 
 
-def _machine_busy_s() -> float | None:
-    """Seconds that all processors were busy or stolen by the hypervisor: proc(5), first line of /proc/stat."""
+def _busy() -> tuple[float | None, int]:
+    """Seconds that the processors of this process were busy or stolen by the hypervisor, and how many they are:
+    proc(5), /proc/stat. What others do on processors that this process is kept off (taskset, a container's cpuset)
+    takes nothing from it. All of the machine's where the file does not list them by their numbers."""
     try:
         with open(_STAT, encoding="ascii") as file:
-            fields = file.readline().split()
+            lines = [line.split() for line in file if line.startswith("cpu")]
     except OSError:
-        return None
+        return None, 1
+    whole, *single = ((fields[0], _busy_ticks(fields)) for fields in lines)
+    own = [ticks for name, ticks in single if name in _own_names()]
+    if not own or len(own) < len(_own_names()):
+        return whole[1] / _ticks_per_s(), max(1, len(single))
+    return sum(own) / _ticks_per_s(), len(own)
+
+
+def _busy_ticks(fields: list[str]) -> int:
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[1:9])
-    return (user + nice + system + irq + softirq + steal) / _ticks_per_s()
+    return user + nice + system + irq + softirq + steal
+
+
+@cache
+def _own_names() -> frozenset[str]:
+    """What /proc/stat calls the processors that this process could use when it was first asked: kernels' libraries may
+    tie its threads to some of them later."""
+    return frozenset(f"cpu{number}" for number in usable_processors() or ())
 
 
 def _siblings_s(run: int) -> float:

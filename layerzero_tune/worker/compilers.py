@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from time import monotonic
 from typing import Any
 
+from layerzero_runtime.devices.cpu import usable_processors
 from layerzero_runtime.errors import LayerZeroError
 from layerzero_tune.identity import choice_of
 from layerzero_tune.measure.contest import JobOutcome
@@ -38,7 +39,7 @@ _logger = logging.getLogger(__name__)
 def compiler_count(processors: int | None = None) -> int:
     """How many processes should compile beside a worker: by default on the processors that this process may use."""
     if processors is None:
-        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        processors = len(usable_processors() or ()) or os.cpu_count() or 1
     return max(1, min(MAX_COMPILERS, processors - _BUSY_PROCESSORS))
 
 

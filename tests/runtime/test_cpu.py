@@ -140,7 +140,7 @@ def test_a_process_tied_to_one_core_has_one() -> None:
 def test_threads_that_openmp_tied_to_cores_do_not_hide_the_other_cores() -> None:
     code = (
         "import torch; torch.randn(600, 600) @ torch.randn(600, 600)\n"
-        "import os; print(len(os.sched_getaffinity(0)), len(cpu._usable_processors()))"
+        "import os; print(len(os.sched_getaffinity(0)), len(cpu.usable_processors()))"
     )
     main_thread, process = in_a_new_process(code, OMP_PROC_BIND="true").split()
     assert main_thread == "1"

@@ -9,13 +9,14 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from layerzero_runtime.device import DeviceSpec, detect_device
-from layerzero_tune.measure import bench, contest_run, full_speed
+from layerzero_tune.measure import bench, contention, contest_run, full_speed
 from layerzero_tune.measure.contention import MAX_ATTEMPTS, ProcessorTime, others_share
 from layerzero_tune.measure.full_speed import PATIENCE_S, FullSpeed
 from layerzero_tune.measure.gpu_state import GpuWatch
@@ -36,28 +37,24 @@ def test_own_work_is_not_others() -> None:
     assert others_share(start, ProcessorTime(machine_s=12.0, own_s=2.0, wall_s=1.0)) > 0.0
 
 
-def shares(own_s: float, siblings_s: float, foreign_s: float) -> float:
+def shares(own_s: float, siblings_s: float, foreign_s: float, processors: int = 16) -> float:
     """The share of others over a second in which so many processor seconds went to these processes."""
     start = ProcessorTime(machine_s=10.0, own_s=1.0, wall_s=0.0, siblings_s=7.0)
     busy_s = own_s + siblings_s + foreign_s
-    return others_share(start, ProcessorTime(10.0 + busy_s, 1.0 + own_s, 1.0, 7.0 + siblings_s))
+    return others_share(start, ProcessorTime(10.0 + busy_s, 1.0 + own_s, 1.0, 7.0 + siblings_s, processors))
 
 
 @pytest.mark.parametrize(
     ("siblings_s", "foreign_s", "share"),
     [(0.0, 0.0, 0.0), (3.0, 0.0, 0.0), (7.0, 0.0, 4 / 16), (1.0, 2.0, 2 / 16), (7.0, 2.0, 6 / 16)],
 )
-def test_siblings_may_take_cores_that_are_free(
-    monkeypatch: pytest.MonkeyPatch, siblings_s: float, foreign_s: float, share: float
-) -> None:
+def test_siblings_may_take_cores_that_are_free(siblings_s: float, foreign_s: float, share: float) -> None:
     """Up to a quarter of 16 cores with the one that measures, all told."""
-    monkeypatch.setattr("os.cpu_count", lambda: 16)
     assert shares(1.0, siblings_s, foreign_s) == pytest.approx(share)
 
 
-def test_who_takes_more_than_the_free_cores_alone_leaves_none_to_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-    assert shares(1.0, 0.5, 0.0) == pytest.approx(0.25)
+def test_who_takes_more_than_the_free_cores_alone_leaves_none_to_siblings() -> None:
+    assert shares(1.0, 0.5, 0.0, processors=2) == pytest.approx(0.25)
 
 
 _SECONDS = st.floats(0.0, 16.0)
@@ -81,6 +78,32 @@ def test_a_busy_neighbour_is_seen() -> None:
         share = others_share(start, ProcessorTime.now())
         neighbour.kill()
     assert share > 0.1
+
+
+@pytest.mark.parametrize(
+    ("usable", "busy_ticks", "processors"),
+    [({0}, 700, 1), ({0, 2}, 1300, 2), (None, 1500, 3), ({0, 7}, 1500, 3)],
+)
+def test_what_others_do_on_other_processors_takes_nothing(
+    usable: set[int] | None, busy_ticks: int, processors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs on a host can be kept apart. Where a container's file has other numbers, the whole counts."""
+    lines = (
+        "cpu  300 300 300 9000 50 200 200 200 0 0",
+        *("cpu0 100 100 100 100 10 100 100 200 0 0", "cpu1 100 0 100 4000 20 0 0 0 0 0"),
+        *("cpu2 100 200 100 4900 20 100 100 0 0 0", "intr 12345 6 7", "ctxt 8"),
+    )
+    stat = tmp_path / "stat"
+    stat.write_text("\n".join(lines))
+    monkeypatch.setattr(contention, "_STAT", str(stat))
+    monkeypatch.setattr(contention, "usable_processors", lambda: usable)
+    contention._own_names.cache_clear()
+    try:
+        now = ProcessorTime.now()
+    finally:
+        contention._own_names.cache_clear()
+    assert now.machine_s == pytest.approx(busy_ticks / os.sysconf("SC_CLK_TCK"))
+    assert now.processors == processors
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/PID/stat")
