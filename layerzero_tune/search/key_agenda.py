@@ -28,14 +28,16 @@ from layerzero_tune.search.device import MeasuringDevice
 from layerzero_tune.search.key_regret import KeyRegret
 from layerzero_tune.search.key_searches import KeySearches
 
-# Expected regret below which no point is added between those of the workload.
+# Expected regret below which no point is added between those of the workload, and its own come no sooner than added.
 ENOUGH = 0.005
 # A repeat comes after so many other contests, unless nothing else is left: at once it would meet the same layout of
 # memory and the same drift of the machine.
 APART = 100
 
-# How contests rank that reach no bound; those that do go before.
+# How contests rank that reach no bound; those that do go before, and what the workload does not ask for, or hardly asks
+# for, comes after.
 ANY_OTHER = (1.0, 0.0, 0.0)
+AFTERWARDS = (2.0, 0.0, 0.0)
 
 Kind = Literal["point", "edge", "probe", "repeat", "search", "entry"]
 
@@ -58,6 +60,16 @@ class Planned:
     regret: float
     seconds: float
     preparation_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Added:
+    """A point between those of the workload, the contest there, its expected regret, and what calls take there."""
+
+    point: Between
+    contest: Contest
+    regret: float
+    times: CallTimes
 
 
 @dataclass(frozen=True)
@@ -121,7 +133,8 @@ class KeyAgenda:
         self._measured: dict[Sizes, tuple[SelectionContext, CallTimes]] = {}
         self._dtypes: set[str] = set()
         self._since: dict[Sizes, int] = {}
-        self._between: tuple[tuple[Between, Contest], ...] = ()
+        self._between: tuple[_Added, ...] = ()
+        self._offered: dict[Sizes, Contest | None] = {}
         self._parted: RegretModel | None = None
         self._ranking: list[Ranked] | None = None
 
@@ -210,8 +223,11 @@ class KeyAgenda:
             bounds = self.regret.new_bounds(sizes)
             # A type has to be measured at all before the other one's verdicts say anything of it.
             is_new_type = contests[0].context.dtype not in self._dtypes
-            coverage = (0.0, count, -bounds) if bounds or is_new_type else ANY_OTHER
-            found = self._ranked(sizes, self._planned("point", sizes, contests[0]), coverage)
+            planned = self._planned("point", sizes, contests[0])
+            coverage = ANY_OTHER if planned.regret >= ENOUGH else AFTERWARDS
+            if bounds or is_new_type:
+                coverage = (0.0, count, -bounds)
+            found = self._ranked(sizes, planned, coverage)
             if sizes in self._measured and (entrants := _choices(contests[0]) - self.regret.tried(sizes)):
                 found = self._entering(found, sizes, entrants)
             yield replace(found, rank=min(found.rank, searches[sizes].rank)) if sizes in searches else found
@@ -241,11 +257,12 @@ class KeyAgenda:
         if model is not self._parted:
             self._parted = model
             self._between = tuple(self._doubtful_between(model)) if model else ()
-        for point, contest in self._between:
-            if point.sizes not in self._measured:
-                yield self._ranked(
-                    point.sizes, self._planned("edge" if point.is_edge else "probe", point.sizes, contest)
-                )
+        for added in self._between:
+            sizes = added.point.sizes
+            if sizes not in self._measured:
+                kind: Kind = "edge" if added.point.is_edge else "probe"
+                planned = self._timed(kind, added.contest, added.regret, added.times)
+                yield Ranked(_rank(self.regret.demanded(sizes) * added.regret, planned, sizes, AFTERWARDS), planned, 0)
 
     def _searching(self) -> Iterable[tuple[Sizes, Ranked]]:
         """The searches of configurations that are worth most."""
@@ -263,16 +280,26 @@ class KeyAgenda:
             worth = found.gain * self.regret.demanded(found.sizes)
             yield Ranked(_rank(worth, planned, found.sizes), planned, 0)
 
-    def _doubtful_between(self, model: RegretModel) -> Iterable[tuple[Between, Contest]]:
+    def _doubtful_between(self, model: RegretModel) -> Iterable[_Added]:
         for point in points_between(self._operation, model):
-            contests = self._device.contests(point.context) if self.regret.regret(point.sizes) >= ENOUGH else ()
-            if contests:
-                yield point, contests[0]
+            regret = self.regret.regret(point.sizes)
+            contest = self._offered_at(point) if regret >= ENOUGH else None
+            if contest is not None:
+                yield _Added(point, contest, regret, self._call_times(point.sizes, contest))
+
+    def _offered_at(self, point: Between) -> Contest | None:
+        """The device's first contest at a point that the workload does not have."""
+        if point.sizes not in self._offered:
+            self._offered[point.sizes] = next(iter(self._device.contests(point.context)), None)
+        return self._offered[point.sizes]
 
     def _planned(self, kind: Kind, sizes: Sizes, contest: Contest) -> Planned:
-        seconds = contest_s(self._call_times(sizes, contest), contest.policy) * self._clock.correction
+        return self._timed(kind, contest, self.regret.regret(sizes), self._call_times(sizes, contest))
+
+    def _timed(self, kind: Kind, contest: Contest, regret: float, times: CallTimes) -> Planned:
+        seconds = contest_s(times, contest.policy) * self._clock.correction
         preparation_s = self._clock.preparation_s("later" if self._measured else "first")
-        return Planned(kind, contest, self.regret.regret(sizes), seconds + preparation_s, preparation_s)
+        return Planned(kind, contest, regret, seconds + preparation_s, preparation_s)
 
     def _ranked(
         self,

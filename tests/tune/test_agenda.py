@@ -256,6 +256,24 @@ def test_a_run_that_refines_closes_in_on_the_crossing_and_ends() -> None:
     assert all(planned.regret >= ENOUGH for planned in added)
 
 
+def test_what_the_workload_asks_for_comes_before_what_is_added_however_heavy_the_points_around_are() -> None:
+    def times(context: SelectionContext) -> Times:
+        rival, default = (
+            ("synthetic.fused", "torch.sdpa") if context.rows is None else ("synthetic.lean", "torch.rms_norm")
+        )
+        return {default: 1e6, rival: 1e6 * beyond(20, context.rows or context.seq_len_q)}
+
+    device = LandscapeDevice(times)
+    heavy = [WorkloadLine(norm(rows), 1e6) for rows in (1, 1000)]
+    light = [WorkloadLine(full(4, length), 1.0) for length in (1, 4, 12, 16, 24, 32, 128, 1024)]
+    planned = list(followed(device, agenda(device, heavy + light, refine=True)))
+    kinds = [found.kind for found in planned]
+    first_added = next(number for number, kind in enumerate(kinds) if kind != "point")
+    assert len(planned) > len(heavy + light)
+    assert first_added > len(heavy) + 2  # more than the bounds of both
+    assert all(found.regret < ENOUGH for found in planned[first_added:] if found.kind == "point")
+
+
 def test_what_is_measured_beside_a_demanded_point_shares_its_weight() -> None:
     """However heavy a point is, a run does not stay around it."""
     regret = KeyRegret(operation_named("norm.rms"), (0, 1), {(8, 1024): 6.0, (512, 1024): 1.0})
