@@ -219,6 +219,25 @@ def test_unseen_lines_are_others_of_the_key_between_its_smallest_and_largest_siz
     assert found == tuple(norm(*line) for line in lines if is_unseen(*line))
 
 
+def test_heads_of_another_batch_are_no_other_sizes_to_a_table() -> None:
+    def full(batch: int, heads: int) -> WorkloadLine:
+        return WorkloadLine(
+            SelectionContext(
+                operation="attention.full",
+                dtype="bfloat16",
+                batch_size=batch,
+                num_heads=heads,
+                num_kv_heads=heads,
+                seq_len_q=512,
+                seq_len_k=512,
+                head_dim=64,
+            )
+        )
+
+    tuned = [full(1, 12), full(4, 12), full(8, 12)]
+    assert unseen_lines([full(3, 16), full(5, 16)], tuned) == (full(5, 16),)
+
+
 # The command, and the committed files.
 
 
