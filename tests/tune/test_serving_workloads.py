@@ -251,7 +251,7 @@ def test_the_committed_workloads_are_those_that_the_script_makes(command: Comman
     }.items():
         script = script.replace(variable, value)
     commands = [shlex.split(line) for line in script.splitlines() if line.startswith("layerzero-tune ")]
-    assert len(commands) == 7
+    assert len(commands) == 8
     for _, *arguments in commands:
         assert command(*arguments).status == 0
     for path in COMMITTED.values():
