@@ -17,6 +17,6 @@ layerzero-tune workload merge "$drawn/once.jsonl" "$drawn/twice.jsonl" "$drawn/o
 layerzero-tune workload make --model held-out --draws 3 "${serving[@]}" \
   --unseen-by "$out/tuned.jsonl" --out "$drawn/unseen.jsonl"
 # As many as are measured within half an hour.
-layerzero-tune workload sample "$drawn/unseen.jsonl" --ops attention --at-most 60 --out "$drawn/attention.jsonl"
-layerzero-tune workload sample "$drawn/unseen.jsonl" --ops norm,mlp --at-most 60 --out "$drawn/others.jsonl"
+layerzero-tune workload sample "$drawn/unseen.jsonl" --ops attention --at-most 104 --out "$drawn/attention.jsonl"
+layerzero-tune workload sample "$drawn/unseen.jsonl" --ops norm,mlp --at-most 100 --out "$drawn/others.jsonl"
 layerzero-tune workload merge "$drawn/attention.jsonl" "$drawn/others.jsonl" --out "$out/held-out.jsonl"

@@ -127,7 +127,8 @@ def parse_line(text: str) -> WorkloadLine:
 
 
 def format_workload(lines: Sequence[WorkloadLine]) -> str:
-    """The lines as JSON Lines: fields in the order of their declaration, defaults and a weight of 1 left out."""
+    """The lines as JSON Lines without spaces: fields in the order of their declaration, defaults and a weight of 1 left
+    out."""
     return "".join(_format_line(line) + "\n" for line in lines)
 
 
@@ -148,7 +149,7 @@ def _format_line(line: WorkloadLine) -> str:
     given = line.context.to_dict()
     if line.weight != 1.0:
         given["weight"] = int(line.weight) if line.weight.is_integer() else line.weight
-    return json.dumps(given, allow_nan=False)
+    return json.dumps(given, allow_nan=False, separators=(",", ":"))
 
 
 def _parse_object(text: str) -> dict[str, Any]:
