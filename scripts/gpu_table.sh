@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # On an H100, one stage of a table that ships; each continues what an earlier call left in the folder, and keeps what it
 # has when it is interrupted. scripts/check_table.py judges it all afterwards.
-# usage: scripts/gpu_table.sh tune FOLDER COMMIT BUDGET      tune for the serving workloads; may be called again
-#        scripts/gpu_table.sh second FOLDER COMMIT BUDGET    the same once more, independently
-#        scripts/gpu_table.sh compile FOLDER                 the tables of both, and without buckets; needs no GPU
-#        scripts/gpu_table.sh evaluate FOLDER COMMIT [N]     measure N held-out shapes of each operation and mode
-#        scripts/gpu_table.sh ceilings FOLDER COMMIT         what the device gives at most, and kernels near that
+# usage: scripts/gpu_table.sh tune FOLDER COMMIT BUDGET [OPS]    tune for the serving workloads, or for these operations
+#                                                                of them; may be called again
+#        scripts/gpu_table.sh second FOLDER COMMIT BUDGET [OPS]  the same once more, independently
+#        scripts/gpu_table.sh compile FOLDER                     the tables of both, and without buckets; needs no GPU
+#        scripts/gpu_table.sh evaluate FOLDER COMMIT [N]         measure N held-out shapes of each operation and mode
+#        scripts/gpu_table.sh ceilings FOLDER COMMIT             what the device gives at most, and kernels near that
 set -euo pipefail
-usage="usage: gpu_table.sh STAGE FOLDER [COMMIT [BUDGET or N]]"
+usage="usage: gpu_table.sh STAGE FOLDER [COMMIT [BUDGET or N [OPS]]]"
 stage=${1:?$usage} folder=${2:?$usage}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 workloads=tables/workloads
@@ -21,7 +22,7 @@ device_facts() { # COMMIT
   mv "$folder/facts.new.json" "$folder/facts.json"
 }
 
-tune() { # RESULTS COMMIT BUDGET
+tune() { # RESULTS COMMIT BUDGET OPS
   local began
   began=$(date -u -Iseconds)
   device_facts "$2"
@@ -29,7 +30,7 @@ tune() { # RESULTS COMMIT BUDGET
   # shellcheck disable=SC2064
   trap "noted '$(basename "$1")' '$2' '$began' $SECONDS" EXIT
   layerzero-tune run --device cuda:0 --workload $workloads/tuned.jsonl --budget "${3:?budget, such as 9m}" --out "$1" \
-    --json > "$folder/run.json"
+    ${4:+--ops "$4"} --json > "$folder/run.json"
 }
 
 noted() { # NAME COMMIT BEGAN, and the shell's SECONDS then
@@ -48,8 +49,8 @@ PYTHON
 }
 
 case $stage in
-  tune) tune "$folder/results" "${3:?commit}" "${4:-}" ;;
-  second) tune "$folder/second_results" "${3:?commit}" "${4:-}" ;;
+  tune) tune "$folder/results" "${3:?commit}" "${4:-}" "${5:-}" ;;
+  second) tune "$folder/second_results" "${3:?commit}" "${4:-}" "${5:-}" ;;
   compile)
     layerzero-tune compile "$folder/results" --out "$folder/tables"
     [ ! -d "$folder/second_results" ] || layerzero-tune compile "$folder/second_results" --out "$folder/second"
