@@ -10,11 +10,9 @@ from typing import Literal
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operation import Operation, Sizes
 from layerzero_tune.compile.judge import Choice
-from layerzero_tune.compile.regret import RegretModel
 from layerzero_tune.identity import choice_of
 from layerzero_tune.measure.contest import Contest
 from layerzero_tune.results.measurement import Measurement
-from layerzero_tune.search.between import Between, points_between
 from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.contest_time import (
     CallTimes,
@@ -25,11 +23,10 @@ from layerzero_tune.search.contest_time import (
     scaled_to,
 )
 from layerzero_tune.search.device import MeasuringDevice
+from layerzero_tune.search.key_between import ENOUGH, PointsBetween
 from layerzero_tune.search.key_regret import KeyRegret
 from layerzero_tune.search.key_searches import KeySearches
 
-# Expected regret below which no point is added between those of the workload, and its own come no sooner than added.
-ENOUGH = 0.005
 # A repeat comes after so many other contests, unless nothing else is left: at once it would meet the same layout of
 # memory and the same drift of the machine.
 APART = 100
@@ -60,16 +57,6 @@ class Planned:
     regret: float
     seconds: float
     preparation_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Added:
-    """A point between those of the workload, the contest there, its expected regret, and what calls take there."""
-
-    point: Between
-    contest: Contest
-    regret: float
-    times: CallTimes
 
 
 @dataclass(frozen=True)
@@ -133,9 +120,7 @@ class KeyAgenda:
         self._measured: dict[Sizes, tuple[SelectionContext, CallTimes]] = {}
         self._dtypes: set[str] = set()
         self._since: dict[Sizes, int] = {}
-        self._between: tuple[_Added, ...] = ()
-        self._offered: dict[Sizes, Contest | None] = {}
-        self._parted: RegretModel | None = None
+        self._between = PointsBetween(device, operation, regret, self._call_times)
         self._ranking: list[Ranked] | None = None
 
     @property
@@ -253,16 +238,11 @@ class KeyAgenda:
                 yield self._ranked(sizes, self._planned("repeat", sizes, again), not_before=not_before)
 
     def _added(self) -> Iterable[Ranked]:
-        model = self.regret.model
-        if model is not self._parted:
-            self._parted = model
-            self._between = tuple(self._doubtful_between(model)) if model else ()
-        for added in self._between:
-            sizes = added.point.sizes
-            if sizes not in self._measured:
-                kind: Kind = "edge" if added.point.is_edge else "probe"
-                planned = self._timed(kind, added.contest, added.regret, added.times)
-                yield Ranked(_rank(self.regret.demanded(sizes) * added.regret, planned, sizes, AFTERWARDS), planned, 0)
+        for added in self._between.found():
+            if added.sizes not in self._measured:
+                planned = self._timed("edge" if added.is_edge else "probe", added.contest, added.regret, added.times)
+                worth = self.regret.demanded(added.sizes) * added.regret
+                yield Ranked(_rank(worth, planned, added.sizes, AFTERWARDS), planned, 0)
 
     def _searching(self) -> Iterable[tuple[Sizes, Ranked]]:
         """The searches of configurations that are worth most."""
@@ -279,19 +259,6 @@ class KeyAgenda:
             planned = replace(self._planned("entry", found.sizes, found.contest), regret=found.gain)
             worth = found.gain * self.regret.demanded(found.sizes)
             yield Ranked(_rank(worth, planned, found.sizes), planned, 0)
-
-    def _doubtful_between(self, model: RegretModel) -> Iterable[_Added]:
-        for point in points_between(self._operation, model):
-            regret = self.regret.regret(point.sizes)
-            contest = self._offered_at(point) if regret >= ENOUGH else None
-            if contest is not None:
-                yield _Added(point, contest, regret, self._call_times(point.sizes, contest))
-
-    def _offered_at(self, point: Between) -> Contest | None:
-        """The device's first contest at a point that the workload does not have."""
-        if point.sizes not in self._offered:
-            self._offered[point.sizes] = next(iter(self._device.contests(point.context)), None)
-        return self._offered[point.sizes]
 
     def _planned(self, kind: Kind, sizes: Sizes, contest: Contest) -> Planned:
         return self._timed(kind, contest, self.regret.regret(sizes), self._call_times(sizes, contest))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
@@ -23,7 +24,8 @@ from layerzero_tune.search.agenda import Agenda
 from layerzero_tune.search.between import CLOSEST
 from layerzero_tune.search.device import Held
 from layerzero_tune.search.jobs import contest_of_rows
-from layerzero_tune.search.key_agenda import ENOUGH, Planned
+from layerzero_tune.search.key_agenda import Planned
+from layerzero_tune.search.key_between import ENOUGH
 from layerzero_tune.search.key_regret import KeyRegret
 from layerzero_tune.search.recorded_device import RecordedDevice
 from layerzero_tune.workload.lines import WorkloadLine
@@ -254,6 +256,26 @@ def test_a_run_that_refines_closes_in_on_the_crossing_and_ends() -> None:
     assert any(abs(math.log2((planned.contest.context.rows or 1) / 20)) < CLOSEST for planned in added)
     assert len(added) < 25
     assert all(planned.regret >= ENOUGH for planned in added)
+
+
+def test_a_device_is_asked_once_for_the_contests_at_a_point_that_is_added() -> None:
+    class Asked(LandscapeDevice):
+        def __init__(self, times: Model) -> None:
+            super().__init__(times)
+            self.contexts: list[SelectionContext] = []
+
+        def contests(self, context: SelectionContext, held: Held = MappingProxyType({})) -> tuple[Contest, ...]:
+            self.contexts.append(context)
+            return super().contests(context)
+
+    def rough(context: SelectionContext) -> Times:
+        return {"torch.rms_norm": 1e6, "synthetic.lean": 7e5 if (context.rows or 0).bit_length() % 2 else 1.4e6}
+
+    device = Asked(rough)
+    lines = [WorkloadLine(norm(rows, width)) for rows in (1, 6, 40, 1000) for width in (256, 4096)]
+    planned = list(islice(followed(device, agenda(device, lines, refine=True)), 40))
+    assert len(planned) == 40
+    assert len(set(device.contexts)) == len(device.contexts)
 
 
 def test_what_the_workload_asks_for_comes_before_what_is_added_however_heavy_the_points_around_are() -> None:
