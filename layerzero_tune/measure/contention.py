@@ -31,7 +31,7 @@ class ProcessorTime:
     """Processor seconds since boot, of all that runs on the processors that this process may use, of this process and
     of the other processes of its run; the wall clock; and how many those processors are."""
 
-    machine_s: float | None
+    busy_s: float | None
     own_s: float
     wall_s: float
     siblings_s: float = 0.0
@@ -51,12 +51,12 @@ def others_share(start: ProcessorTime, end: ProcessorTime) -> float:
 
     The system counts in ticks of 10 ms, so the moments should lie a tenth of a second apart or more.
     """
-    if start.machine_s is None or end.machine_s is None or end.wall_s <= start.wall_s:
+    if start.busy_s is None or end.busy_s is None or end.wall_s <= start.wall_s:
         return 0.0
     offered = (end.wall_s - start.wall_s) * end.processors
     own, siblings = end.own_s - start.own_s, max(0.0, end.siblings_s - start.siblings_s)
     free = min(siblings, max(0.0, FREE_SHARE * offered - own))
-    return max(0.0, end.machine_s - start.machine_s - own - free) / offered
+    return max(0.0, end.busy_s - start.busy_s - own - free) / offered
 
 
 def _busy() -> tuple[float | None, int]:
@@ -68,11 +68,12 @@ def _busy() -> tuple[float | None, int]:
             lines = [line.split() for line in file if line.startswith("cpu")]
     except OSError:
         return None, 1
-    whole, *single = ((fields[0], _busy_ticks(fields)) for fields in lines)
-    own = [ticks for name, ticks in single if name in _own_names()]
-    if not own or len(own) < len(_own_names()):
-        return whole[1] / _ticks_per_s(), max(1, len(single))
-    return sum(own) / _ticks_per_s(), len(own)
+    whole, *single = lines
+    names = _own_names()
+    own = [fields for fields in single if fields[0] in names]
+    if not own or len(own) < len(names):
+        return _busy_ticks(whole) / _ticks_per_s(), max(1, len(single))
+    return sum(map(_busy_ticks, own)) / _ticks_per_s(), len(own)
 
 
 def _busy_ticks(fields: list[str]) -> int:

@@ -31,15 +31,15 @@ _BUSY = "import time\nend = time.time() + 60\nwhile time.time() < end: pass"
 
 
 def test_own_work_is_not_others() -> None:
-    start = ProcessorTime(machine_s=10.0, own_s=1.0, wall_s=0.0)
-    assert others_share(start, ProcessorTime(machine_s=11.0, own_s=2.0, wall_s=1.0)) == 0.0
-    assert others_share(start, ProcessorTime(machine_s=None, own_s=2.0, wall_s=1.0)) == 0.0
-    assert others_share(start, ProcessorTime(machine_s=12.0, own_s=2.0, wall_s=1.0)) > 0.0
+    start = ProcessorTime(busy_s=10.0, own_s=1.0, wall_s=0.0)
+    assert others_share(start, ProcessorTime(busy_s=11.0, own_s=2.0, wall_s=1.0)) == 0.0
+    assert others_share(start, ProcessorTime(busy_s=None, own_s=2.0, wall_s=1.0)) == 0.0
+    assert others_share(start, ProcessorTime(busy_s=12.0, own_s=2.0, wall_s=1.0)) > 0.0
 
 
 def shares(own_s: float, siblings_s: float, foreign_s: float, processors: int = 16) -> float:
     """The share of others over a second in which so many processor seconds went to these processes."""
-    start = ProcessorTime(machine_s=10.0, own_s=1.0, wall_s=0.0, siblings_s=7.0)
+    start = ProcessorTime(busy_s=10.0, own_s=1.0, wall_s=0.0, siblings_s=7.0)
     busy_s = own_s + siblings_s + foreign_s
     return others_share(start, ProcessorTime(10.0 + busy_s, 1.0 + own_s, 1.0, 7.0 + siblings_s, processors))
 
@@ -102,7 +102,7 @@ def test_what_others_do_on_other_processors_takes_nothing(
         now = ProcessorTime.now()
     finally:
         contention._own_names.cache_clear()
-    assert now.machine_s == pytest.approx(busy_ticks / os.sysconf("SC_CLK_TCK"))
+    assert now.busy_s == pytest.approx(busy_ticks / os.sysconf("SC_CLK_TCK"))
     assert now.processors == processors
 
 

@@ -27,6 +27,7 @@ from layerzero_tune.workload.sample import sample_lines
 from layerzero_tune.workload.serving import draw_serving
 from layerzero_tune.workload.unseen import unseen_lines
 from tests.tune.command import CommandsHere
+from tests.tune.synthetic_results import full
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = {name: ROOT / "tables" / "workloads" / f"{name}.jsonl" for name in ("tuned", "held-out")}
@@ -220,22 +221,9 @@ def test_unseen_lines_are_others_of_the_key_between_its_smallest_and_largest_siz
 
 
 def test_heads_of_another_batch_are_no_other_sizes_to_a_table() -> None:
-    def full(batch: int, heads: int) -> WorkloadLine:
-        return WorkloadLine(
-            SelectionContext(
-                operation="attention.full",
-                dtype="bfloat16",
-                batch_size=batch,
-                num_heads=heads,
-                num_kv_heads=heads,
-                seq_len_q=512,
-                seq_len_k=512,
-                head_dim=64,
-            )
-        )
-
-    tuned = [full(1, 12), full(4, 12), full(8, 12)]
-    assert unseen_lines([full(3, 16), full(5, 16)], tuned) == (full(5, 16),)
+    tuned = [WorkloadLine(full(12 * batch, 512, batch)) for batch in (1, 4, 8)]
+    of_16_heads = [WorkloadLine(full(16 * batch, 512, batch)) for batch in (3, 5)]
+    assert unseen_lines(of_16_heads, tuned) == (of_16_heads[1],)
 
 
 # The command, and the committed files.
