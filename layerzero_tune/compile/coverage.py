@@ -29,14 +29,19 @@ def max_product_of(cells: Sequence[Sizes], free: Sequence[int]) -> int | None:
     return None if largest == corner else largest
 
 
+# Of lines closer together than this factor one stands for the others: what a cell vouches for reaches further.
+_LEAST_STEP = 1.4
+
+
 def unmeasured_cells(cells: Sequence[Sizes], free: Sequence[int], max_product: int | None) -> tuple[Sizes, ...]:
     """Crossings of grid lines that no measured cell vouches for: around them a table misses.
 
     The lines are those of the measured cells; where two neighbours are so far apart that the sizes halfway between them
-    are vouched for by neither, further lines lie between them. Crossings whose surroundings, halfway to the lines
-    before, lie wholly beyond the largest product are left out: there it misses anyway.
+    are vouched for by neither, further lines lie between them. Where they lie close, as of cells that are on no grid,
+    few of them say the same as all. Crossings whose surroundings, halfway to the lines before, lie wholly beyond the
+    largest product are left out: there it misses anyway.
     """
-    lines = [_filled(sorted({cell[axis] for cell in cells})) for axis in free]
+    lines = [_thinned(_filled(sorted({cell[axis] for cell in cells}))) for axis in free]
     before = [dict(zip(line, (line[0], *line), strict=False)) for line in lines]
     places = np.array([place_of(cell, free) for cell in cells])
     found: list[Sizes] = []
@@ -48,6 +53,17 @@ def unmeasured_cells(cells: Sequence[Sizes], free: Sequence[int], max_product: i
         if not vouching(places, place_of(sizes, free)).any():
             found.append(sizes)
     return tuple(found)
+
+
+def _thinned(line: Sequence[int]) -> list[int]:
+    """The sizes without those that are close to the one before; the first and the last are kept."""
+    kept = [line[0]]
+    for size in line[1:]:
+        if size >= kept[-1] * _LEAST_STEP:
+            kept.append(size)
+    if kept[-1] != line[-1]:
+        kept[1:] = [*kept[1:-1], line[-1]]
+    return kept
 
 
 def _filled(line: Sequence[int]) -> list[int]:

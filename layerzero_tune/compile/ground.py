@@ -14,6 +14,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.arrays import Floats, Mask, Rows
 from layerzero_tune.compile.foreseen import Foreseen
@@ -30,6 +31,8 @@ _AROUND_HOLE = 0.1
 # The share of a measured cell's own contests in what is expected there; the rest is what the cells around it say too.
 # Cross-validated on three results: 0, 0.5 and 1 give 0.9880, 0.9883 and 0.9879.
 _OWN_SHARE = 0.5
+# Of a normal variable: half of its 95% interval.
+_DEVIATIONS_95 = 1.96
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,13 @@ class Ground:
     Attributes:
         sizes: (places, axes).
         choices: what may serve, `MISS` among them where there are holes.
-        losses: (places, choices), log time beside the best safe choice, in shares of the whole: summed over all places
-            they give a mean.
+        losses: (places, choices), log time beside the best safe choice, in shares of the places that are served:
+            summed over these they give a mean.
         expected: (places, choices), log ratios to the model's reference; NaN for a choice that cannot serve.
         measured: which places are measured cells.
         holes: which places are holes.
         ratios, variances: (places, choices), of the gain on the default by contests; NaN where there is none.
+        bounds: (places, choices), the upper ends of the 95% intervals of what is expected; infinite where nothing is.
         exempt: the choices whose gain needs no proof.
     """
 
@@ -56,6 +60,7 @@ class Ground:
     holes: Mask
     ratios: Floats
     variances: Floats
+    bounds: Floats
     exempt: Mask
 
     @classmethod
@@ -66,11 +71,13 @@ class Ground:
         foreseen: Foreseen,
         holes: Sequence[Sizes],
         serving: Callable[[Sequence[Choice], Sequence[Sizes]], Sequence[Sequence[Choice | None]]],
+        passes: Callable[[Choice, SelectionContext], bool],
     ) -> Self:
         """The ground of a model's cells and of further sizes; at `holes` a table has to miss.
 
         `candidates` are the choices that may serve. `serving` says what serves some sizes where a bucket gives a
-        choice: the choice itself, the default behind its guards, or nothing where it is illegal.
+        choice: the choice itself, the default behind its guards, or nothing where it is illegal. `passes` says whether
+        a choice may serve a call as far as its sizes do not tell.
         """
         choices = tuple(candidates)
         default = model.verdicts[0].default
@@ -79,9 +86,10 @@ class Ground:
         holes = [*foreseen.missed, *holes]
         columns: dict[Choice | None, int] = {choice: column for column, choice in enumerate(choices)}
         column_of = np.array([[columns.get(choice, -1) for choice in line] for line in serving(choices, served)])
-        expected, safe = _expected(model, choices, served, column_of == np.arange(len(choices)))
+        expected, bounds, safe = _expected(model, choices, served, column_of == np.arange(len(choices)))
+        own = _losses(*_own(model.verdicts, choices, expected[: len(cells)], safe[: len(cells)], passes))
+        expected = _where_taken(model, choices, served, expected)
         losses = _losses(expected, safe)
-        own = _losses(*_own(model.verdicts, choices, safe[: len(cells)]))
         losses[: len(cells)] = (1.0 - _OWN_SHARE) * losses[: len(cells)] + _OWN_SHARE * own
         losses = np.where(column_of >= 0, np.take_along_axis(losses, np.maximum(column_of, 0), axis=1), losses)
         if holes:
@@ -90,16 +98,18 @@ class Ground:
             losses[len(served) :, -1] = 0.0
             losses[len(served) : len(served) + len(foreseen.missed), :-1] = _AROUND_HOLE
             expected = np.pad(expected, ((0, len(holes)), (0, 1)), constant_values=np.nan)
+            bounds = np.pad(bounds, ((0, len(holes)), (0, 1)), constant_values=math.inf)
         ratios, variances = _contests(model, choices, len(served) + len(holes))
         return cls(
             np.array([*served, *holes], dtype=np.int64),
             choices,
-            losses / len(losses),
+            losses / len(served),
             expected,
             np.arange(len(losses)) < len(cells),
             np.arange(len(losses)) >= len(served),
             ratios,
             variances,
+            bounds,
             np.array([choice in (default, MISS) or not model.default_is_measured for choice in choices]),
         )
 
@@ -108,15 +118,22 @@ class Ground:
         found: NDArray[np.int64] = self.sizes[rows][:, list(axes)].prod(axis=1)
         return found
 
+    def ranking(self, rows: Rows) -> list[tuple[float, Choice]]:
+        """What may serve these places, each with the loss that it has there, the least first: the choices that are
+        proved there to gain on the default, and those that need no proof.
+
+        The proof is in the contests among the places (`leaf_evidence.is_proved`); where there are none, in what those
+        around let expect: then the mean of the 95% bounds must be above `MINIMUM_GAIN`.
+        """
+        losses = self.losses[rows].sum(axis=0).tolist()
+        proved = self._proved(rows).tolist()
+        found = [(round(losses[column], 12), column) for column in range(len(losses)) if proved[column]]
+        return [(loss, self.choices[column]) for loss, column in sorted(found)]
+
     def cheapest(self, rows: Rows) -> tuple[float, Choice]:
-        """The least loss that one choice has at these places together, of those that the contests among them prove to
-        gain on the default (`leaf_evidence.is_proved`), or that need no proof; and that choice."""
-        losses = np.where(self._proved(rows), self.losses[rows].sum(axis=0), math.inf)
-        if not np.isfinite(losses).any():
-            return math.inf, MISS
-        rounded = [round(loss, 12) for loss in losses.tolist()]
-        best = min(range(len(rounded)), key=lambda column: rounded[column])
-        return rounded[best], self.choices[best]
+        """The first of the ranking; a miss where it is empty."""
+        ranking = self.ranking(rows)
+        return ranking[0] if ranking else (math.inf, MISS)
 
     def _proved(self, rows: Rows) -> Mask:
         held = rows[self.measured[rows]]
@@ -125,29 +142,65 @@ class Ground:
         means = np.where(known, self.ratios[held], 0.0).sum(axis=0) / np.maximum(counts, 1)
         halves = np.sqrt(np.where(known, self.variances[held], 0.0).sum(axis=0)) / np.maximum(counts, 1)
         gains = (counts > 0) & (-(means + halves) > math.log1p(MINIMUM_GAIN))
+        if not len(held):
+            served = rows[~self.holes[rows]]
+            gains = self.bounds[served].sum(axis=0) < -math.log1p(MINIMUM_GAIN) * len(served)
         proved: Mask = gains | self.exempt
         return proved
 
 
 def _expected(
     model: RegretModel, choices: Sequence[Choice], places: Sequence[Sizes], legal: Mask
-) -> tuple[Floats, Mask]:
-    """Log ratios by the regret model, NaN for a choice that cannot serve, and which choices are safe: the default, and
-    those whose gain on it is expected to hold (`Estimate.upper`)."""
+) -> tuple[Floats, Floats, Mask]:
+    """Log ratios by the regret model, NaN for a choice that cannot serve, the upper ends of their 95% intervals, and
+    which choices are safe: the default, and those whose gain on it is expected to hold (`Estimate.upper`)."""
     estimates = model.estimates_at(choices, places)
     nothing = np.full(len(places), np.nan)
     ratios = np.stack([estimates[c].log_ratio if c in estimates else nothing for c in choices], axis=1)
     uppers = np.stack([estimates[c].upper if c in estimates else nothing for c in choices], axis=1)
+    doubts = np.stack([estimates[c].doubt if c in estimates else nothing for c in choices], axis=1)
     ratios[~legal] = np.nan
+    bounds = np.where(np.isnan(ratios), math.inf, ratios + _DEVIATIONS_95 * doubts)
     default = np.array([choice == model.verdicts[0].default for choice in choices])
     # Where the default has no time nothing is known to be safer.
     alone = np.isnan(ratios[:, default]).all(axis=1, keepdims=True)
-    return ratios, ~np.isnan(ratios) & (default | (uppers < 0.0) | alone)
+    return ratios, bounds, ~np.isnan(ratios) & (default | (uppers < 0.0) | alone)
 
 
-def _own(verdicts: Sequence[Verdict], choices: Sequence[Choice], safe: Mask) -> tuple[Floats, Mask]:
-    """The same by the contests of each cell: of the choices that are safe there, those that they say are."""
+def _where_taken(
+    model: RegretModel, choices: Sequence[Choice], places: Sequence[Sizes], ratios: Floats
+) -> Floats:
+    """Log ratios of buckets that give the choices: where a kernel runs at a part of the cells around alone, as one for
+    a single sequence, the default stands in for the rest."""
+    if not model.default_is_measured:
+        return ratios
+    shares = {kernel_id: model.runs_at(kernel_id, places) for kernel_id in {kernel_id for kernel_id, _ in choices}}
+    taken: Floats = ratios * np.stack([shares[kernel_id] for kernel_id, _ in choices], axis=1)
+    return taken
+
+
+def _own(
+    verdicts: Sequence[Verdict],
+    choices: Sequence[Choice],
+    expected: Floats,
+    safe: Mask,
+    passes: Callable[[Choice, SelectionContext], bool],
+) -> tuple[Floats, Mask]:
+    """The same by the contests of each cell: of the choices that are safe there, those that they say are.
+
+    A choice without a time there counts as expected if its kernel has one in another configuration, and as the default
+    if its guards turn the cell's calls away; else it failed.
+    """
     ratios = np.array([[_log_ratio(verdict, choice) for choice in choices] for verdict in verdicts])
+    for row, verdict in enumerate(verdicts):
+        running = {kernel_id for kernel_id, _ in verdict.standings}
+        for column, choice in enumerate(choices):
+            if choice in verdict.standings:
+                continue
+            if choice[0] in running:
+                ratios[row, column] = expected[row, column]
+            elif not passes(choice, verdict.context):
+                ratios[row, column] = _log_ratio(verdict, verdict.default)
     gains = [
         [choice in verdict.acceptable or choice == verdict.default or verdict.gains(choice) for choice in choices]
         for verdict in verdicts

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernel import Kernel
@@ -33,26 +33,56 @@ class LeafBuilder:
     default: Choice
     default_is_measured: bool
 
-    def build(self, verdicts: Sequence[Verdict], region: Region, choice: Choice) -> Tree:
-        """A leaf that gives the choice in a region that holds these verdicts, or several where a range limit of it runs
-        through; a miss where neither the choice nor the default may serve."""
-        if choice == MISS:
-            return Leaf(region, (), None)
-        found = self._legality(choice, region.box)
-        if found.violated is not None or not is_proved(choice, self.default, verdicts):
-            # The choice was measured in no cell of this region, or gains too little on those that a limit has cut off:
-            # the default serves, else it is a miss.
-            serves = choice != self.default and self._default_stands_in(verdicts)
-            return self.build(verdicts, region, self.default) if serves else Leaf(region, (), None)
-        split = found.splits[0] if found.splits else self._stand_in_split(verdicts, region) if found.guards else None
+    def build(self, verdicts: Sequence[Verdict], region: Region, ranking: Sequence[Choice]) -> Tree:
+        """A leaf that gives the first choice of a ranking that may serve in a region that holds these verdicts, with
+        the following ones behind its guards; or several, where a range limit runs through it. A miss where none of them
+        may serve.
+
+        May serve what is legal in some of the region, and gains enough on those of its cells that a limit has not cut
+        off.
+        """
+        allowed = list(takewhile(lambda choice: choice != MISS, ranking))
+        for place, choice in enumerate(allowed):
+            found = self._legality(choice, region.box)
+            stands = place == 0 or choice != self.default or self._default_stands_in(verdicts)
+            if found.violated is None and stands and is_proved(choice, self.default, verdicts):
+                return self._served(verdicts, region, allowed[place:], found)
+        return Leaf(region, (), None)
+
+    def _served(self, verdicts: Sequence[Verdict], region: Region, ranking: Sequence[Choice], found: Legality) -> Tree:
+        chain, split = self._chain(verdicts, region, ranking, found)
         if split is None:
-            return self._leaf(verdicts, region, choice, found)
+            return Leaf(region, tuple(chain), evidence_of(ranking[0], self.default, verdicts))
         axis, edge = split
         low_region, high_region = region.divided((axis,), edge)
         low, high = ([each for each in verdicts if (each.sizes[axis] <= edge) == is_low] for is_low in (True, False))
         if low_region.is_empty or high_region.is_empty:
-            return self.build(verdicts, low_region if high_region.is_empty else high_region, choice)
-        return Split((axis,), edge, self.build(low, low_region, choice), self.build(high, high_region, choice))
+            return self.build(verdicts, low_region if high_region.is_empty else high_region, ranking)
+        return Split((axis,), edge, self.build(low, low_region, ranking), self.build(high, high_region, ranking))
+
+    def _chain(
+        self, verdicts: Sequence[Verdict], region: Region, ranking: Sequence[Choice], found: Legality
+    ) -> tuple[list[Step], tuple[int, int] | None]:
+        """The first of a ranking and what serves behind its guards, and at what size on which axis the region has to be
+        split before, because a range limit runs through it."""
+        chain = [Step(ranking[0], found.guards)]
+        if found.splits:
+            return chain, found.splits[0]
+        for choice in ranking[1:]:
+            if not chain[-1].guards:
+                break
+            behind = self._legality(choice, region.box)
+            # What has all guards of the choice before is turned away with it.
+            if behind.violated is not None or set(chain[-1].guards) <= set(behind.guards):
+                continue
+            if choice == self.default and not self._default_stands_in(verdicts):
+                continue
+            if not is_proved(choice, self.default, verdicts):
+                continue
+            if behind.splits:
+                return chain, behind.splits[0]
+            chain.append(Step(choice, behind.guards))
+        return chain, None
 
     def limit_within(self, choice: Choice, region: Region, place: Place) -> int | None:
         """The range limit of a choice on the axis of a split between these sizes: up to there it may serve."""
@@ -70,6 +100,12 @@ class LeafBuilder:
         contexts = [self.operation.with_sizes(self.context, sizes) if asked else self.context for sizes in places]
         return [[self._serving(choice, limits[choice], context) for choice in choices] for context in contexts]
 
+    def passes(self, choice: Choice, context: SelectionContext) -> bool:
+        """Whether a choice's limits allow a call as far as its sizes do not tell."""
+        kernel = self.kernels[choice[0]]
+        told = size_limits(kernel, self.operation)
+        return all(limit in told or limit.reject(context) is None for limit in kernel.spec.limits)
+
     def _serving(self, choice: Choice, limits: Sequence[Limit], context: SelectionContext) -> Choice | None:
         violated = next((limit for limit in limits if limit.reject(context) is not None), None)
         if violated is None:
@@ -78,40 +114,6 @@ class LeafBuilder:
 
     def _legality(self, choice: Choice, box: Box) -> Legality:
         return legality(self.kernels[choice[0]], self.operation, self.context, box)
-
-    def _leaf(self, verdicts: Sequence[Verdict], region: Region, choice: Choice, found: Legality) -> Leaf:
-        chain = [Step(choice, found.guards)]
-        for stand_in in self._stand_ins(verdicts, choice):
-            if not chain[-1].guards:
-                break
-            behind = self._legality(stand_in, region.box)
-            if behind.violated is None and not behind.splits:
-                chain.append(Step(stand_in, behind.guards))
-        return Leaf(region, tuple(chain), evidence_of(choice, self.default, verdicts))
-
-    def _stand_ins(self, verdicts: Sequence[Verdict], choice: Choice) -> Sequence[Choice]:
-        """What may serve behind a choice's guards, best first: proved to gain wherever these cells were measured, and
-        the default."""
-        gaining = [
-            other
-            for other in sorted(verdicts[0].standings if verdicts else ())
-            if other != choice and all(verdict.gains(other) for verdict in verdicts)
-        ]
-        gaining.sort(key=lambda other: (round(math.fsum(verdict.regret(other) for verdict in verdicts), 9), other))
-        last = [self.default] if choice != self.default and self._default_stands_in(verdicts) else []
-        return [*gaining, *last]
-
-    def _stand_in_split(self, verdicts: Sequence[Verdict], region: Region) -> tuple[int, int] | None:
-        """Where a range limit of a choice runs through the region that may stand behind guards on one side of it."""
-        for other in sorted({choice for verdict in verdicts for choice in verdict.standings if verdict.gains(choice)}):
-            for axis, edge in self._legality(other, region.box).splits:
-                sides = (
-                    [verdict for verdict in verdicts if (verdict.sizes[axis] <= edge) == is_low]
-                    for is_low in (True, False)
-                )
-                if any(side and all(verdict.gains(other) for verdict in side) for side in sides):
-                    return axis, edge
-        return None
 
     def _default_stands_in(self, verdicts: Sequence[Verdict]) -> bool:
         """Whether the default may serve where a choice is illegal: it has a time wherever these cells were measured."""

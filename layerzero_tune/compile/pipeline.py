@@ -160,6 +160,7 @@ def entry_of(key: Key, model: RegretModel, kernels: Mapping[str, Kernel], device
         foreseen_sizes(sizes, holes, model.free, bounds, max_product),
         holes,
         leaves.serving,
+        leaves.passes,
     )
     tree = TreeGrower(ground, leaves).grow(model.verdicts, Region(bounds, model.free))
     return Entry(name, static_key, axes, model.free, bounds, max_product, tree)

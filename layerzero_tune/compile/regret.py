@@ -115,9 +115,7 @@ class RegretModel:
         known = [choice for choice in choices if choice in self.choices]
         if not known:
             return {}
-        places = np.array([place_of(each, self.free) for each in sizes])
-        offsets = [cells[:, None] - line for cells, line in zip(self._places.T, places.T, strict=True)]
-        distances = np.sqrt(sum_of([offset * offset for offset in offsets]))
+        offsets, distances = self._offsets(sizes)
         nothing = np.zeros(len(sizes))
         return {
             choice: Estimates(nothing, nothing, nothing)
@@ -126,13 +124,32 @@ class RegretModel:
             for choice in known
         }
 
+    def runs_at(self, kernel_id: str, sizes: Sequence[Sizes]) -> Floats:
+        """The share of the cells around each of these sizes, weighted as in an estimate, at which the kernel has a time
+        in any configuration: how likely it takes a call there, as far as the sizes do not tell."""
+        runs = np.array([any(other == kernel_id for other, _ in standings) for standings in self._standings])
+        _, distances = self._offsets(sizes)
+        shares = self._shares(distances)
+        return total(shares * runs[:, None]) / total(shares)
+
+    def _offsets(self, sizes: Sequence[Sizes]) -> tuple[list[Floats], Floats]:
+        """Offsets (cells, sizes) along each axis from these sizes to the measured cells, and distances (cells, sizes),
+        in octaves."""
+        places = np.array([place_of(each, self.free) for each in sizes])
+        offsets = [cells[:, None] - line for cells, line in zip(self._places.T, places.T, strict=True)]
+        return offsets, np.sqrt(sum_of([offset * offset for offset in offsets]))
+
+    def _shares(self, distances: Floats) -> Floats:
+        """How much each cell says at each place, before it is divided by the sum; of distances (cells, places)."""
+        reach = np.maximum(reach_over(self.free), _WIDENING * distances.min(axis=0))
+        return np.maximum(1.0 - distances / reach, 0.0)
+
     def _estimates(self, choice: Choice, offsets: Sequence[Floats], distances: Floats) -> Estimates:
         """From offsets (cells, sizes) along each axis and distances (cells, sizes) of the measured cells in octaves."""
         rows, ratios, variances = self._held(choice)
         offsets, distances = [offset[rows] for offset in offsets], distances[rows]
         nearest = distances.min(axis=0)
-        reach = np.maximum(reach_over(self.free), _WIDENING * nearest)
-        shares = np.maximum(1.0 - distances / reach, 0.0)
+        shares = self._shares(distances)
         sums = total(shares)
         weights = shares / sums
         height, slopes = local_planes(weights, offsets, ratios, _RIDGE / sums)

@@ -45,7 +45,8 @@ class TreeGrower:
 
     def grow(self, verdicts: Sequence[Verdict], region: Region) -> Tree:
         """The tree over a region that holds the ground's places; `verdicts` are those of its measured cells."""
-        return self._built(self._part(np.arange(len(self.ground.sizes)), region), verdicts, region)
+        rows = np.arange(len(self.ground.sizes))
+        return self._built(self._part(rows, region), rows, verdicts, region)
 
     def _part(self, rows: Rows, region: Region) -> _Part:
         loss, choice = self.ground.cheapest(rows)
@@ -89,20 +90,21 @@ class TreeGrower:
                     return limit
         return meeting.crossing()
 
-    def _built(self, part: _Part, verdicts: Sequence[Verdict], region: Region) -> Tree:
+    def _built(self, part: _Part, rows: Rows, verdicts: Sequence[Verdict], region: Region) -> Tree:
         if part.split is None:
-            # A part may have lost its cells to an edge that was moved: nothing proves a gain there any more.
-            is_bare = not verdicts and part.choice != MISS and self.leaves.default_is_measured
-            return self.leaves.build(verdicts, region, self.leaves.default if is_bare else part.choice)
+            # Edges around it may have been moved since: what serves there now decides.
+            ranking = [choice for _, choice in self.ground.ranking(rows)] if len(rows) else [part.choice]
+            return self.leaves.build(verdicts, region, ranking)
         axes, edge, below, above = part.split
         low_region, high_region = region.divided(axes, edge)
         if low_region.is_empty or high_region.is_empty:  # an edge around this one was moved past it
             side, inside = (above, high_region) if low_region.is_empty else (below, low_region)
-            return self._built(side, verdicts, inside)
+            return self._built(side, rows, verdicts, inside)
+        is_low = self.ground.products(rows, axes) <= edge
         low_verdicts = [verdict for verdict in verdicts if product_of(verdict.sizes, axes) <= edge]
         high_verdicts = [verdict for verdict in verdicts if product_of(verdict.sizes, axes) > edge]
-        low = self._built(below, low_verdicts, low_region)
-        high = self._built(above, high_verdicts, high_region)
+        low = self._built(below, rows[is_low], low_verdicts, low_region)
+        high = self._built(above, rows[~is_low], high_verdicts, high_region)
         return self._merged(Split(axes, edge, low, high), verdicts, region)
 
     def _merged(self, tree: Split, verdicts: Sequence[Verdict], region: Region) -> Tree:
@@ -116,7 +118,7 @@ class TreeGrower:
             if isinstance(before, Leaf) and isinstance(part, Leaf) and before.chain == part.chain:
                 both = region.within(tree.axes, starts[-1], end)
                 inside = [verdict for verdict in verdicts if both.holds(verdict.sizes)]
-                one = self.leaves.build(inside, both, part.chain[0].choice if part.chain else MISS)
+                one = self.leaves.build(inside, both, [step.choice for step in part.chain])
                 if isinstance(one, Leaf) and one.chain == part.chain:
                     parts[-1] = one
                     continue
