@@ -31,8 +31,6 @@ _AROUND_HOLE = 0.1
 # The share of a measured cell's own contests in what is expected there; the rest is what the cells around it say too.
 # Cross-validated on three results: 0, 0.5 and 1 give 0.9880, 0.9883 and 0.9879.
 _OWN_SHARE = 0.5
-# Of a normal variable: half of its 95% interval.
-_DEVIATIONS_95 = 1.96
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,6 @@ class Ground:
         measured: which places are measured cells.
         holes: which places are holes.
         ratios, variances: (places, choices), of the gain on the default by contests; NaN where there is none.
-        bounds: (places, choices), the upper ends of the 95% intervals of what is expected; infinite where nothing is.
         exempt: the choices whose gain needs no proof.
     """
 
@@ -60,7 +57,6 @@ class Ground:
     holes: Mask
     ratios: Floats
     variances: Floats
-    bounds: Floats
     exempt: Mask
 
     @classmethod
@@ -86,9 +82,9 @@ class Ground:
         holes = [*foreseen.missed, *holes]
         columns: dict[Choice | None, int] = {choice: column for column, choice in enumerate(choices)}
         column_of = np.array([[columns.get(choice, -1) for choice in line] for line in serving(choices, served)])
-        expected, bounds, safe = _expected(model, choices, served, column_of == np.arange(len(choices)))
+        expected, safe = _expected(model, choices, served, column_of == np.arange(len(choices)))
         own = _losses(*_own(model.verdicts, choices, expected[: len(cells)], safe[: len(cells)], passes))
-        expected = _where_taken(model, choices, served, expected)
+        expected = _where_taken(model, choices, served, expected, passes)
         losses = _losses(expected, safe)
         losses[: len(cells)] = (1.0 - _OWN_SHARE) * losses[: len(cells)] + _OWN_SHARE * own
         losses = np.where(column_of >= 0, np.take_along_axis(losses, np.maximum(column_of, 0), axis=1), losses)
@@ -98,7 +94,6 @@ class Ground:
             losses[len(served) :, -1] = 0.0
             losses[len(served) : len(served) + len(foreseen.missed), :-1] = _AROUND_HOLE
             expected = np.pad(expected, ((0, len(holes)), (0, 1)), constant_values=np.nan)
-            bounds = np.pad(bounds, ((0, len(holes)), (0, 1)), constant_values=math.inf)
         ratios, variances = _contests(model, choices, len(served) + len(holes))
         return cls(
             np.array([*served, *holes], dtype=np.int64),
@@ -109,7 +104,6 @@ class Ground:
             np.arange(len(losses)) >= len(served),
             ratios,
             variances,
-            bounds,
             np.array([choice in (default, MISS) or not model.default_is_measured for choice in choices]),
         )
 
@@ -119,12 +113,8 @@ class Ground:
         return found
 
     def ranking(self, rows: Rows) -> list[tuple[float, Choice]]:
-        """What may serve these places, each with the loss that it has there, the least first: the choices that are
-        proved there to gain on the default, and those that need no proof.
-
-        The proof is in the contests among the places (`leaf_evidence.is_proved`); where there are none, in what those
-        around let expect: then the mean of the 95% bounds must be above `MINIMUM_GAIN`.
-        """
+        """What may serve these places, each with the loss that it has there, the least first: the choices that the
+        contests among them prove to gain on the default (`leaf_evidence.is_proved`), and those that need no proof."""
         losses = self.losses[rows].sum(axis=0).tolist()
         proved = self._proved(rows).tolist()
         found = [(round(losses[column], 12), column) for column in range(len(losses)) if proved[column]]
@@ -142,41 +132,48 @@ class Ground:
         means = np.where(known, self.ratios[held], 0.0).sum(axis=0) / np.maximum(counts, 1)
         halves = np.sqrt(np.where(known, self.variances[held], 0.0).sum(axis=0)) / np.maximum(counts, 1)
         gains = (counts > 0) & (-(means + halves) > math.log1p(MINIMUM_GAIN))
-        if not len(held):
-            served = rows[~self.holes[rows]]
-            gains = self.bounds[served].sum(axis=0) < -math.log1p(MINIMUM_GAIN) * len(served)
         proved: Mask = gains | self.exempt
         return proved
 
 
 def _expected(
     model: RegretModel, choices: Sequence[Choice], places: Sequence[Sizes], legal: Mask
-) -> tuple[Floats, Floats, Mask]:
-    """Log ratios by the regret model, NaN for a choice that cannot serve, the upper ends of their 95% intervals, and
-    which choices are safe: the default, and those whose gain on it is expected to hold (`Estimate.upper`)."""
+) -> tuple[Floats, Mask]:
+    """Log ratios by the regret model, NaN for a choice that cannot serve, and which choices are safe: the default, and
+    those whose gain on it is expected to hold (`Estimate.upper`)."""
     estimates = model.estimates_at(choices, places)
     nothing = np.full(len(places), np.nan)
     ratios = np.stack([estimates[c].log_ratio if c in estimates else nothing for c in choices], axis=1)
     uppers = np.stack([estimates[c].upper if c in estimates else nothing for c in choices], axis=1)
-    doubts = np.stack([estimates[c].doubt if c in estimates else nothing for c in choices], axis=1)
     ratios[~legal] = np.nan
-    bounds = np.where(np.isnan(ratios), math.inf, ratios + _DEVIATIONS_95 * doubts)
     default = np.array([choice == model.verdicts[0].default for choice in choices])
     # Where the default has no time nothing is known to be safer.
     alone = np.isnan(ratios[:, default]).all(axis=1, keepdims=True)
-    return ratios, bounds, ~np.isnan(ratios) & (default | (uppers < 0.0) | alone)
+    return ratios, ~np.isnan(ratios) & (default | (uppers < 0.0) | alone)
 
 
 def _where_taken(
-    model: RegretModel, choices: Sequence[Choice], places: Sequence[Sizes], ratios: Floats
+    model: RegretModel,
+    choices: Sequence[Choice],
+    places: Sequence[Sizes],
+    ratios: Floats,
+    passes: Callable[[Choice, SelectionContext], bool],
 ) -> Floats:
-    """Log ratios of buckets that give the choices: where a kernel runs at a part of the cells around alone, as one for
-    a single sequence, the default stands in for the rest."""
+    """Log ratios of buckets that give the choices: where the guards of one turn away the calls of a part of the cells
+    around, as those of a kernel for a single sequence do, the default stands in for as many."""
     if not model.default_is_measured:
         return ratios
-    shares = {kernel_id: model.runs_at(kernel_id, places) for kernel_id in {kernel_id for kernel_id, _ in choices}}
-    taken: Floats = ratios * np.stack([shares[kernel_id] for kernel_id, _ in choices], axis=1)
-    return taken
+
+    def taken(choice: Choice) -> Floats:
+        return model.share_around(lambda cell: choice[0] in _running(cell) or passes(choice, cell.context), places)
+
+    found: Floats = ratios * np.stack([taken(choice) for choice in choices], axis=1)
+    return found
+
+
+def _running(verdict: Verdict) -> frozenset[str]:
+    """The kernels that have a time at a cell in any configuration."""
+    return frozenset(kernel_id for kernel_id, _ in verdict.standings)
 
 
 def _own(
@@ -193,7 +190,7 @@ def _own(
     """
     ratios = np.array([[_log_ratio(verdict, choice) for choice in choices] for verdict in verdicts])
     for row, verdict in enumerate(verdicts):
-        running = {kernel_id for kernel_id, _ in verdict.standings}
+        running = _running(verdict)
         for column, choice in enumerate(choices):
             if choice in verdict.standings:
                 continue

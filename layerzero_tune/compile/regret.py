@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -29,11 +29,10 @@ from layerzero_tune.measure.statistics import LOG_RESOLUTION
 REACH = 2.0**1.5
 # Variance of the offsets (in squared octaves, at a total weight of 1 cell) that the slopes of the plane must beat.
 _RIDGE = 0.1
-# Where cells lie dense, the reach ends at this multiple of the distance to the n-th nearest: kernels' times jump from one
-# length to the next, and cells that far away know less of it than those beside (nearest-neighbour bandwidth; Cleveland
-# 1979). Judged by cells that were left out of 6,698 contests of an H100 and by an evaluation's contests, the loss of
-# what the model expects to be fastest at full attention falls from 0.021 to 0.017 and from 0.032 to 0.017; 8 and 24
-# neighbours are worse.
+# Where cells lie dense, the reach ends at this multiple of the distance to the n-th nearest: kernels' times jump from
+# one length to the next, of which far cells know less than those beside (nearest-neighbour bandwidth; Cleveland 1979).
+# Judged by cells left out of 6,698 contests of an H100 and by an evaluation's contests, the loss of what is expected to
+# be fastest at full attention falls from 0.021 to 0.017 and from 0.032 to 0.017; 8 and 24 neighbours are worse.
 _NEIGHBOURS = 14
 _BEYOND = 1.3
 # Where all cells are further away, the reach is this multiple of the nearest one's distance.
@@ -131,13 +130,13 @@ class RegretModel:
             for choice in known
         }
 
-    def runs_at(self, kernel_id: str, sizes: Sequence[Sizes]) -> Floats:
-        """The share of the cells around each of these sizes, weighted as in an estimate, at which the kernel has a time
-        in any configuration: how likely it takes a call there, as far as the sizes do not tell."""
-        runs = np.array([any(other == kernel_id for other, _ in standings) for standings in self._standings])
+    def share_around(self, holds: Callable[[Verdict], bool], sizes: Sequence[Sizes]) -> Floats:
+        """The share of the measured cells around each of these sizes, weighted as in an estimate, of which something
+        holds."""
+        held = np.array([holds(verdict) for verdict in self._measured])
         _, distances = self._offsets(sizes)
         shares = self._shares(distances)
-        return total(shares * runs[:, None]) / total(shares)
+        return total(shares * held[:, None]) / total(shares)
 
     def _offsets(self, sizes: Sequence[Sizes]) -> tuple[list[Floats], Floats]:
         """Offsets (cells, sizes) along each axis from these sizes to the measured cells, and distances (cells, sizes),
@@ -152,7 +151,8 @@ class RegretModel:
         last = ordered[min(_NEIGHBOURS, len(ordered)) - 1]
         reach = np.maximum(np.minimum(reach_over(self.free), _BEYOND * last), _WIDENING * ordered[0])
         # A lone cell may lie at the place itself.
-        return np.maximum(1.0 - distances / np.maximum(reach, LOG_RESOLUTION), 0.0)
+        shares: Floats = np.maximum(1.0 - distances / np.maximum(reach, LOG_RESOLUTION), 0.0)
+        return shares
 
     def _estimates(self, choice: Choice, offsets: Sequence[Floats], distances: Floats) -> Estimates:
         """From offsets (cells, sizes) along each axis and distances (cells, sizes) of the measured cells in octaves."""

@@ -103,6 +103,11 @@ class TreeGrower:
         is_low = self.ground.products(rows, axes) <= edge
         low_verdicts = [verdict for verdict in verdicts if product_of(verdict.sizes, axes) <= edge]
         high_verdicts = [verdict for verdict in verdicts if product_of(verdict.sizes, axes) > edge]
+        # A side without a cell proves nothing: what serves on the other one serves there too.
+        if high_verdicts and not low_verdicts and not self.ground.holes[rows[is_low]].any():
+            return self._built(above, rows, verdicts, region)
+        if low_verdicts and not high_verdicts and not self.ground.holes[rows[~is_low]].any():
+            return self._built(below, rows, verdicts, region)
         low = self._built(below, rows[is_low], low_verdicts, low_region)
         high = self._built(above, rows[~is_low], high_verdicts, high_region)
         return self._merged(Split(axes, edge, low, high), verdicts, region)
