@@ -67,13 +67,22 @@ class Agenda:
         for agenda in self._keys.values():
             agenda.renew()
 
-    def next(self, within_s: float = math.inf) -> Planned | None:
-        """The most valuable contest that is expected to end within so many seconds; None if there is none."""
+    def next(self, within_s: float = math.inf, *, beside_compilers: bool = False) -> Planned | None:
+        """The most valuable contest that is expected to end within so many seconds; None if there is none.
+
+        With `beside_compilers` of those alone that other processes do not disturb, and that ask for no more
+        configurations.
+        """
         for first_look in (True, False):
-            firsts = (self._first(agenda, within_s, apart=first_look) for agenda in self._keys.values())
+            firsts = (
+                self._first(agenda, within_s, apart=first_look, beside_compilers=beside_compilers)
+                for agenda in self._keys.values()
+            )
             found = [item for item in firsts if item is not None]
             if found:
                 return min(found, key=lambda item: item.rank).planned
+            if beside_compilers:
+                continue
             for agenda in self._keys.values():  # what the last contests said decides whether this is the end
                 agenda.renew()
         return None
@@ -194,7 +203,7 @@ class Agenda:
     def _cell_of(self, context: SelectionContext) -> tuple[Key, Sizes]:
         return pooled_cell(context, self._platform)
 
-    def _first(self, agenda: KeyAgenda, within_s: float, *, apart: bool) -> Ranked | None:
+    def _first(self, agenda: KeyAgenda, within_s: float, *, apart: bool, beside_compilers: bool) -> Ranked | None:
         """The best of a key that may come now. Bounds that would take more than their key's share of the time do not go
         first: they wait their turn by what they are worth."""
         share_s = BOUNDS_SHARE * within_s / len(self._keys)
@@ -202,6 +211,8 @@ class Agenda:
         for item in agenda.ranking:
             contest_id = item.planned.contest.contest_id
             if contest_id in self._aside or contest_id in self._in_flight:
+                continue
+            if beside_compilers and (item.planned.kind == "search" or item.planned.contest.context.mode != "graph"):
                 continue
             if item.planned.seconds > within_s or (apart and item.not_before > self._measured):
                 continue

@@ -73,6 +73,10 @@ class MeasuringDevice(Protocol):
     def expect(self, contests: Iterable[Contest]) -> None:
         """Contests that are likely to follow the next one; a device that prepares none does not look at them."""
 
+    def is_compiling(self, contest: Contest) -> bool:
+        """Whether something that the contest needs is not compiled yet, which is begun now; false for a device that
+        compiles nothing ahead."""
+
 
 class LiveDevice:
     """A device of this machine, measured in a worker process.
@@ -153,6 +157,13 @@ class LiveDevice:
 
     def expect(self, contests: Iterable[Contest]) -> None:
         self._expected = contests
+
+    def is_compiling(self, contest: Contest) -> bool:
+        if self._compilers is None:
+            return False
+        jobs = self._jobs(contest)
+        self._compilers.expect(jobs)
+        return not self._compilers.have(jobs)
 
     def _known(self, contest: Contest) -> dict[int, JobOutcome]:
         """Outcomes that a contest's candidates have already, by index."""

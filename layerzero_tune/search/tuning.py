@@ -188,6 +188,7 @@ class _Run:
         self._leases = Leases(store.directory)
         self._seen: dict[str, frozenset[str]] = {}
         self._flights: dict[str, _Flight] = {}
+        self._resting: list[tuple[Planned, Contest]] = []
 
     def measure_all(self) -> None:
         """Until the agenda or the time is at an end."""
@@ -222,10 +223,30 @@ class _Run:
     def _fill(self) -> None:
         """Have as many contests in flight as the executor measures at once."""
         while len(self._flights) < self._executor.slots:
-            planned = self._agenda.next(self._left_s())
+            planned = self._next()
             if planned is None:
                 return
             self._begin(planned)
+
+    def _next(self) -> Planned | None:
+        """What to begin now. A search rests while its next configurations are compiled, and what that does not disturb
+        is measured; it goes on as soon as they are, or where nothing else is left."""
+        for place, (_, contest) in enumerate(self._resting):
+            if not self._device.is_compiling(contest):
+                return self._resting.pop(place)[0]
+        while (planned := self._agenda.next(self._left_s(), beside_compilers=bool(self._resting))) is not None:
+            if planned.kind != "search" or not self._rests(planned):
+                return planned
+            self._agenda.begin(planned)
+        return self._resting.pop(0)[0] if self._resting else None
+
+    def _rests(self, planned: Planned) -> bool:
+        """Whether a search has to wait for compilers, which begin now."""
+        contest = self._next_of(planned)
+        if contest is None or not self._device.is_compiling(contest):
+            return False
+        self._resting.append((planned, contest))
+        return True
 
     def _begin(self, planned: Planned) -> None:
         """Have a contest measured, unless another run has done so or is about to; of a search the next one at its
@@ -262,6 +283,7 @@ class _Run:
 
     def _coming(self) -> Iterator[Contest]:
         """What is likely to be measured next, worked out where somebody asks."""
+        yield from (contest for _, contest in self._resting)
         for planned in self._agenda.coming(COMING):
             contest = self._next_of(planned)
             if contest is not None:
@@ -278,5 +300,5 @@ class _Run:
         self._agenda.learn(planned, measured.rows, taken_s, outcome.preparation_s, flight.contest)
         step = replace(planned, contest=flight.contest)
         self._watcher.finished(FinishedContest(step, measured.rows, outcome.preparation_s, self._agenda.left))
-        if planned.kind == "search":
+        if planned.kind == "search" and not self._rests(planned):
             self._begin(planned)

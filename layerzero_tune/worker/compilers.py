@@ -99,6 +99,10 @@ class Compilers(AbstractContextManager["Compilers"]):
             if job.key not in self._found:
                 self._found[job.key] = self._threads.submit(self._compile, job)
 
+    def have(self, jobs: Iterable[CompileJob]) -> bool:
+        """Whether all of these were compiled, or it was tried."""
+        return all(job.key in self._found and self._found[job.key].done() for job in jobs)
+
     @property
     def faults(self) -> Mapping[str, int]:
         """How many compilations were left to the worker, by kernel."""

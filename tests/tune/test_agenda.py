@@ -49,6 +49,7 @@ class LandscapeDevice:
 
     current = RecordedDevice.current
     expect = RecordedDevice.expect
+    is_compiling = RecordedDevice.is_compiling
 
     def recalled(self, rows: Sequence[Measurement]) -> Contest | None:
         return contest_of_rows(rows)

@@ -279,6 +279,14 @@ def test_a_contest_begins_compiled_and_beside_its_graphs_the_next_one_is_compile
     assert seen[0] >= 1
 
 
+def test_a_device_begins_to_compile_what_it_is_asked_about(compilers: Compilers) -> None:
+    device = live_device(ClocklessWorker(lambda: None), compilers, "compiling.takes_its_time", spec=H100)
+    first, _ = offered_by(device, "graph", {"steps": 20})
+    assert device.is_compiling(first)
+    wait_for(lambda: not device.is_compiling(first))
+    assert len(compiling.notes("step")) == 20
+
+
 def test_beside_a_contest_in_which_the_host_is_timed_nothing_is_compiled(compilers: Compilers) -> None:
     seen: list[int] = []
 

@@ -55,6 +55,7 @@ class SharedDevice:
     again = LiveDevice.again
     current = RecordedDevice.current
     expect = RecordedDevice.expect
+    is_compiling = RecordedDevice.is_compiling
 
     def recalled(self, rows: Sequence[Measurement]) -> Contest | None:
         return contest_of_rows(rows)

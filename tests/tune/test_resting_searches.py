@@ -1,0 +1,73 @@
+"""Searches rest while their configurations are compiled, and what compilers do not disturb is measured meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from layerzero_tune.measure.contest import Contest, ContestOutcome
+from layerzero_tune.results.measurement import Measurement
+from layerzero_tune.results.store import ResultsStore
+from tests.tune.clocked_device import ClockedDevice, run
+from tests.tune.configured_kernels import PASSES
+from tests.tune.synthetic_results import norm
+
+DEFAULT = "torch.rms_norm"
+GRAPHS = [replace(norm(2**power), mode="graph") for power in range(14)]
+POINTS = [norm(8), norm(128), norm(4096), *GRAPHS]
+
+
+class Compiling(ClockedDevice):
+    """The configurations of a search's step are compiled while two contests are measured.
+
+    Attributes:
+        waits: the places in the run of the steps that began before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__([DEFAULT, PASSES.kernel_id])
+        self.waits: list[int] = []
+        self._begun: dict[str, int] = {}
+
+    def is_compiling(self, contest: Contest) -> bool:
+        return contest.is_search and self.clock < self._begun.setdefault(contest.contest_id, self.clock) + 2
+
+    def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
+        if self.is_compiling(contest):
+            self.waits.append(self.clock)
+        return super().measure(contest)
+
+
+def _is_of(step: Contest, other: Contest) -> bool:
+    """Whether both are of one search."""
+    return step.is_search and step.context == other.context
+
+
+def test_what_compilers_do_not_disturb_is_measured_while_a_search_waits_for_them(tmp_path: Path) -> None:
+    device = Compiling()
+    measured = run(device, ResultsStore(tmp_path / "resting"), *POINTS)
+    at_once = run(ClockedDevice([DEFAULT, PASSES.kernel_id]), ResultsStore(tmp_path / "at once"), *POINTS)
+    assert {contest.contest_id for contest in measured} == {contest.contest_id for contest in at_once}
+    between = []
+    for place, contest in enumerate(measured):
+        following = next((i for i in range(place + 1, len(measured)) if _is_of(measured[i], contest)), place)
+        if contest.is_search:
+            between += [other for other in measured[place + 1 : following] if not other.is_search]
+    assert between
+    # Eager calls have the host's time in them: compilers stand still beside them, and no search would get on.
+    assert {contest.context.mode for contest in between} == {"graph"}
+
+
+def test_a_search_waits_only_where_nothing_else_is_left(tmp_path: Path) -> None:
+    device = Compiling()
+    measured = run(device, ResultsStore(tmp_path), *POINTS)
+    points = [next(i for i, contest in enumerate(measured) if contest.context == context) for context in GRAPHS]
+    assert device.waits
+    assert min(device.waits) > max(points)
+
+
+def test_a_device_that_compiles_nothing_ahead_goes_on_with_a_search_at_once(tmp_path: Path) -> None:
+    measured = run(ClockedDevice([DEFAULT, PASSES.kernel_id]), ResultsStore(tmp_path), *POINTS)
+    searched = [contest.context for contest in measured if contest.is_search]
+    runs = [context for place, context in enumerate(searched) if place == 0 or searched[place - 1] != context]
+    assert len(runs) == len(set(runs))
