@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -164,11 +165,10 @@ def _where_taken(
     if not model.default_is_measured:
         return ratios
 
-    def taken(choice: Choice) -> Floats:
-        return model.share_around(lambda cell: choice[0] in _running(cell) or passes(choice, cell.context), places)
+    def takes(choice: Choice, cell: Verdict) -> bool:
+        return choice[0] in _running(cell) or passes(choice, cell.context)
 
-    found: Floats = ratios * np.stack([taken(choice) for choice in choices], axis=1)
-    return found
+    return ratios * model.shares_around([partial(takes, choice) for choice in choices], places)
 
 
 def _running(verdict: Verdict) -> frozenset[str]:

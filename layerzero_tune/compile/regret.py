@@ -130,13 +130,14 @@ class RegretModel:
             for choice in known
         }
 
-    def share_around(self, holds: Callable[[Verdict], bool], sizes: Sequence[Sizes]) -> Floats:
-        """The share of the measured cells around each of these sizes, weighted as in an estimate, of which something
-        holds."""
-        held = np.array([holds(verdict) for verdict in self._measured])
+    def shares_around(self, conditions: Sequence[Callable[[Verdict], bool]], sizes: Sequence[Sizes]) -> Floats:
+        """The shares of the measured cells around each of these sizes, weighted as in an estimate, of which each
+        condition holds: (sizes, conditions)."""
         _, distances = self._offsets(sizes)
         shares = self._shares(distances)
-        return total(shares * held[:, None]) / total(shares)
+        sums = total(shares)
+        held = (np.array([holds(verdict) for verdict in self._measured]) for holds in conditions)
+        return np.stack([total(shares * cells[:, None]) / sums for cells in held], axis=1)
 
     def _offsets(self, sizes: Sequence[Sizes]) -> tuple[list[Floats], Floats]:
         """Offsets (cells, sizes) along each axis from these sizes to the measured cells, and distances (cells, sizes),
