@@ -20,6 +20,7 @@ from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.arrays import Floats, Mask, Rows
 from layerzero_tune.compile.judge import Choice, Standing, Verdict
 from layerzero_tune.compile.local_plane import local_planes, sum_of, total
+from layerzero_tune.compile.untried import with_untried
 from layerzero_tune.measure.statistics import LOG_RESOLUTION
 
 # A cell speaks for sizes up to this factor away, with a weight that falls linearly in log distance (over several axes
@@ -50,6 +51,8 @@ _UNFORESEEN = 0.7
 # A 95% interval in standard deviations of a normal variable.
 _INTERVAL = 2 * 1.96
 
+_UNKNOWN = Standing(math.nan, math.nan, math.nan, 0)
+
 Place = tuple[float, ...]  # logarithms to base 2 of the sizes on the free axes: distances are in octaves
 
 
@@ -70,6 +73,16 @@ class Estimate:
     log_ratio: float
     upper: float
     doubt: float
+
+
+class _Column(NamedTuple):
+    """A choice at the cells of a model that say something of it: their rows, log ratios and variances, each (cells,),
+    and whether it was tried there or only its kernel in another configuration (`untried`)."""
+
+    rows: Rows
+    ratios: Floats
+    variances: Floats
+    tried: Mask
 
 
 class Estimates(NamedTuple):
@@ -157,9 +170,9 @@ class RegretModel:
 
     def _estimates(self, choice: Choice, offsets: Sequence[Floats], distances: Floats) -> Estimates:
         """From offsets (cells, sizes) along each axis and distances (cells, sizes) of the measured cells in octaves."""
-        rows, ratios, variances = self._held(choice)
+        rows, ratios, variances, tried = self._held(choice)
         offsets, distances = [offset[rows] for offset in offsets], distances[rows]
-        nearest = distances.min(axis=0)
+        nearest = distances[tried].min(axis=0)
         shares = self._shares(distances)
         sums = total(shares)
         weights = shares / sums
@@ -214,20 +227,34 @@ class RegretModel:
         """Where the measured cells lie on the free axes."""
         return np.array([place_of(verdict.sizes, self.free) for verdict in self._measured])
 
-    def _held(self, choice: Choice) -> tuple[Rows, Floats, Floats]:
-        """The measured cells that have a time of the choice, its log ratios there and their variances."""
+    def _held(self, choice: Choice) -> _Column:
+        """What is known of a choice."""
         if choice not in self._columns:
-            held = [cell for cell, standings in enumerate(self._standings) if choice in standings]
-            standings = [self._standings[cell][choice] for cell in held]
-            self._columns[choice] = (
-                np.array(held, dtype=np.intp),
-                np.array([standing.log_ratio for standing in standings]),
-                np.array([_variance(standing) for standing in standings]),
-            )
+            tried, variances = self._times(choice)
+            base, base_variances = self._times(self._most_measured[choice[0]])
+            ratios = with_untried(tried, base, self._places, self._shares)
+            rows = np.flatnonzero(~np.isnan(ratios))
+            known = np.where(np.isnan(tried), base_variances, variances)
+            self._columns[choice] = _Column(rows, ratios[rows], known[rows], ~np.isnan(tried[rows]))
         return self._columns[choice]
 
+    def _times(self, choice: Choice) -> tuple[Floats, Floats]:
+        """Log ratios at the measured cells and their variances, NaN where the choice has no time."""
+        held = [standings.get(choice, _UNKNOWN) for standings in self._standings]
+        ratios = np.array([standing.log_ratio for standing in held])
+        return ratios, np.array([_variance(standing) for standing in held])
+
     @cached_property
-    def _columns(self) -> dict[Choice, tuple[Rows, Floats, Floats]]:
+    def _most_measured(self) -> Mapping[str, Choice]:
+        """Of each kernel the choice with the most times."""
+        counts = Counter(choice for standings in self._standings for choice in standings)
+        found: dict[str, Choice] = {}
+        for choice in sorted(counts, key=lambda choice: (-counts[choice], choice)):
+            found.setdefault(choice[0], choice)
+        return found
+
+    @cached_property
+    def _columns(self) -> dict[Choice, _Column]:
         """Those that were asked for."""
         return {}
 
@@ -236,8 +263,7 @@ class RegretModel:
         and one octave of `ROUGHNESS` beside them."""
         if choice not in self._roughnesses:
             first, second, distances = self._pairs
-            unknown = Standing(math.nan, math.nan, math.nan, 0)
-            ratios = np.array([standings.get(choice, unknown).log_ratio for standings in self._standings])
+            ratios, _ = self._times(choice)
             changes = ratios[first] - ratios[second]
             both = ~np.isnan(changes)
             squares = math.fsum([ROUGHNESS**2, *np.square(changes[both]).tolist()])
