@@ -78,6 +78,8 @@ class Operation:
         flops: floating-point operations of one call.
         reference: the same arguments in float64 to results in float64 (a tuple), written apart from every kernel.
         misfit: why the sizes of a context make it another operation, None if they do not.
+        graded: of the static attributes one that is a number: what is measured at one of its values tells of the
+            others, the more the closer they are.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Operation:
     flops: Callable[[SelectionContext], int]
     reference: Callable[..., tuple[Any, ...]]
     misfit: Callable[[SelectionContext], str | None] = lambda context: None
+    graded: str | None = None
 
     def validate(self, context: SelectionContext) -> None:
         """Check that the context describes a call of this operation.

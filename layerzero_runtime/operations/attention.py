@@ -196,6 +196,7 @@ def _declare(name: str, static: tuple[str, ...], axes: tuple[Axis, ...]) -> Oper
         flops=_flops,
         reference=reference,
         misfit=_misfit,
+        graded="gqa_group",
     )
 
 

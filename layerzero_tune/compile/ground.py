@@ -64,13 +64,14 @@ class Ground:
     def of(
         cls,
         model: RegretModel,
+        verdicts: Sequence[Verdict],
         candidates: Sequence[Choice],
         foreseen: Foreseen,
         holes: Sequence[Sizes],
         serving: Callable[[Sequence[Choice], Sequence[Sizes]], Sequence[Sequence[Choice | None]]],
         passes: Callable[[Choice, SelectionContext], bool],
     ) -> Self:
-        """The ground of a model's cells and of further sizes; at `holes` a table has to miss.
+        """The ground of these cells and of further sizes; at `holes` a table has to miss.
 
         `candidates` are the choices that may serve. `serving` says what serves some sizes where a bucket gives a
         choice: the choice itself, the default behind its guards, or nothing where it is illegal. `passes` says whether
@@ -78,16 +79,17 @@ class Ground:
         """
         choices = tuple(candidates)
         default = model.verdicts[0].default
-        cells = [verdict.sizes for verdict in model.verdicts]
+        cells = [verdict.sizes for verdict in verdicts]
         served = [*cells, *foreseen.served]
         holes = [*foreseen.missed, *holes]
         columns: dict[Choice | None, int] = {choice: column for column, choice in enumerate(choices)}
         column_of = np.array([[columns.get(choice, -1) for choice in line] for line in serving(choices, served)])
         expected, safe = _expected(model, choices, served, column_of == np.arange(len(choices)))
-        own = _losses(*_own(model.verdicts, choices, expected[: len(cells)], safe[: len(cells)], passes))
+        own = _losses(*_own(verdicts, choices, expected[: len(cells)], safe[: len(cells)], passes))
+        share = np.array([[0.0 if verdict.away else _OWN_SHARE] for verdict in verdicts])
         expected = _where_taken(model, choices, served, expected, passes)
         losses = _losses(expected, safe)
-        losses[: len(cells)] = (1.0 - _OWN_SHARE) * losses[: len(cells)] + _OWN_SHARE * own
+        losses[: len(cells)] = (1.0 - share) * losses[: len(cells)] + share * own
         losses = np.where(column_of >= 0, np.take_along_axis(losses, np.maximum(column_of, 0), axis=1), losses)
         if holes:
             choices = (*choices, MISS)
@@ -95,7 +97,7 @@ class Ground:
             losses[len(served) :, -1] = 0.0
             losses[len(served) : len(served) + len(foreseen.missed), :-1] = _AROUND_HOLE
             expected = np.pad(expected, ((0, len(holes)), (0, 1)), constant_values=np.nan)
-        ratios, variances = _contests(model, choices, len(served) + len(holes))
+        ratios, variances = _contests(verdicts, choices, len(served) + len(holes))
         return cls(
             np.array([*served, *holes], dtype=np.int64),
             choices,
@@ -214,9 +216,9 @@ def _losses(ratios: Floats, safe: Mask) -> Floats:
     return np.where(known.any(axis=1, keepdims=True), losses, 0.0)
 
 
-def _contests(model: RegretModel, choices: Sequence[Choice], places: int) -> tuple[Floats, Floats]:
+def _contests(verdicts: Sequence[Verdict], choices: Sequence[Choice], places: int) -> tuple[Floats, Floats]:
     ratios, variances = np.full((places, len(choices)), np.nan), np.zeros((places, len(choices)))
-    for row, verdict in enumerate(model.verdicts):
+    for row, verdict in enumerate(verdicts):
         for column, choice in enumerate(choices):
             standing = verdict.standings.get(choice)
             if standing is not None and verdict.reference == verdict.default:

@@ -67,6 +67,8 @@ class Verdict:
             default, or the default alone.
         reference_ns: median time of the reference in ns.
         measured_at: the latest contest's time, UTC.
+        away: how far the key that it was measured under lies from the one that it speaks for, in octaves of the
+            feature that they differ in (`pooling`).
     """
 
     context: SelectionContext
@@ -79,6 +81,7 @@ class Verdict:
     acceptable: frozenset[Choice]
     reference_ns: float
     measured_at: str
+    away: float = 0.0
 
     @property
     def served(self) -> Choice:

@@ -18,11 +18,12 @@ from layerzero_tune.compile.form import Entry, TableForm
 from layerzero_tune.compile.ground import Ground
 from layerzero_tune.compile.judge import Verdict, judge
 from layerzero_tune.compile.leaf import LeafBuilder
-from layerzero_tune.compile.pooling import pooled
+from layerzero_tune.compile.pooling import beside, pooled
 from layerzero_tune.compile.portfolio import candidates
 from layerzero_tune.compile.region import Region
 from layerzero_tune.compile.regret import RegretModel
 from layerzero_tune.compile.tree import TreeGrower
+from layerzero_tune.compile.witnesses import witnesses
 from layerzero_tune.identity import canonical_json
 from layerzero_tune.results.content import results_hash
 from layerzero_tune.results.measurement import Measurement
@@ -62,7 +63,9 @@ def compile_rows(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> Comp
             f"the results hold kernels that are not registered: {', '.join(unknown)}; name their module with --kernels"
         )
     current = current_rows(rows, by_id)
-    models = {key: _model(key[0], verdicts) for key, verdicts in pooled(judge(current), device.platform).items()}
+    verdicts = pooled(judge(current), device.platform)
+    others = beside(verdicts)
+    models = {key: _model(key[0], own, others[key]) for key, own in verdicts.items()}
     entries = tuple(entry_of(key, model, by_id, device) for key, model in models.items())
     if not entries:
         statuses = ", ".join(sorted({row.status for row in current}))
@@ -138,10 +141,10 @@ def _kernel_identities(
     return {kernel_id: found[kernel_id] for kernel_id in sorted(used)}
 
 
-def _model(name: str, verdicts: Sequence[Verdict]) -> RegretModel:
+def _model(name: str, verdicts: Sequence[Verdict], others: Sequence[Verdict]) -> RegretModel:
     operation = operation_named(name)
     free = tuple(operation.axes.index(axis) for axis in operation.axes_of(verdicts[0].context))
-    return RegretModel(tuple(verdicts), free)
+    return RegretModel(tuple(verdicts), free, tuple(others))
 
 
 def entry_of(key: Key, model: RegretModel, kernels: Mapping[str, Kernel], device: DeviceSpec) -> Entry:
@@ -150,17 +153,20 @@ def entry_of(key: Key, model: RegretModel, kernels: Mapping[str, Kernel], device
     operation = operation_named(name)
     context: SelectionContext = model.verdicts[0].context.with_device(device)
     axes = tuple(axis.name for axis in operation.axes)
-    sizes = [verdict.sizes for verdict in model.verdicts]
-    bounds, max_product = bounds_of(sizes), max_product_of(sizes, model.free)
+    bounds = bounds_of([verdict.sizes for verdict in model.verdicts])
+    verdicts = witnesses(model, bounds)
+    sizes = [verdict.sizes for verdict in verdicts]
+    max_product = max_product_of(sizes, model.free)
     leaves = LeafBuilder(operation, context, kernels, model.verdicts[0].default, model.default_is_measured)
     holes = unmeasured_cells(sizes, model.free, max_product)
     ground = Ground.of(
         model,
-        candidates(model.verdicts),
+        verdicts,
+        [choice for choice in candidates(verdicts) if choice in model.choices],
         foreseen_sizes(sizes, holes, model.free, bounds, max_product),
         holes,
         leaves.serving,
         leaves.passes,
     )
-    tree = TreeGrower(ground, leaves).grow(model.verdicts, Region(bounds, model.free))
+    tree = TreeGrower(ground, leaves).grow(verdicts, Region(bounds, model.free))
     return Entry(name, static_key, axes, model.free, bounds, max_product, tree)

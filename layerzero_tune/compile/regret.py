@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -18,6 +18,7 @@ import numpy as np
 
 from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.arrays import Floats, Mask, Rows
+from layerzero_tune.compile.estimate import Estimate, Estimates, largest_loss
 from layerzero_tune.compile.judge import Choice, Standing, Verdict
 from layerzero_tune.compile.local_plane import local_planes, sum_of, total
 from layerzero_tune.compile.untried import with_untried
@@ -56,25 +57,6 @@ _UNKNOWN = Standing(math.nan, math.nan, math.nan, 0)
 Place = tuple[float, ...]  # logarithms to base 2 of the sizes on the free axes: distances are in octaves
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What is expected of a choice at some sizes, in log(time / time of the reference); negative is faster.
-
-    Attributes:
-        log_ratio: the height at these sizes of a plane through the cells around.
-        upper: that and `DEVIATIONS` downside deviations from the plane (Sortino): only what is slower than the plane
-            counts, for cells that gain even more are no reason for doubt.
-        doubt: standard deviation of what the choice may really take: the spread about the plane, the intervals of the
-            measurements (a screening's bounds say nothing of what is likely), and what may change over the distance to
-            the nearest of them. On the committed results, cells predicted without themselves: in six groups by doubt
-            (0.017 to 0.32) the root mean square errors are 0.025 to 0.28; 74% lie within it, 94% within twice.
-    """
-
-    log_ratio: float
-    upper: float
-    doubt: float
-
-
 class _Column(NamedTuple):
     """A choice at the cells of a model that say something of it: their rows, log ratios and variances, each (cells,),
     and whether it was tried there or only its kernel in another configuration (`untried`)."""
@@ -85,17 +67,11 @@ class _Column(NamedTuple):
     tried: Mask
 
 
-class Estimates(NamedTuple):
-    """The same at many sizes, each (sizes,)."""
-
-    log_ratio: Floats
-    upper: Floats
-    doubt: Floats
-
-
 @dataclass(frozen=True)
 class RegretModel:
     """The verdicts of one static key as a model over all sizes; `free` gives the axes that distances are measured on.
+
+    `beside` are verdicts of other keys that tell of this one: what they are away counts as a further axis.
 
     All values are rounded to `LOG_RESOLUTION`, so that they are the same on every machine. Verdicts without a time
     of the model's reference take no part in estimates: their ratios are to another time.
@@ -103,6 +79,7 @@ class RegretModel:
 
     verdicts: tuple[Verdict, ...]
     free: tuple[int, ...]
+    beside: tuple[Verdict, ...] = ()
 
     @cached_property
     def reference(self) -> Choice:
@@ -118,7 +95,7 @@ class RegretModel:
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
         """Every choice with a time, in ascending order."""
-        return tuple(sorted({choice for standings in self._standings for choice in standings}))
+        return tuple(sorted({choice for verdict in self._own for choice in verdict.standings}))
 
     def estimate(self, choice: Choice, sizes: Sizes) -> Estimate | None:
         """What is expected of the choice at these sizes; None where it has no time under this key."""
@@ -155,7 +132,7 @@ class RegretModel:
     def _offsets(self, sizes: Sequence[Sizes]) -> tuple[list[Floats], Floats]:
         """Offsets (cells, sizes) along each axis from these sizes to the measured cells, and distances (cells, sizes),
         in octaves."""
-        places = np.array([place_of(each, self.free) for each in sizes])
+        places = np.array([self._place(each, 0.0) for each in sizes])
         offsets = [cells[:, None] - line for cells, line in zip(self._places.T, places.T, strict=True)]
         return offsets, np.sqrt(sum_of([offset * offset for offset in offsets]))
 
@@ -214,7 +191,11 @@ class RegretModel:
 
     @cached_property
     def _measured(self) -> tuple[Verdict, ...]:
-        """The cells that hold the reference."""
+        """The cells that hold the reference, those of this key first."""
+        return (*self._own, *(verdict for verdict in self.beside if self.reference in verdict.standings))
+
+    @cached_property
+    def _own(self) -> tuple[Verdict, ...]:
         return tuple(verdict for verdict in self.verdicts if self.reference in verdict.standings)
 
     @cached_property
@@ -224,8 +205,11 @@ class RegretModel:
 
     @cached_property
     def _places(self) -> Floats:
-        """Where the measured cells lie on the free axes."""
-        return np.array([place_of(verdict.sizes, self.free) for verdict in self._measured])
+        """Where the measured cells lie on the free axes, and how far away their keys are."""
+        return np.array([self._place(verdict.sizes, verdict.away) for verdict in self._measured])
+
+    def _place(self, sizes: Sizes, away: float) -> Place:
+        return (*place_of(sizes, self.free), away) if self.beside else place_of(sizes, self.free)
 
     def _held(self, choice: Choice) -> _Column:
         """What is known of a choice."""
@@ -278,9 +262,9 @@ class RegretModel:
 
     @cached_property
     def _pairs(self) -> tuple[Rows, Rows, Floats]:
-        """The pairs of measured cells within reach of each other, and their distances."""
+        """The pairs of measured cells of this key within reach of each other, and their distances."""
         reach = reach_over(self.free)
-        places = self._places.tolist()
+        places = self._places[: len(self._own)].tolist()
         pairs = [
             (first, second, distance)
             for first, place in enumerate(places)
@@ -323,23 +307,6 @@ def _rebased(verdict: Verdict, reference: Choice) -> Mapping[Choice, Standing]:
 
 def _variance(standing: Standing) -> float:
     return ((standing.high - standing.low) / _INTERVAL) ** 2 if standing.rounds else 0.0
-
-
-def largest_loss(own: Estimate, others: Iterable[Estimate]) -> float:
-    """The largest loss to any one of the others that is to be expected, 0 without any."""
-    return max((_expected_loss(own, other) for other in others), default=0.0)
-
-
-def _expected_loss(own: Estimate, other: Estimate) -> float:
-    """E[max(0, own - other)] of two normal variables."""
-    mean = own.log_ratio - other.log_ratio
-    deviation = math.hypot(own.doubt, other.doubt)
-    if deviation == 0.0:
-        return max(0.0, mean)
-    z = mean / deviation
-    density = math.exp(-z * z / 2.0) / math.sqrt(2.0 * math.pi)
-    loss = mean * (1.0 + math.erf(z / math.sqrt(2.0))) / 2.0 + deviation * density
-    return round(loss / LOG_RESOLUTION) * LOG_RESOLUTION
 
 
 def _rounded(logarithms: Floats) -> Floats:

@@ -18,6 +18,7 @@ from layerzero_tune.compile.emit import leaf_at
 from layerzero_tune.compile.form import Entry
 from layerzero_tune.compile.pipeline import Compilation
 from layerzero_tune.compile.regret import VOUCHED, Place, RegretModel, place_of, vouching
+from layerzero_tune.compile.witnesses import witnesses
 from layerzero_tune.identity import canonical_json
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.workload.lines import WorkloadLine
@@ -58,7 +59,7 @@ def _cover(entry: Entry, model: RegretModel, tried: Collection[Sizes]) -> dict[S
 
     A new shape brings new grid lines, so holes are looked for again until there are none, or none that can be measured.
     """
-    measured = [verdict.sizes for verdict in model.verdicts]
+    measured = [verdict.sizes for verdict in witnesses(model, entry.bounds)]
     chosen: dict[Sizes, SelectionContext] = {}
     while True:
         holes = {

@@ -12,8 +12,9 @@ import numpy as np
 from layerzero_runtime.operation import Operation, Sizes
 from layerzero_tune.compile.arrays import Floats, Mask
 from layerzero_tune.compile.distrust import disturbed_contests
+from layerzero_tune.compile.estimate import Estimate, largest_loss
 from layerzero_tune.compile.judge import Choice, Verdict, judge
-from layerzero_tune.compile.regret import Estimate, RegretModel, largest_loss, place_of, reach_over, vouching
+from layerzero_tune.compile.regret import RegretModel, place_of, reach_over, vouching
 from layerzero_tune.identity import choice_of
 from layerzero_tune.measure.statistics import LOG_RESOLUTION
 from layerzero_tune.results.measurement import Measurement

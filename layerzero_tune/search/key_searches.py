@@ -16,8 +16,8 @@ import numpy as np
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.arrays import Floats
+from layerzero_tune.compile.estimate import Estimate, largest_loss
 from layerzero_tune.compile.judge import MINIMUM_GAIN
-from layerzero_tune.compile.regret import Estimate, largest_loss
 from layerzero_tune.measure.contest import Contest
 from layerzero_tune.search.configurations.searched import Searched
 from layerzero_tune.search.configurations.searches import NEAR_OCTAVES, Proposal, Searches, SearchStep
