@@ -12,7 +12,7 @@ contests of an evaluation on an H100, the loss of what is expected to be fastest
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from layerzero_runtime.context import SelectionContext
@@ -38,24 +38,37 @@ def pooled(verdicts: Mapping[Key, Sequence[Verdict]], platform: str) -> dict[Key
 
 
 def beside(verdicts: Mapping[Key, Sequence[Verdict]]) -> dict[Key, tuple[Verdict, ...]]:
-    """Of each key the verdicts of those that differ from it in the operation's graded feature alone, with how far away
-    they are: in octaves."""
+    """Of each key what those that differ from it in the operation's graded feature alone tell of it."""
+    found = neighbours(verdicts)
+    return {
+        key: told_of(own, [(octaves, verdicts[other]) for octaves, other in found[key]])
+        for key, own in verdicts.items()
+    }
+
+
+def told_of(own: Sequence[Verdict], others: Iterable[tuple[float, Sequence[Verdict]]]) -> tuple[Verdict, ...]:
+    """The verdicts of other keys, each so many octaves away, on the kernels that have a time under the own one."""
+    checked = _kernels_of(own)
+    return tuple(
+        replace(kept, away=octaves)
+        for octaves, verdicts in others
+        for verdict in verdicts
+        if (kept := _of_kernels(verdict, checked)) is not None
+    )
+
+
+def neighbours(keys: Iterable[Key]) -> dict[Key, list[tuple[float, Key]]]:
+    """Of each key those that differ from it in the operation's graded feature alone, and how far away they are, in
+    octaves."""
     families: dict[Key, list[tuple[float, Key]]] = {}
-    for key in verdicts:
+    for key in keys:
         family, value = _family_of(key)
         families.setdefault(family, []).append((value, key))
-    found: dict[Key, tuple[Verdict, ...]] = {}
-    for members in families.values():
-        for value, key in members:
-            checked = _kernels_of(verdicts[key])
-            found[key] = tuple(
-                replace(kept, away=math.log2(other / value))
-                for other, neighbour in members
-                if neighbour != key
-                for verdict in verdicts[neighbour]
-                if (kept := _of_kernels(verdict, checked)) is not None
-            )
-    return found
+    return {
+        key: [(math.log2(value / own), other) for value, other in members if other != key]
+        for members in families.values()
+        for own, key in members
+    }
 
 
 def _family_of(key: Key) -> tuple[Key, float]:

@@ -10,7 +10,7 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operation import Sizes
 from layerzero_runtime.operations import operation_named
 from layerzero_tune.compile.cell import Key
-from layerzero_tune.compile.pooling import pooled_cell
+from layerzero_tune.compile.pooling import neighbours, pooled_cell
 from layerzero_tune.measure.contest import Contest
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.search.configurations.searched import Searched
@@ -253,4 +253,6 @@ def _key_agendas(
         free = [operation.axes.index(axis) for axis in operation.axes_of(examples[key])]
         regret = KeyRegret(operation, free, weights)
         agendas[key] = KeyAgenda(device, clock, operation, regret, waiting.get(key, {}), searched, refine=refine)
+    for key, found in neighbours(agendas).items():
+        agendas[key].regret.heed((octaves, agendas[other].regret) for octaves, other in found)
     return agendas

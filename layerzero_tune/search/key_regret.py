@@ -11,10 +11,13 @@ import numpy as np
 
 from layerzero_runtime.operation import Operation, Sizes
 from layerzero_tune.compile.arrays import Floats, Mask
+from layerzero_tune.compile.coverage import bounds_of
 from layerzero_tune.compile.distrust import disturbed_contests
 from layerzero_tune.compile.estimate import Estimate, largest_loss
 from layerzero_tune.compile.judge import Choice, Verdict, judge
+from layerzero_tune.compile.pooling import told_of
 from layerzero_tune.compile.regret import RegretModel, place_of, reach_over, vouching
+from layerzero_tune.compile.witnesses import witnesses
 from layerzero_tune.identity import choice_of
 from layerzero_tune.measure.statistics import LOG_RESOLUTION
 from layerzero_tune.results.measurement import Measurement
@@ -57,6 +60,8 @@ class KeyRegret:
         self._settled: set[Sizes] = set()
         self._begun: set[Sizes] = set()
         self._new: set[Sizes] = set()
+        self._unjudged: set[Sizes] = set()
+        self._neighbours: tuple[tuple[float, KeyRegret], ...] = ()
         self._bounds = DemandBounds(self.demand, self.free)
         self._model: RegretModel | None = None
         self._regrets = np.full(len(self.demand), UNKNOWN)
@@ -66,6 +71,11 @@ class KeyRegret:
         self._nearest: list[Sizes | None] = [None] * len(self.demand)
         self._beside = np.zeros(len(self.demand))
         self._nearest_distances = np.full(len(self.demand), math.inf)
+
+    def heed(self, neighbours: Iterable[tuple[float, KeyRegret]]) -> None:
+        """From now on, whenever the regret is worked out, count what keys so many octaves away tell of this one
+        (`pooling.neighbours`)."""
+        self._neighbours = tuple(neighbours)
 
     @property
     def model(self) -> RegretModel | None:
@@ -87,6 +97,7 @@ class KeyRegret:
             rows = [replace(row, context=held[0].context) for row in rows]
         held.extend(rows)
         self._new.add(sizes)
+        self._unjudged.add(sizes)
         self._doubts.pop(sizes, None)
         distances = self._distances(sizes)
         for closer in np.flatnonzero(distances < self._nearest_distances).tolist():
@@ -119,13 +130,9 @@ class KeyRegret:
         """Work the regret out from all that was measured, where contests have come in since."""
         if not self._new:
             return
-        for sizes in self._new:
-            if all(row.is_slowed for row in self._rows[sizes]):  # it says nothing
-                continue
-            found = next(iter(judge(self._rows[sizes]).values()), (None,))
-            self._verdicts[sizes] = found[0]
-        verdicts = [verdict for _, verdict in sorted(self._verdicts.items()) if verdict is not None]
-        before, self._model = self._model, RegretModel(tuple(verdicts), self.free) if verdicts else None
+        verdicts = self.verdicts
+        told = told_of(verdicts, [(octaves, neighbour.verdicts) for octaves, neighbour in self._neighbours])
+        before, self._model = self._model, RegretModel(verdicts, self.free, told) if verdicts else None
         covered = self._covered()
         stale = self._near_new() | (covered != self._is_covered)
         if before is None or self._model is None or before.reference != self._model.reference:
@@ -137,6 +144,16 @@ class KeyRegret:
         self._new.clear()
         self._worths = None
         self._gains.clear()
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """What all contests say that have come in, in ascending order of sizes."""
+        for sizes in self._unjudged:
+            if not all(row.is_slowed for row in self._rows[sizes]):  # else it says nothing
+                found = next(iter(judge(self._rows[sizes]).values()), (None,))
+                self._verdicts[sizes] = found[0]
+        self._unjudged.clear()
+        return tuple(verdict for _, verdict in sorted(self._verdicts.items()) if verdict is not None)
 
     def _near_new(self) -> Mask:
         """The demanded sizes of which the model says something else because of the new contests."""
@@ -265,11 +282,12 @@ class KeyRegret:
 
     def _covered(self) -> Mask:
         """Which demanded sizes the measured range holds and a measured cell vouches for."""
-        cells = [sizes for sizes, verdict in self._verdicts.items() if verdict is not None]
-        if not cells:
+        if self._model is None:
             return np.zeros(len(self.demand), dtype=np.bool_)
-        places = self._placed(cells)
-        low, high, product = places.min(axis=0), places.max(axis=0), places.sum(axis=1).max()
+        bounds = bounds_of([verdict.sizes for verdict in self._model.verdicts])
+        places = self._placed(verdict.sizes for verdict in witnesses(self._model, bounds))
+        low, high = (np.array(place_of(corner, self.free)) for corner in zip(*bounds, strict=True))
+        product = places.sum(axis=1).max()
         slack = LOG_RESOLUTION
         inside = ((self._places >= low - slack) & (self._places <= high + slack)).all(axis=1)
         inside &= self._places.sum(axis=1) <= product + slack

@@ -14,6 +14,9 @@ from layerzero_tune.compile.pipeline import compile_rows
 from layerzero_tune.compile.pooling import beside
 from layerzero_tune.compile.witnesses import witnesses
 from layerzero_tune.results.measurement import Measurement
+from layerzero_tune.search.agenda import Agenda
+from layerzero_tune.search.recorded_device import RecordedDevice
+from layerzero_tune.workload.lines import WorkloadLine
 from tests.tune.synthetic_results import ALL_KERNELS, Times, compiled, grid, measured, norm, served, table_of
 
 DEFAULT, FUSED, BOUNDED = "torch.sdpa", "synthetic.fused", "synthetic.bounded"
@@ -107,3 +110,22 @@ def test_operations_without_a_graded_feature_and_single_keys_have_nothing_beside
     rows = measured(contexts, lambda _: {default: 1000.0})
     rows += measured([replace(context, dtype="bfloat16") for context in contexts], lambda _: {default: 1000.0})
     assert set(beside(judge(rows)).values()) == {()}
+
+
+def test_a_run_expects_less_to_be_lost_where_a_near_group_was_measured() -> None:
+    """Four corners of one group are held; of another one those and what lies between, or nothing."""
+
+    far = [(8, 512)]  # from all corners
+
+    def expected(other: Sequence[SelectionContext]) -> float:
+        held = rows_of([*grouped(4), *other])
+        device = RecordedDevice([*held, *rows_of(grouped(4, far))])
+        wanted = [*grouped(4, [*CORNERS, *far]), *other]
+        contests = {context: device.contests(context) for context in wanted}
+        done = {row.contest_id: [each for each in held if each.contest_id == row.contest_id] for row in held}
+        agenda = Agenda(device, [WorkloadLine(context) for context in wanted], contests, done, refine=False)
+        return agenda.expected_regret()[1]
+
+    assert expected([]) > 0.5  # a table would give the default
+    assert expected(grouped(16, [*CORNERS, *BETWEEN])) > 0.5
+    assert expected(grouped(8, [*CORNERS, *BETWEEN])) < 0.1
