@@ -92,13 +92,18 @@ class Snapshot(Selector):
                 f"{choice.kernel.kernel_id} has to be prepared before it serves; the default serves until "
                 "layerzero_runtime.warmup(contexts) has done so, or call preparation('on_first_use') in a script"
             )
-        default = self.registry.get(operation.default_kernel)
-        if default is not None and not self.live.refusals(default, context):
-            return Choice(default, {})
+        default = self.default_of(operation, context)
+        if default is not None:
+            return default
         try:
             return self.choose(operation, context, without=(choice.kernel.kernel_id,), to_run=True).choice
         except NoKernelAvailableError:
             return choice
+
+    def default_of(self, operation: Operation, context: SelectionContext) -> Choice | None:
+        """The default, where it may serve the call."""
+        default = self.registry.get(operation.default_kernel)
+        return None if default is None or self.live.refusals(default, context) else Choice(default, {})
 
     def serve(
         self,

@@ -10,7 +10,6 @@ from layerzero_runtime.counters import Counter, log_warning
 from layerzero_runtime.kernel import KernelFunction
 from layerzero_runtime.operation import Operation
 from layerzero_runtime.selection.live_selector import Choice
-from layerzero_runtime.serving.prepared import PreparedKernel
 from layerzero_runtime.serving.published import PUBLISHED
 from layerzero_runtime.serving.stride_guards import guarded_by_strides
 from layerzero_runtime.tables.table import MISS, Table, TableEntry, TableStep
@@ -87,42 +86,61 @@ class Route:
     def _first_use(self, leaf: int, chain: tuple[TableStep, ...]) -> KernelFunction:
         def first_use(*arguments: Any) -> Any:
             context = self.describe(arguments)
-            stand_in = self._stand_in(leaf, chain, context)
-            if stand_in is not None:
-                return stand_in(*arguments)
             steps = self._steps(chain, context)
-            if any(prepared.kernel.kernel_id in self._snapshot.half_open for _, prepared in steps):
+            if any(choice.kernel.kernel_id in self._snapshot.half_open for _, choice in steps):
                 return self._described(*arguments)
-            for step, prepared in steps:
-                if step.accepts(context):
-                    self._snapshot.record_hit(context)
-                    result = self._snapshot.run(prepared, self.operation, context, arguments)
-                    break
-            else:
+            serving = next((choice for step, choice in steps if step.accepts(context)), None)
+            if serving is None:
                 result = self._described(*arguments)
+            elif self._is_ready(serving, context):
+                self._snapshot.record_hit(context)
+                prepared = self._snapshot.prepare(serving, self.operation, context)
+                result = self._snapshot.run(prepared, self.operation, context, arguments)
+            else:
+                result = self._snapshot.serve(serving, self.operation, context, arguments)
+                if PUBLISHED.special and not steps[0][0].guards:  # it may be ready after the capture
+                    return result
             self.functions[leaf] = self._leaf_function(leaf, steps, context)
             return result
 
         return first_use
 
-    def _stand_in(self, leaf: int, chain: tuple[TableStep, ...], context: SelectionContext) -> KernelFunction | None:
-        """What serves while a plan of the leaf is not ready, None where all are; it stays until the next snapshot."""
+    def _steps(self, chain: tuple[TableStep, ...], context: SelectionContext) -> tuple[tuple[TableStep, Choice], ...]:
+        """The steps of a leaf that can serve, up to the first without guards."""
+        steps: list[tuple[TableStep, Choice]] = []
         for step in chain:
             assert self._table is not None
             kernel = self._snapshot.usable_kernel(self._table, step)
-            if kernel is None or self._snapshot.live.missing(kernel) is not None:
+            if kernel is None:
                 continue
-            choice = Choice(kernel, step.configuration)
-            if self._snapshot.is_ready(choice, self.operation, context):
+            if self._snapshot.live.missing(kernel) is not None:
+                self._snapshot.counters.raise_by_one("fallbacks")
                 continue
-            default = self._snapshot.stand_in(choice, self.operation, context)
-            if default.kernel.kernel_id != self.operation.default_kernel or PUBLISHED.special:
-                return lambda *arguments: self._snapshot.serve(default, self.operation, context, arguments)
-            function = self._snapshot.instrumented(self._snapshot.prepare(default, self.operation, context), self)
-            # The call that is under way has been counted.
-            self.functions[leaf] = self._counted_as_unprepared(function)
-            return function
-        return None
+            steps.append((step, Choice(kernel, step.configuration)))
+            if not step.guards:
+                break
+        return tuple(steps)
+
+    def _is_ready(self, choice: Choice, context: SelectionContext) -> bool:
+        """Whether a step of a leaf may serve here and now; the default, which stands in for what may not, always."""
+        is_default = choice.kernel.kernel_id == self.operation.default_kernel and not choice.kernel.spec.compiles
+        return is_default or self._snapshot.is_ready(choice, self.operation, context)
+
+    def _step_function(self, choice: Choice, context: SelectionContext) -> KernelFunction:
+        """What serves the calls of a step: its kernel, or while that is not ready what stands in for it, until the next
+        snapshot; under capture each call asks anew."""
+        if self._is_ready(choice, context):
+            return self._snapshot.instrumented(self._snapshot.prepare(choice, self.operation, context), self)
+        if not PUBLISHED.special:
+            default = self._snapshot.default_of(self.operation, context)
+            if default is not None:
+                prepared = self._snapshot.prepare(default, self.operation, context)
+                return self._counted_as_unprepared(self._snapshot.instrumented(prepared, self))
+
+        def asking(*arguments: Any) -> Any:
+            return self._snapshot.serve(choice, self.operation, self.describe(arguments), arguments)
+
+        return asking
 
     def _counted_as_unprepared(self, function: KernelFunction) -> KernelFunction:
         count = self._snapshot.counters.counter("unprepared").raise_by_one
@@ -133,31 +151,12 @@ class Route:
 
         return unprepared
 
-    def _steps(
-        self, chain: tuple[TableStep, ...], context: SelectionContext
-    ) -> tuple[tuple[TableStep, PreparedKernel], ...]:
-        """The steps of a leaf that can serve, their kernels loaded, up to the first without guards."""
-        steps: list[tuple[TableStep, PreparedKernel]] = []
-        for step in chain:
-            assert self._table is not None
-            kernel = self._snapshot.usable_kernel(self._table, step)
-            if kernel is None:
-                continue
-            if self._snapshot.live.missing(kernel) is not None:
-                self._snapshot.counters.raise_by_one("fallbacks")
-                continue
-            choice = Choice(kernel, step.configuration)
-            steps.append((step, self._snapshot.prepare(choice, self.operation, context)))
-            if not step.guards:
-                break
-        return tuple(steps)
-
     def _leaf_function(
-        self, leaf: int, steps: tuple[tuple[TableStep, PreparedKernel], ...], context: SelectionContext
+        self, leaf: int, steps: tuple[tuple[TableStep, Choice], ...], context: SelectionContext
     ) -> KernelFunction:
         if not steps:
             return self._described
-        functions = tuple((step, self._snapshot.instrumented(prepared, self)) for step, prepared in steps)
+        functions = tuple((step, self._step_function(choice, context)) for step, choice in steps)
         if not functions[0][0].guards:
             return functions[0][1]
         self._guarded_steps[leaf] = functions

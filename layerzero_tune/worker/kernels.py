@@ -13,6 +13,7 @@ from layerzero_runtime.errors import SpecError
 from layerzero_runtime.kernel import Configuration, Kernel, KernelFunction, Loader
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.operations import operation_named
+from layerzero_tune.evaluate.public_calls import PUBLIC_CALL
 from layerzero_tune.identity import canonical_json
 
 
@@ -35,8 +36,12 @@ def load_kernels(modules: Iterable[str] = ()) -> dict[str, Kernel]:
 
 def with_loads_remembered(kernels: Mapping[str, Kernel]) -> dict[str, Kernel]:
     """The same kernels, each loaded once per combination of static features: a load may compile for seconds, and relies
-    on nothing else."""
-    return {kernel_id: replace(kernel, load=_remembered(kernel.load)) for kernel_id, kernel in kernels.items()}
+    on nothing else. The public call is loaded anew each time: its load prepares what serves the sizes of the context.
+    """
+    return {
+        kernel_id: kernel if kernel_id == PUBLIC_CALL else replace(kernel, load=_remembered(kernel.load))
+        for kernel_id, kernel in kernels.items()
+    }
 
 
 def _remembered(load: Loader) -> Loader:

@@ -17,6 +17,8 @@ import pytest
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ContextError, LayerZeroError, SpecError
+from layerzero_tune.evaluate import public_calls
+from layerzero_tune.evaluate.public_calls import PUBLIC_CALL
 from layerzero_tune.measure.contest import COMPILING_CALL, LOAD, JobOutcome
 from layerzero_tune.worker import WorkerProcess
 from layerzero_tune.worker.kernels import load_kernels, with_loads_remembered
@@ -331,6 +333,22 @@ def test_a_kernel_is_loaded_once_per_static_features() -> None:
     assert remembered.load(small, {"block": 2}) is not first
     assert remembered.load(replace(small, dtype="bfloat16", weight_dtype="bfloat16"), {})() == "bfloat16"
     assert loads == [("float32", 2), ("float32", 2), ("bfloat16", 2)]
+
+
+def test_the_public_call_is_loaded_for_each_context() -> None:
+    """It prepares what serves these sizes; under capture nothing else would."""
+    loads: list[int | None] = []
+
+    def load(context: SelectionContext, configuration: Mapping[str, object]) -> Callable[..., object]:
+        loads.append(context.rows)
+        return lambda *arguments: None
+
+    kernels = load_kernels((public_calls.__name__,))
+    loading = {PUBLIC_CALL: replace(kernels[PUBLIC_CALL], load=load)}
+    (public,) = with_loads_remembered(loading).values()
+    for rows in (2, 3, 2):
+        public.load(SelectionContext(operation="norm.rms", dtype="float32", rows=rows, hidden_size=8), {})
+    assert loads == [2, 3, 2]
 
 
 def test_a_process_that_is_killed_while_it_starts_is_replaced() -> None:
