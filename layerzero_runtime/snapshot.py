@@ -87,11 +87,7 @@ class Snapshot(Selector):
 
     def stand_in(self, choice: Choice, operation: Operation, context: SelectionContext) -> Choice:
         """What serves in place of a choice that is not ready, counted: the default, where that may serve."""
-        if self.counters.raise_by_one("unprepared") == 0:
-            log_warning(
-                f"{choice.kernel.kernel_id} has to be prepared before it serves; the default serves until "
-                "layerzero_runtime.warmup(contexts) has done so, or call preparation('on_first_use') in a script"
-            )
+        self.count_unprepared(choice)
         default = self.default_of(operation, context)
         if default is not None:
             return default
@@ -99,6 +95,14 @@ class Snapshot(Selector):
             return self.choose(operation, context, without=(choice.kernel.kernel_id,), to_run=True).choice
         except NoKernelAvailableError:
             return choice
+
+    def count_unprepared(self, choice: Choice) -> None:
+        """Count a call that something else serves because the choice is not ready, and log the first."""
+        if self.counters.raise_by_one("unprepared") == 0:
+            log_warning(
+                f"{choice.kernel.kernel_id} has to be prepared before it serves; the default serves until "
+                "layerzero_runtime.warmup(contexts) has done so, or call preparation('on_first_use') in a script"
+            )
 
     def default_of(self, operation: Operation, context: SelectionContext) -> Choice | None:
         """The default, where it may serve the call."""

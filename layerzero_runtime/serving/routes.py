@@ -97,6 +97,7 @@ class Route:
                 prepared = self._snapshot.prepare(serving, self.operation, context)
                 result = self._snapshot.run(prepared, self.operation, context, arguments)
             else:
+                self._snapshot.record_hit(context)
                 result = self._snapshot.serve(serving, self.operation, context, arguments)
                 if PUBLISHED.special and not steps[0][0].guards:  # it may be ready after the capture
                     return result
@@ -123,30 +124,34 @@ class Route:
 
     def _is_ready(self, choice: Choice, context: SelectionContext) -> bool:
         """Whether a step of a leaf may serve here and now; the default, which stands in for what may not, always."""
-        is_default = choice.kernel.kernel_id == self.operation.default_kernel and not choice.kernel.spec.compiles
-        return is_default or self._snapshot.is_ready(choice, self.operation, context)
+        return self._is_default(choice) or self._snapshot.is_ready(choice, self.operation, context)
+
+    def _is_default(self, choice: Choice) -> bool:
+        return choice.kernel.kernel_id == self.operation.default_kernel and not choice.kernel.spec.compiles
 
     def _step_function(self, choice: Choice, context: SelectionContext) -> KernelFunction:
         """What serves the calls of a step: its kernel, or while that is not ready what stands in for it, until the next
-        snapshot; under capture each call asks anew."""
+        snapshot. In graph mode each call asks anew, unless the kernel has served: the next one may be captured."""
         if self._is_ready(choice, context):
-            return self._snapshot.instrumented(self._snapshot.prepare(choice, self.operation, context), self)
-        if not PUBLISHED.special:
+            prepared = self._snapshot.prepare(choice, self.operation, context)
+            if prepared.proven or not PUBLISHED.special or self._is_default(choice):
+                return self._snapshot.instrumented(prepared, self)
+        elif not PUBLISHED.special:
             default = self._snapshot.default_of(self.operation, context)
             if default is not None:
                 prepared = self._snapshot.prepare(default, self.operation, context)
-                return self._counted_as_unprepared(self._snapshot.instrumented(prepared, self))
+                return self._counted_as_unprepared(choice, self._snapshot.instrumented(prepared, self))
 
         def asking(*arguments: Any) -> Any:
-            return self._snapshot.serve(choice, self.operation, self.describe(arguments), arguments)
+            context = self.describe(arguments)
+            self._snapshot.record_hit(context)
+            return self._snapshot.serve(choice, self.operation, context, arguments)
 
         return asking
 
-    def _counted_as_unprepared(self, function: KernelFunction) -> KernelFunction:
-        count = self._snapshot.counters.counter("unprepared").raise_by_one
-
+    def _counted_as_unprepared(self, choice: Choice, function: KernelFunction) -> KernelFunction:
         def unprepared(*arguments: Any) -> Any:
-            count()
+            self._snapshot.count_unprepared(choice)
             return function(*arguments)
 
         return unprepared

@@ -64,7 +64,7 @@ def compile_rows(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> Comp
         )
     current = current_rows(rows, by_id)
     verdicts = pooled(judge(current), device.platform)
-    others = beside(verdicts)
+    others = beside(verdicts, device.platform)
     models = {key: _model(key[0], own, others[key]) for key, own in verdicts.items()}
     entries = tuple(entry_of(key, model, by_id, device) for key, model in models.items())
     if not entries:

@@ -33,13 +33,13 @@ def pooled(verdicts: Mapping[Key, Sequence[Verdict]], platform: str) -> dict[Key
         name, static_key = key
         twin = twin_of(static_key, platform)
         others = () if twin is None else verdicts.get((name, twin), ())
-        found[key] = tuple(sorted([*own, *_borrowed(name, own, others)], key=lambda verdict: verdict.sizes))
+        found[key] = tuple(sorted([*own, *_borrowed(own, others)], key=lambda verdict: verdict.sizes))
     return found
 
 
-def beside(verdicts: Mapping[Key, Sequence[Verdict]]) -> dict[Key, tuple[Verdict, ...]]:
+def beside(verdicts: Mapping[Key, Sequence[Verdict]], platform: str) -> dict[Key, tuple[Verdict, ...]]:
     """Of each key what those that differ from it in the operation's graded feature alone tell of it."""
-    found = neighbours(verdicts)
+    found = neighbours(verdicts, platform)
     return {
         key: told_of(own, [(octaves, verdicts[other]) for octaves, other in found[key]])
         for key, own in verdicts.items()
@@ -47,27 +47,33 @@ def beside(verdicts: Mapping[Key, Sequence[Verdict]]) -> dict[Key, tuple[Verdict
 
 
 def told_of(own: Sequence[Verdict], others: Iterable[tuple[float, Sequence[Verdict]]]) -> tuple[Verdict, ...]:
-    """The verdicts of other keys, each so many octaves away, on the kernels that have a time under the own one."""
+    """The verdicts of other keys, each so many octaves away, on the kernels that have a time under the own one, as of
+    calls of that."""
     checked = _kernels_of(own)
     return tuple(
-        replace(kept, away=octaves)
+        replace(_as_of(own[0], kept), away=octaves)
         for octaves, verdicts in others
         for verdict in verdicts
         if (kept := _of_kernels(verdict, checked)) is not None
     )
 
 
-def neighbours(keys: Iterable[Key]) -> dict[Key, list[tuple[float, Key]]]:
+def neighbours(keys: Iterable[Key], platform: str) -> dict[Key, list[tuple[float, Key]]]:
     """Of each key those that differ from it in the operation's graded feature alone, and how far away they are, in
-    octaves."""
-    families: dict[Key, list[tuple[float, Key]]] = {}
+    octaves; of two that share their verdicts the one of its own type."""
+    families: dict[Key, dict[float, list[Key]]] = {}
     for key in keys:
-        family, value = _family_of(key)
-        families.setdefault(family, []).append((value, key))
+        family, value = _family_of(pool_of(key, platform))
+        families.setdefault(family, {}).setdefault(value, []).append(key)
     return {
-        key: [(math.log2(value / own), other) for value, other in members if other != key]
+        key: [
+            (math.log2(value / own), next((other for other in others if other[1][1] == key[1][1]), others[0]))
+            for value, others in members.items()
+            if value != own
+        ]
         for members in families.values()
-        for own, key in members
+        for own, alike in members.items()
+        for key in alike
     }
 
 
@@ -94,13 +100,18 @@ def pooled_cell(context: SelectionContext, platform: str) -> tuple[Key, Sizes]:
     return pool_of(key, platform), sizes
 
 
-def _borrowed(name: str, own: Sequence[Verdict], others: Sequence[Verdict]) -> Iterator[Verdict]:
+def _borrowed(own: Sequence[Verdict], others: Sequence[Verdict]) -> Iterator[Verdict]:
     measured = {verdict.sizes for verdict in own}
     checked = _kernels_of(own)
-    operation = operation_named(name)
     for verdict in others:
         if verdict.sizes not in measured and (kept := _of_kernels(verdict, checked)) is not None:
-            yield replace(kept, context=operation.with_sizes(own[0].context, verdict.sizes))
+            yield _as_of(own[0], kept)
+
+
+def _as_of(own: Verdict, verdict: Verdict) -> Verdict:
+    """The verdict as one on a call of the own key."""
+    operation = operation_named(own.context.operation)
+    return replace(verdict, context=operation.with_sizes(own.context, verdict.sizes))
 
 
 def _kernels_of(verdicts: Sequence[Verdict]) -> frozenset[str]:

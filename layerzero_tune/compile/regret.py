@@ -215,7 +215,7 @@ class RegretModel:
         """What is known of a choice."""
         if choice not in self._columns:
             tried, variances = self._times(choice)
-            base, base_variances = self._times(self._most_measured[choice[0]])
+            base, base_variances = self._base_of(choice, tried)
             ratios = with_untried(tried, base, self._places, self._shares)
             rows = np.flatnonzero(~np.isnan(ratios))
             known = np.where(np.isnan(tried), base_variances, variances)
@@ -228,13 +228,22 @@ class RegretModel:
         ratios = np.array([standing.log_ratio for standing in held])
         return ratios, np.array([_variance(standing) for standing in held])
 
+    def _base_of(self, choice: Choice, tried: Floats) -> tuple[Floats, Floats]:
+        """The times of the most measured choice of the kernel that was tried where this one was; its own where no other
+        has more of them."""
+        for other in self._by_times[choice[0]]:
+            times, variances = self._times(other)
+            if other == choice or not np.isnan(times + tried).all():
+                break
+        return times, variances
+
     @cached_property
-    def _most_measured(self) -> Mapping[str, Choice]:
-        """Of each kernel the choice with the most times."""
+    def _by_times(self) -> Mapping[str, Sequence[Choice]]:
+        """Of each kernel the choices, those with the most times first."""
         counts = Counter(choice for standings in self._standings for choice in standings)
-        found: dict[str, Choice] = {}
+        found: dict[str, list[Choice]] = {}
         for choice in sorted(counts, key=lambda choice: (-counts[choice], choice)):
-            found.setdefault(choice[0], choice)
+            found.setdefault(choice[0], []).append(choice)
         return found
 
     @cached_property

@@ -253,6 +253,6 @@ def _key_agendas(
         free = [operation.axes.index(axis) for axis in operation.axes_of(examples[key])]
         regret = KeyRegret(operation, free, weights)
         agendas[key] = KeyAgenda(device, clock, operation, regret, waiting.get(key, {}), searched, refine=refine)
-    for key, found in neighbours(agendas).items():
+    for key, found in neighbours(agendas, device.spec.platform).items():
         agendas[key].regret.heed((octaves, agendas[other].regret) for octaves, other in found)
     return agendas

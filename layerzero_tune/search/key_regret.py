@@ -61,7 +61,9 @@ class KeyRegret:
         self._begun: set[Sizes] = set()
         self._new: set[Sizes] = set()
         self._unjudged: set[Sizes] = set()
+        self._contests = 0
         self._neighbours: tuple[tuple[float, KeyRegret], ...] = ()
+        self._heard: tuple[int, ...] = ()
         self._bounds = DemandBounds(self.demand, self.free)
         self._model: RegretModel | None = None
         self._regrets = np.full(len(self.demand), UNKNOWN)
@@ -83,6 +85,11 @@ class KeyRegret:
         return self._model
 
     @property
+    def contests(self) -> int:
+        """How many have come in."""
+        return self._contests
+
+    @property
     def measured(self) -> Collection[Sizes]:
         """The sizes with a contest, whether or not it gave a time."""
         return self._rows.keys()
@@ -96,6 +103,7 @@ class KeyRegret:
         if held and held[0].context.dtype != rows[0].context.dtype:
             rows = [replace(row, context=held[0].context) for row in rows]
         held.extend(rows)
+        self._contests += 1
         self._new.add(sizes)
         self._unjudged.add(sizes)
         self._doubts.pop(sizes, None)
@@ -127,16 +135,18 @@ class KeyRegret:
         return len(self._new) * _RENEWED_PER >= len(self._rows)
 
     def renew(self) -> None:
-        """Work the regret out from all that was measured, where contests have come in since."""
-        if not self._new:
+        """Work the regret out from all that was measured, where contests have come in since, here or beside."""
+        heard = tuple(neighbour.contests for _, neighbour in self._neighbours)
+        if not self._new and heard == self._heard:
             return
         verdicts = self.verdicts
         told = told_of(verdicts, [(octaves, neighbour.verdicts) for octaves, neighbour in self._neighbours])
         before, self._model = self._model, RegretModel(verdicts, self.free, told) if verdicts else None
         covered = self._covered()
         stale = self._near_new() | (covered != self._is_covered)
-        if before is None or self._model is None or before.reference != self._model.reference:
+        if before is None or self._model is None or before.reference != self._model.reference or heard != self._heard:
             stale[:] = True
+        self._heard = heard
         self._is_covered = covered
         for sizes, number in self._index.items():
             if stale[number]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -171,3 +172,34 @@ def test_each_plan_of_a_bucket_is_captured_once_it_was_prepared_itself(tmp_path:
                 _called(rows, strided=True)
         assert (first.calls, second.calls) == (calls[0] + 3 * (not strided), calls[1] + 3 * strided)
         assert changes(before) == {"calls": 6, "hits": 6, "unprepared": 3}
+
+
+def test_what_was_loaded_in_graph_mode_but_never_called_is_not_called_first_under_capture(tmp_path: Path) -> None:
+    """It need not compile to do in its first call what no capture allows."""
+    fast, loader = _kernel("test.fast")
+    fast = replace(fast, spec=replace(fast.spec, compiles=False))
+    with _table_of(tmp_path, fast):
+        with lz.execution_mode("graph"):
+            _called(8, strided=True)  # the default's
+            with _capture():
+                _called(8)
+            assert loader.calls == 0
+            _called(8)
+            assert loader.calls == 1
+            with _capture():
+                _called(8)
+        assert loader.calls == 2
+
+
+def test_calls_that_wait_for_warmup_are_recorded_whichever_came_first(tmp_path: Path) -> None:
+    fast, _ = _kernel("test.fast")
+    with _table_of(tmp_path / "tables", fast):
+        before = lz.stats()
+        lz.record_workload(str(tmp_path / "calls.jsonl"), hits=True)
+        with lz.execution_mode("graph"):
+            for strided in (True, False, False):
+                _called(8, strided=strided)
+        lz.record_workload(None)
+        assert changes(before) == {"calls": 3, "hits": 3, "unprepared": 2}
+    recorded = (tmp_path / "calls.jsonl").read_text().splitlines()
+    assert sum(json.loads(line).get("weight", 1) for line in recorded) == 3

@@ -8,13 +8,15 @@ from dataclasses import replace
 import pytest
 
 from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.operations import operation_named
 from layerzero_tune.compile.cell import key_of
 from layerzero_tune.compile.judge import judge
 from layerzero_tune.compile.pipeline import compile_rows
-from layerzero_tune.compile.pooling import beside
+from layerzero_tune.compile.pooling import beside, neighbours
 from layerzero_tune.compile.witnesses import witnesses
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.search.agenda import Agenda
+from layerzero_tune.search.key_regret import KeyRegret
 from layerzero_tune.search.recorded_device import RecordedDevice
 from layerzero_tune.workload.lines import WorkloadLine
 from tests.tune.synthetic_results import ALL_KERNELS, Times, compiled, grid, measured, norm, served, table_of
@@ -101,6 +103,24 @@ def test_each_size_has_one_witness_the_nearest() -> None:
     assert {verdict.sizes for verdict in witnesses(model, ((1, 4), (64, 4096)))} == own | {(4, 256)}
 
 
+def test_what_is_told_is_of_calls_of_the_own_group() -> None:
+    """Guards are asked of it: a kernel for one group does not count as turned away beside."""
+    rows = rows_of(grouped(4)) + rows_of(grouped(8, BETWEEN))
+    verdicts = judge(rows)
+    key = key_of(grouped(4)[0])
+    told = beside(verdicts, "cpu")[key]
+    assert {key_of(verdict.context) for verdict in told} == {key}
+    assert [verdict.sizes for verdict in told] == [verdict.sizes for verdict in verdicts[key_of(grouped(8)[0])]]
+
+
+@pytest.mark.parametrize(("platform", "found"), [("cuda", 1), ("cpu", 0)])
+def test_a_group_that_was_measured_in_the_other_type_tells_where_both_share_verdicts(platform: str, found: int) -> None:
+    own, other = (key_of(replace(grouped(group)[0], dtype=dtype)) for group, dtype in ((4, "bfloat16"), (8, "float16")))
+    assert neighbours([own, other], platform)[own] == [(1.0, other)] * found
+    same = key_of(replace(grouped(8)[0], dtype="bfloat16"))
+    assert neighbours([own, other, same], platform)[own] == [(1.0, same)]
+
+
 @pytest.mark.parametrize("make", [lambda: grouped(1), lambda: grid(norm, (1, 64), (512, 4096))])
 def test_operations_without_a_graded_feature_and_single_keys_have_nothing_beside(
     make: Callable[[], list[SelectionContext]],
@@ -109,7 +129,7 @@ def test_operations_without_a_graded_feature_and_single_keys_have_nothing_beside
     default = DEFAULT if contexts[0].operation == "attention.full" else "torch.rms_norm"
     rows = measured(contexts, lambda _: {default: 1000.0})
     rows += measured([replace(context, dtype="bfloat16") for context in contexts], lambda _: {default: 1000.0})
-    assert set(beside(judge(rows)).values()) == {()}
+    assert set(beside(judge(rows), "cpu").values()) == {()}
 
 
 def test_a_run_expects_less_to_be_lost_where_a_near_group_was_measured() -> None:
@@ -129,3 +149,19 @@ def test_a_run_expects_less_to_be_lost_where_a_near_group_was_measured() -> None
     assert expected([]) > 0.5  # a table would give the default
     assert expected(grouped(16, [*CORNERS, *BETWEEN])) > 0.5
     assert expected(grouped(8, [*CORNERS, *BETWEEN])) < 0.1
+
+
+def test_what_is_left_does_not_depend_on_the_order_in_which_both_groups_came_in() -> None:
+    def left(own_first: bool) -> float:
+        operation = operation_named("attention.full")
+        (first, second) = (KeyRegret(operation, (0, 1), {(8, 512): 1.0, (4, 300): 1.0}) for _ in range(2))
+        first.heed([(1.0, second)])
+        contests = [(first, grouped(4)), (second, grouped(8, [*CORNERS, *BETWEEN]))]
+        for regret, calls in contests if own_first else reversed(contests):
+            for call in calls:
+                regret.learn(operation.sizes(call), rows_of([call]))
+                regret.renew()
+        first.renew()
+        return first.weighted[0]
+
+    assert left(own_first=True) == left(own_first=False) < 0.1

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerzero_tune.compile.arrays import Floats
+from layerzero_tune.compile.pipeline import compile_rows
 from layerzero_tune.compile.untried import with_untried
 from layerzero_tune.identity import content_hash
 from layerzero_tune.results.measurement import Measurement
-from tests.tune.synthetic_results import compiled, contest_rows, norm, served, table_of
+from tests.tune.synthetic_results import ALL_KERNELS, compiled, contest_rows, norm, served, table_of
 
 DEFAULT, TUNED, PLAIN = "torch.rms_norm", "synthetic.lean", "synthetic.wide"
 
@@ -48,6 +49,20 @@ def test_a_configuration_that_was_searched_for_at_large_sizes_does_not_serve_sma
     table = table_of(compiled(rows))
     assert [served(table, norm(size)) for size in (3, 24, 100)] == [PLAIN] * 3
     assert [served(table, norm(size)) for size in (1 << 12, 6000, 1 << 14)] == [TUNED] * 3
+
+
+def test_a_configuration_is_compared_with_one_that_was_tried_where_it_was() -> None:
+    """The kernel's shipped one has the most times, none of them beside it; another one shows what the kernel takes at
+    small sizes, and at one of them the configuration is fast."""
+    large = [row for power in range(11, 21) for row in _contest(1 << power, {DEFAULT: 1e3, TUNED: 1.1e3}, {})]
+    small = [
+        row if row.configuration or row.kernel_id != TUNED else replace(row, configuration={"block": 8})
+        for power in range(9)
+        for row in _contest(1 << power, {DEFAULT: 1e3, TUNED: 1.2e3}, {64: 4e2} if power == 8 else {})
+    ]
+    (model,) = compile_rows([*large, *small], ALL_KERNELS).models.values()
+    assert model.best((256, 1024)) == (TUNED, '{"block":64}')
+    assert model.best((1, 1024)) == (DEFAULT, "{}")
 
 
 def _even(distances: Floats) -> Floats:
