@@ -154,14 +154,15 @@ def test_a_run_expects_less_to_be_lost_where_a_near_group_was_measured() -> None
 def test_what_is_left_does_not_depend_on_the_order_in_which_both_groups_came_in() -> None:
     def left(own_first: bool) -> float:
         operation = operation_named("attention.full")
-        (first, second) = (KeyRegret(operation, (0, 1), {(8, 512): 1.0, (4, 300): 1.0}) for _ in range(2))
+        (first, second) = (KeyRegret(operation, (0, 1), {(8, 512): 1.0, (4, 250): 1.0}) for _ in range(2))
         first.heed([(1.0, second)])
-        contests = [(first, grouped(4)), (second, grouped(8, [*CORNERS, *BETWEEN]))]
-        for regret, calls in contests if own_first else reversed(contests):
+        slower: Times = {DEFAULT: 2000.0, FUSED: 1950.0}
+        contests = [(first, grouped(4), FAST), (second, grouped(8, [*CORNERS, *BETWEEN]), slower)]
+        for regret, calls, times in contests if own_first else reversed(contests):
             for call in calls:
-                regret.learn(operation.sizes(call), rows_of([call]))
+                regret.learn(operation.sizes(call), rows_of([call], times))
                 regret.renew()
         first.renew()
         return first.weighted[0]
 
-    assert left(own_first=True) == left(own_first=False) < 0.1
+    assert left(own_first=True) == left(own_first=False)
