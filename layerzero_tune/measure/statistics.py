@@ -14,6 +14,9 @@ from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
+
+# Here, not where it is first used: numpy loads its random numbers late, and loses a Ctrl-C that comes meanwhile.
+from numpy.random import PCG64
 from numpy.typing import NDArray
 
 LOG_RESOLUTION = 1e-9
@@ -229,7 +232,7 @@ def _bootstrap_interval(logs: Logs) -> tuple[int, int]:
 def _draws(count: int) -> NDArray[np.int16]:
     """How often each of `count` values is drawn in each resample, (count, resamples): indices from the high halves of
     PCG64's raw 64-bit numbers."""
-    raw = np.random.PCG64(_SEED).random_raw(RESAMPLES * count)
+    raw = PCG64(_SEED).random_raw(RESAMPLES * count)
     high = np.asarray(raw, dtype=np.uint64) >> np.uint64(32)
     indices = ((high * np.uint64(count)) >> np.uint64(32)).astype(np.int64).reshape(RESAMPLES, count)
     return np.stack([(indices == value).sum(axis=1, dtype=np.int16) for value in range(count)])
