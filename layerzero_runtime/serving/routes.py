@@ -92,14 +92,10 @@ class Route:
             serving = next((choice for step, choice in steps if step.accepts(context)), None)
             if serving is None:
                 result = self._described(*arguments)
-            elif self._is_ready(serving, context):
-                self._snapshot.record_hit(context)
-                prepared = self._snapshot.prepare(serving, self.operation, context)
-                result = self._snapshot.run(prepared, self.operation, context, arguments)
             else:
-                self._snapshot.record_hit(context)
-                result = self._snapshot.serve(serving, self.operation, context, arguments)
-                if PUBLISHED.special and not steps[0][0].guards:  # it may be ready after the capture
+                is_ready = self._is_ready(serving, context)
+                result = self._serve_step(serving, context, arguments)
+                if not is_ready and PUBLISHED.special and not steps[0][0].guards:  # it may be after the capture
                     return result
             self.functions[leaf] = self._leaf_function(leaf, steps, context)
             return result
@@ -142,12 +138,16 @@ class Route:
                 prepared = self._snapshot.prepare(default, self.operation, context)
                 return self._counted_as_unprepared(choice, self._snapshot.instrumented(prepared, self))
 
-        def asking(*arguments: Any) -> Any:
-            context = self.describe(arguments)
-            self._snapshot.record_hit(context)
-            return self._snapshot.serve(choice, self.operation, context, arguments)
+        return lambda *arguments: self._serve_step(choice, self.describe(arguments), arguments)
 
-        return asking
+    def _serve_step(self, choice: Choice, context: SelectionContext, arguments: tuple[Any, ...]) -> Any:
+        """The call by a step's kernel, or by what stands in for it."""
+        self._snapshot.record_hit(context)
+        if self._is_default(choice):
+            return self._snapshot.run(
+                self._snapshot.prepare(choice, self.operation, context), self.operation, context, arguments
+            )
+        return self._snapshot.serve(choice, self.operation, context, arguments)
 
     def _counted_as_unprepared(self, choice: Choice, function: KernelFunction) -> KernelFunction:
         def unprepared(*arguments: Any) -> Any:

@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 
 from layerzero_runtime import dispatch
+from layerzero_runtime import snapshot as snapshot_module
 from layerzero_runtime.counters import CallCounters
 from layerzero_runtime.device import detect_device
 from layerzero_runtime.dispatch import publish_snapshot
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.registry import Registry
+from layerzero_runtime.serving import execution, recovery
 from layerzero_runtime.serving.execution import STATE
+from layerzero_runtime.serving.published import PUBLISHED
 from layerzero_runtime.serving.seen_calls import SeenCalls
 from layerzero_runtime.snapshot import MAX_ROUTES, Snapshot
 from layerzero_runtime.tables import table_files
@@ -104,6 +107,19 @@ def registry_in_force(registry: Registry) -> Iterator[Snapshot]:
     finally:
         dispatch._publish(lambda sources: replace(sources, registry=Registry(builtin_kernels())))
         dispatch.health().reset()
+
+
+@contextmanager
+def capture_in_force() -> Iterator[None]:
+    """As under capture of a CUDA graph, which this machine does not have."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (execution, recovery, snapshot_module):
+            patch.setattr(module, "is_capturing", lambda: True)
+        PUBLISHED.enter_special()
+        try:
+            yield
+        finally:
+            PUBLISHED.leave_special()
 
 
 def forget(seen: SeenCalls) -> None:

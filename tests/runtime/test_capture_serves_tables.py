@@ -19,15 +19,13 @@ from layerzero_runtime.device import detect_device
 from layerzero_runtime.kernel import Kernel, KernelSpec
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.libraries import library_version
-from layerzero_runtime.serving import execution, recovery
 from layerzero_runtime.serving.execution import STATE
 from layerzero_runtime.serving.prepared import PreparedKernels
-from layerzero_runtime.serving.published import PUBLISHED
 from layerzero_runtime.snapshot import Snapshot
 from layerzero_runtime.tables.staleness import kernel_source_hash
 from layerzero_tune.compile.emit import emit
 from layerzero_tune.compile.pipeline import compile_table
-from tests.runtime.conftest import tables_in_force
+from tests.runtime.conftest import capture_in_force, tables_in_force
 from tests.runtime.test_dispatch import changes, kernels_in_force
 from tests.tune.synthetic_results import contest_rows
 
@@ -49,7 +47,7 @@ class Counting:
         return activate
 
 
-def _kernel(kernel_id: str, **spec: object) -> tuple[Kernel, Counting]:
+def _kernel(kernel_id: str) -> tuple[Kernel, Counting]:
     loader = Counting()
     declared = KernelSpec(
         kernel_id=kernel_id,
@@ -58,14 +56,13 @@ def _kernel(kernel_id: str, **spec: object) -> tuple[Kernel, Counting]:
         dtypes=("float32",),
         requires_contiguous=True,  # a guard, behind which the default stands
         compiles=True,
-        **spec,  # type: ignore[arg-type]
     )
     return Kernel(declared, loader), loader  # type: ignore[arg-type]
 
 
-def _context(rows: int, mode: str = "graph") -> SelectionContext:
+def _context(rows: int) -> SelectionContext:
     return SelectionContext(
-        operation="mlp.swiglu", dtype="float32", mode=mode, rows=rows, hidden_size=WIDTH, device=detect_device("cpu")
+        operation="mlp.swiglu", dtype="float32", mode="graph", rows=rows, hidden_size=WIDTH, device=detect_device("cpu")
     )
 
 
@@ -95,21 +92,6 @@ def nothing_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_prepared", PreparedKernels())
 
 
-@contextmanager
-def _capture() -> Iterator[None]:
-    """As under capture of a CUDA graph, which this machine does not have."""
-    from layerzero_runtime import snapshot as snapshot_module
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (execution, recovery, snapshot_module):
-            patch.setattr(module, "is_capturing", lambda: True)
-        PUBLISHED.enter_special()
-        try:
-            yield
-        finally:
-            PUBLISHED.leave_special()
-
-
 def _called(rows: int, *, strided: bool = False) -> None:
     """A call and a check of its result; strided rows are not contiguous, but their elements are."""
     gate, up = torch.randn(2, rows, 2 * WIDTH)[..., :WIDTH] if strided else torch.randn(2, rows, WIDTH)
@@ -122,7 +104,7 @@ def test_what_warmup_prepared_is_captured_though_the_default_behind_its_guard_wa
         [plan] = lz.warmup([_context(8)])
         assert (plan.kernel_id, plan.source) == ("test.fast", "table")
         before, calls = lz.stats(), loader.calls
-        with _capture():
+        with capture_in_force():
             for rows in ROWS:
                 _called(rows)
         assert loader.calls == calls + len(ROWS)
@@ -134,7 +116,7 @@ def test_calls_that_the_guard_turns_away_are_captured_with_the_default(tmp_path:
     with _table_of(tmp_path, fast):
         lz.warmup([_context(8)])
         calls = loader.calls
-        with _capture():
+        with capture_in_force():
             _called(8, strided=True)
             _called(8)
         assert loader.calls == calls + 1
@@ -144,14 +126,14 @@ def test_what_was_not_prepared_is_not_captured_but_later_served(tmp_path: Path) 
     fast, loader = _kernel("test.fast")
     with _table_of(tmp_path, fast):
         before = lz.stats()
-        with _capture():
+        with capture_in_force():
             for _ in range(2):
                 _called(8)
         assert loader.calls == 0
         assert changes(before) == {"calls": 2, "hits": 2, "unprepared": 2}
         lz.warmup([_context(8)])
         calls = loader.calls
-        with _capture():
+        with capture_in_force():
             _called(8)
         assert loader.calls == calls + 1
 
@@ -166,7 +148,7 @@ def test_each_plan_of_a_bucket_is_captured_once_it_was_prepared_itself(tmp_path:
         [plan] = lz.warmup([replace(_context(8), is_contiguous=not strided)])
         assert plan.kernel_id == ("test.loose" if strided else "test.fast")
         before, calls = lz.stats(), (first.calls, second.calls)
-        with _capture():
+        with capture_in_force():
             for rows in (8, 20, 64):  # a single row is contiguous
                 _called(rows)
                 _called(rows, strided=True)
@@ -181,12 +163,12 @@ def test_what_was_loaded_in_graph_mode_but_never_called_is_not_called_first_unde
     with _table_of(tmp_path, fast):
         with lz.execution_mode("graph"):
             _called(8, strided=True)  # the default's
-            with _capture():
+            with capture_in_force():
                 _called(8)
             assert loader.calls == 0
             _called(8)
             assert loader.calls == 1
-            with _capture():
+            with capture_in_force():
                 _called(8)
         assert loader.calls == 2
 

@@ -19,6 +19,7 @@ from layerzero_runtime.serving.execution import STATE
 from layerzero_runtime.serving.prepared import PreparedKernels
 from layerzero_runtime.serving.published import PUBLISHED
 from layerzero_runtime.snapshot import Snapshot
+from tests.runtime.conftest import capture_in_force
 from tests.runtime.test_dispatch import (
     DEFAULT,
     FAR,
@@ -133,16 +134,9 @@ def test_graph_mode_asks_for_the_graph_table_in_its_own_block_and_thread(tmp_pat
 
 
 @pytest.fixture
-def capturing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As under capture of a CUDA graph, which this machine does not have."""
-    from layerzero_runtime import snapshot as snapshot_module
-    from layerzero_runtime.serving import recovery
-
-    for module in (execution, recovery, snapshot_module):
-        monkeypatch.setattr(module, "is_capturing", lambda: True)
-    PUBLISHED.enter_special()
-    yield
-    PUBLISHED.leave_special()
+def capturing() -> Iterator[None]:
+    with capture_in_force():
+        yield
 
 
 def test_under_capture_only_what_was_prepared_serves(capturing: None) -> None:

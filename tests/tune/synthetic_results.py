@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -112,6 +113,21 @@ def contest_rows(
             )
         )
     return rows
+
+
+def configured(row: Measurement, times: Mapping[int, float]) -> list[Measurement]:
+    """The same job in further configurations of its kernel: by `block` a time in ns, with the row's noise."""
+    assert row.screen_ns is not None
+    return [
+        replace(
+            row,
+            job_id=content_hash(["job", row.context.to_dict(), block]),
+            configuration={"block": block},
+            screen_ns=time,
+            samples_ns=tuple(time / row.screen_ns * sample for sample in row.samples_ns),
+        )
+        for block, time in times.items()
+    ]
 
 
 def measured(

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from layerzero_tune.compile.judge import Choice, Standing, Verdict
 from layerzero_tune.compile.pipeline import compile_table
 from layerzero_tune.compile.portfolio import MAX_LOSS, narrow
-from layerzero_tune.identity import content_hash
 from layerzero_tune.results.measurement import Measurement
-from tests.tune.synthetic_results import ALL_KERNELS, contest_rows, norm
+from tests.tune.synthetic_results import ALL_KERNELS, configured, contest_rows, norm
 
 DEFAULT: Choice = ("torch.rms_norm", "{}")
 FREE: Choice = ("synthetic.wide", "{}")
@@ -147,19 +146,7 @@ def rows_of(rows: int, times: Mapping[int, float]) -> list[Measurement]:
     made = contest_rows(norm(rows), {"torch.rms_norm": 1000.0, "synthetic.lean": 1.0})
     lean = next(row for row in made if row.kernel_id == "synthetic.lean")
     default = next(row for row in made if row.is_default)
-    return [
-        default,
-        *(
-            replace(
-                lean,
-                job_id=content_hash(["job", rows, size]),
-                configuration={"block": size},
-                screen_ns=time,
-                samples_ns=tuple(time * sample for sample in lean.samples_ns),
-            )
-            for size, time in times.items()
-        ),
-    ]
+    return [default, *configured(lean, times)]
 
 
 def test_a_table_holds_the_portfolio_alone() -> None:

@@ -13,30 +13,17 @@ from hypothesis import strategies as st
 from layerzero_tune.compile.arrays import Floats
 from layerzero_tune.compile.pipeline import compile_rows
 from layerzero_tune.compile.untried import with_untried
-from layerzero_tune.identity import content_hash
 from layerzero_tune.results.measurement import Measurement
-from tests.tune.synthetic_results import ALL_KERNELS, compiled, contest_rows, norm, served, table_of
+from tests.tune.synthetic_results import ALL_KERNELS, compiled, configured, contest_rows, norm, served, table_of
 
 DEFAULT, TUNED, PLAIN = "torch.rms_norm", "synthetic.lean", "synthetic.wide"
 
 
 def _contest(rows: int, times: Mapping[str, float], configurations: Mapping[int, float]) -> list[Measurement]:
     """A contest of kernels, and of further configurations of the tuned one."""
-    made = contest_rows(norm(rows), {**times, TUNED: times[TUNED]})
+    made = contest_rows(norm(rows), times)
     shipped = next(row for row in made if row.kernel_id == TUNED)
-    return [
-        *made,
-        *(
-            replace(
-                shipped,
-                job_id=content_hash(["job", rows, block]),
-                configuration={"block": block},
-                screen_ns=time,
-                samples_ns=tuple(time / times[TUNED] * sample for sample in shipped.samples_ns),
-            )
-            for block, time in configurations.items()
-        ),
-    ]
+    return [*made, *configured(shipped, configurations)]
 
 
 def test_a_configuration_that_was_searched_for_at_large_sizes_does_not_serve_small_ones() -> None:
