@@ -1,4 +1,9 @@
-"""Points between measured ones: where the winners differ, to place an edge; elsewhere, off a bucket's centre."""
+"""Points between measured ones: where the winners differ, to place an edge; elsewhere, off a bucket's centre.
+
+A size that need not be exact is the roundest in its surroundings, a multiple of a high power of two: widths of models
+are, lengths and batches often, and a kernel whose tiles such a size fills can be another one than beside it. What has
+been called goes by its own sizes; those between are the ones to guess.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +21,11 @@ from layerzero_tune.compile.regret import RegretModel, place_of
 
 # Neighbours that are closer than this (in octaves) are not parted further: edges lie within a few percent then.
 CLOSEST = 0.25
-
-
 # A crossing that is expected closer to one of two neighbours than this share of the way is looked for no closer: what
 # is measured there parts the way better, if the crossing is not where it is expected.
 _NEAREST_SHARE = 0.2
+# How far (as a share of the way) a rounder size may lie from the point that is looked for.
+_ROUNDING_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,9 @@ def points_between(operation: Operation, model: RegretModel) -> tuple[Between, .
     """A point between each measured cell and the nearest one that lies further along an axis, more than anywhere else:
     where the times of their winners are expected to cross, or halfway.
 
-    Sizes keep the common divisor that the measured ones have on their axis. Calls that the operation does not have, or
+    Sizes keep the common divisor that the measured ones have on their axis, and are the roundest within
+    `_ROUNDING_SHARE` of the way; where times are expected to cross, those without such a divisor are as near as can be.
+    Calls that the operation does not have, or
     that have another static key, are left out. In ascending order of sizes.
     """
     cells = model.verdicts
@@ -47,7 +54,8 @@ def points_between(operation: Operation, model: RegretModel) -> tuple[Between, .
     for first, second in _neighbours(cells, model.free):
         is_edge = not first.acceptable & second.acceptable
         share = _crossing(first, second) if is_edge else 0.5
-        sizes = _between(first.sizes, second.sizes, share, model.free, multiples)
+        rounded = [multiple > 1 or not is_edge for multiple in multiples]
+        sizes = _between(first.sizes, second.sizes, share, model.free, multiples, rounded)
         context = _call(operation, example, sizes)
         if sizes in known or context is None:
             continue
@@ -85,17 +93,32 @@ def _lead(verdict: Verdict, one: Choice, other: Choice) -> float:
     return standings[other].log_ratio - standings[one].log_ratio if {one, other} <= standings.keys() else math.nan
 
 
-def _between(first: Sizes, second: Sizes, share: float, free: Sequence[int], multiples: Sequence[int]) -> Sizes:
+def _between(
+    first: Sizes, second: Sizes, share: float, free: Sequence[int], multiples: Sequence[int], rounded: Sequence[bool]
+) -> Sizes:
     sizes: list[int] = []
-    for axis, (low, high) in enumerate(zip(first, second, strict=True)):
+    for axis, (start, end) in enumerate(zip(first, second, strict=True)):
         if axis not in free:
             sizes.append(sizes[-1])
             continue
-        multiple = multiples[axis]
-        exact = math.exp((1.0 - share) * math.log(low) + share * math.log(high))
-        size = round(round(exact, 6) / multiple) * multiple
-        sizes.append(min(max(size, min(low, high)), max(low, high)))
+        way = math.log(end / start)
+        exact = start * math.exp(share * way)
+        reach = math.exp(abs(way) * _ROUNDING_SHARE) if rounded[axis] else 1.0
+        size = roundest(exact, reach, multiples[axis])
+        sizes.append(min(max(size, min(start, end)), max(start, end)))
     return tuple(sizes)
+
+
+def roundest(exact: float, reach: float, multiple: int) -> int:
+    """Of the multiples that lie within a factor of `reach` of the exact size, the nearest of those that the highest
+    power of two divides further; the nearest multiple of all where none lies within."""
+    least, most = (math.ceil(round(exact / reach / multiple, 6)), math.floor(round(exact * reach / multiple, 6)))
+    step = 1
+    # The next step has a multiple within as long as there are more below `most` than below `least`.
+    while most // (2 * step) > (least - 1) // (2 * step):
+        step *= 2
+    count = round(round(exact / multiple, 6) / step) * step
+    return multiple * (min(max(count, -(-least // step) * step), most // step * step) if least <= most else count)
 
 
 def _call(operation: Operation, example: SelectionContext, sizes: Sizes) -> SelectionContext | None:

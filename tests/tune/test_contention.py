@@ -273,6 +273,15 @@ def test_a_gpu_that_is_slow_is_waited_for_whatever_the_processors_do(monkeypatch
 
 
 @pytest.mark.usefixtures("quiet")
+def test_a_part_that_slows_a_gpu_down_again_and_again_is_what_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine([8.0, 8.0, *[10.0, 8.0] * 2, 10.0, 10.0, 8.0])
+    monkeypatch.setattr(machine.speed, "is_of_processors", GpuWatch.is_of_processors, raising=False)
+    taken, speed = parts_of(machine, 3)
+    assert taken == [3, 1, 1]
+    assert speed.lost == pytest.approx(0.2)
+
+
+@pytest.mark.usefixtures("quiet")
 def test_the_screening_and_every_round_of_a_contest_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine([8.0, 8.0, 10.0, 8.0, 8.0, 8.0, 10.0, 8.0, 8.0, 8.0, 8.0])
     machine.speed.lost()
