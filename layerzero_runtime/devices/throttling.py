@@ -6,10 +6,11 @@ import ctypes
 
 from layerzero_runtime.devices.nvml import load_library, with_gpus
 
+POWER_CAP = "power cap"
 # Bits of nvmlDeviceGetCurrentClocksEventReasons (before driver 535: ...ThrottleReasons) that mean a limit of power or
 # heat; idle clocks and clocks that somebody has set are none.
 REASONS = {
-    0x04: "power cap",
+    0x04: POWER_CAP,
     0x08: "hardware slowdown",
     0x20: "software thermal slowdown",
     0x40: "hardware thermal slowdown",

@@ -25,7 +25,7 @@ from layerzero_tune.measure.correctness import Check, judge, tolerances
 from layerzero_tune.measure.entrants import Entrants, Progress
 from layerzero_tune.measure.failures import Result, attempt
 from layerzero_tune.measure.full_speed import FullSpeed
-from layerzero_tune.measure.gpu_state import GpuConditions, GpuState
+from layerzero_tune.measure.gpu_state import OWN_LOAD, GpuConditions, GpuState
 from layerzero_tune.measure.inputs import RandomTensors, check_measurable, rotating_inputs
 from layerzero_tune.measure.kept_memory import KEPT_BYTES, KeptMemory
 from layerzero_tune.measure.screening import finalists
@@ -245,7 +245,9 @@ class _ContestRun:
         """What the part gives at full speed; of a GPU, the state in which it was taken is kept."""
         found = self.full_speed.take(part)
         if self.bench.gpu is not None:
-            self.gpu_states.append(self.bench.gpu.last)
+            is_own_load = self.full_speed.is_own_load and self.bench.gpu.is_of_load()
+            state = self.bench.gpu.last
+            self.gpu_states.append(replace(state, slowed=(OWN_LOAD,)) if is_own_load else state)
         return found
 
     @property

@@ -1,4 +1,5 @@
-"""Measuring at full speed: what was timed while the device was slowed down is timed again."""
+"""Measuring at full speed: what was timed while the device was slowed down is timed again, unless it is what slows the
+device down."""
 
 from __future__ import annotations
 
@@ -11,10 +12,11 @@ from layerzero_tune.measure.contention import MAX_SHARE, ProcessorTime, others_s
 # How long a contest waits for the speed to come back: that of a virtual machine's cores did so in seconds, or after
 # minutes.
 PATIENCE_S = 10.0
-# A part that finds a GPU at full speed so often and leaves it slowed down each time slows it down by itself, by the
-# power that it draws: waiting gives nothing then. Without such a limit, an H100's contests of attention spent all their
-# patience where its power cap held the clocks, a quarter of the time of its tuning.
-_OWN_LOSSES = 3
+# A part that finds the device at full speed so often, and each time leaves it at the limit of its power, is what takes
+# the speed: calls of 14 ms and more draw an H100's 700 W within the call. They cannot be timed at full speed, and who
+# serves them meets their times. Without such a limit, contests of attention spent all their patience on it, a quarter
+# of the time of an H100's tuning, and were discarded.
+_OWN_LOADS = 3
 
 Part = TypeVar("Part")
 
@@ -33,6 +35,9 @@ class Speed(Protocol):
     def lost(self) -> float:
         """The share of the speed that is missing now, 0 if that is no more than usual."""
 
+    def is_of_load(self) -> bool:
+        """Whether what was missing at the last look is missing for the power that the device draws."""
+
 
 class FullSpeed:
     """Takes the parts of one contest while its device is at full speed.
@@ -40,10 +45,13 @@ class FullSpeed:
     Attributes:
         lost: the largest share of the speed that was missing in a part that was kept, because the contest had no
             patience left; 0 where there is none.
+        is_own_load: whether the contest's own calls hold the device at the limit of its power. Nothing counts as lost
+            then, and nothing is taken again.
     """
 
     def __init__(self, speed: Speed, waiting: Callable[[], None]) -> None:
         self.lost = 0.0
+        self.is_own_load = False
         self._speed = speed
         self._waiting = waiting
         self._patience_s = PATIENCE_S
@@ -60,18 +68,18 @@ class FullSpeed:
 
     def take(self, part: Callable[[], Part]) -> Part:
         """What the part gives, taken again where the speed was lost meanwhile, as long as the patience lasts and unless
-        the part is what takes it."""
-        own_losses = 0
+        the contest is what takes it."""
+        own_loads = 0
         while True:
             start = perf_counter()
             found = part()
             taken_s = perf_counter() - start
             lost = self._speed.lost()
-            if not lost:
+            is_of_load = self._speed.is_of_load()
+            own_loads += is_of_load
+            self.is_own_load |= own_loads == _OWN_LOADS
+            if not lost or (is_of_load and self.is_own_load):
                 return found
-            own_losses += not self._speed.is_of_processors
-            if own_losses == _OWN_LOSSES:
-                self._patience_s = 0.0
             if self._patience_s <= 0.0:
                 self.lost = max(self.lost, lost)
                 return found

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self, TypeVar
 
 from layerzero_runtime.devices.nvml import load_library
-from layerzero_runtime.devices.throttling import slowdown_reasons
+from layerzero_runtime.devices.throttling import POWER_CAP, slowdown_reasons
 
 _CLOCK_SM, _CLOCK_MEMORY = 1, 2  # NVML_CLOCK_SM, NVML_CLOCK_MEM
 _TEMPERATURE_GPU = 0  # NVML_TEMPERATURE_GPU
@@ -18,6 +18,8 @@ Number = TypeVar("Number", int, float)
 _SLOWER = 6
 # What a slowed down GPU lacks at least, so that its samples count as disturbed although the clock has not fallen yet.
 LEAST_LOSS = 0.1
+# In place of the reasons where the calls that are timed hold the GPU at the limit of its power by themselves.
+OWN_LOAD = "own load"
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,9 @@ class GpuWatch:
         clock = self._number("nvmlDeviceGetClockInfo", _CLOCK_SM)
         self.last = replace(self.last, clock_mhz=clock, slowed=slowdown_reasons(self._library, self._handle))
         return self.last.lost
+
+    def is_of_load(self) -> bool:
+        return self.last.slowed == (POWER_CAP,)
 
     def _number(self, name: str, *arguments: int) -> int | None:
         found = ctypes.c_uint()

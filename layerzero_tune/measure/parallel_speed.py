@@ -45,6 +45,9 @@ class ParallelSpeed:
         lost = 1.0 - min(time for _, time in self._seen) / time
         return lost if lost > MAX_LOSS else 0.0
 
+    def is_of_load(self) -> bool:
+        return False
+
 
 def parallel_loop() -> Callable[[], float]:
     """A loop on all of torch's threads; the function gives its time in ns, the median of some blocks of calls, in a few

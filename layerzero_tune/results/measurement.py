@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, get_args
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_tune.measure.contention import MAX_SHARE
+from layerzero_tune.measure.gpu_state import OWN_LOAD
 
 # Times keep 20 significant bits, a relative step of 1e-6. The least noise of any clock here is 5e-4, so nothing is
 # lost, and a million rows of 16 samples take half the space that the random low bits of a division would.
@@ -89,8 +90,9 @@ class Measurement:
 
     @property
     def is_slowed(self) -> bool:
-        """Whether the GPU was held down by power or heat while the contest was timed, although it waited."""
-        return self.gpu is not None and bool(self.gpu.get("slowed"))
+        """Whether the GPU was held down by power or heat while the contest was timed, although it waited, and by more
+        than the calls that were timed."""
+        return self.gpu is not None and any(reason != OWN_LOAD for reason in self.gpu.get("slowed", ()))
 
     @property
     def is_search(self) -> bool:

@@ -31,8 +31,8 @@ from layerzero_tune.search.key_searches import KeySearches
 # memory and the same drift of the machine.
 APART = 100
 
-# How contests rank that reach no bound; those that do go before, and what the workload does not ask for, or hardly asks
-# for, comes after.
+# How contests rank that reach no bound; those that do go before. What the workload does not ask for comes after, and
+# with it what hardly lowers its regret: of these what is worth most per second.
 ANY_OTHER = (1.0, 0.0, 0.0)
 AFTERWARDS = (2.0, 0.0, 0.0)
 
@@ -92,7 +92,7 @@ class KeyAgenda:
         regret: the regret that is left under the key.
         waiting: contests of the workload that were not measured, by sizes.
         searched: what searches of configurations have given, under all keys.
-        refine: whether points are added between those of the workload, once these are measured.
+        refine: whether points are added between those of the workload, once these hardly lower the regret.
     """
 
     def __init__(
@@ -128,9 +128,10 @@ class KeyAgenda:
         """What may come next, best first."""
         if self._ranking is None:
             searches = dict(self._searching())
-            items = [*self._points(searches), *self._repeats(), *self._entries()]
+            points = list(self._points(searches))
+            items = [*points, *self._repeats(), *self._entries()]
             items += [found for sizes, found in searches.items() if sizes not in self._waiting]
-            if self._refine and not self._waiting:
+            if self._refine and all(point.rank[: len(AFTERWARDS)] == AFTERWARDS for point in points):
                 items += self._added()
             self._ranking = sorted(items, key=lambda item: item.rank)
         return self._ranking
@@ -209,7 +210,7 @@ class KeyAgenda:
             # A type has to be measured at all before the other one's verdicts say anything of it.
             is_new_type = contests[0].context.dtype not in self._dtypes
             planned = self._planned("point", sizes, contests[0])
-            coverage = ANY_OTHER if planned.regret >= ENOUGH else AFTERWARDS
+            coverage = _asked(planned.regret)
             if bounds or is_new_type:
                 coverage = (0.0, count, -bounds)
             found = self._ranked(sizes, planned, coverage)
@@ -234,8 +235,8 @@ class KeyAgenda:
             telling = (contest for count, contest in held if count == most)
             again = next((found for last in telling if (found := self._device.again(last))), None)
             if again is not None:
-                not_before = self._since[sizes] + APART
-                yield self._ranked(sizes, self._planned("repeat", sizes, again), not_before=not_before)
+                planned = self._planned("repeat", sizes, again)
+                yield self._ranked(sizes, planned, _asked(planned.regret), self._since[sizes] + APART)
 
     def _added(self) -> Iterable[Ranked]:
         for added in self._between.found():
@@ -295,6 +296,11 @@ def _rank(
     worth: float, planned: Planned, sizes: Sizes, coverage: tuple[float, float, float] = ANY_OTHER
 ) -> tuple[float, ...]:
     return (*coverage, -round(worth / planned.seconds, 9), *sizes)
+
+
+def _asked(regret: float) -> tuple[float, float, float]:
+    """How a contest at a point of the workload ranks by its expected regret, where it reaches no bound."""
+    return ANY_OTHER if regret >= ENOUGH else AFTERWARDS
 
 
 def _choices(contest: Contest) -> frozenset[Choice]:

@@ -297,6 +297,16 @@ def test_what_the_workload_asks_for_comes_before_what_is_added_however_heavy_the
     assert all(found.regret < ENOUGH for found in planned[first_added:] if found.kind == "point")
 
 
+def test_what_is_added_comes_before_points_that_hardly_lower_the_regret() -> None:
+    device = LandscapeDevice(crossing)
+    lines = [WorkloadLine(norm(rows)) for rows in (1, 970, 980, 990, 1000)]
+    planned = list(followed(device, agenda(device, lines, refine=True)))
+    kinds = [found.kind for found in planned]
+    assert kinds.count("point") == len(lines)
+    assert {"edge", "probe"} & {*kinds[:3]}
+    assert max(found.regret for found in planned[kinds.index("edge") :] if found.kind == "point") < ENOUGH
+
+
 def test_what_is_measured_beside_a_demanded_point_shares_its_weight() -> None:
     """However heavy a point is, a run does not stay around it."""
     regret = KeyRegret(operation_named("norm.rms"), (0, 1), {(8, 1024): 6.0, (512, 1024): 1.0})

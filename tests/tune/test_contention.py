@@ -273,12 +273,13 @@ def test_a_gpu_that_is_slow_is_waited_for_whatever_the_processors_do(monkeypatch
 
 
 @pytest.mark.usefixtures("quiet")
-def test_a_part_that_slows_a_gpu_down_again_and_again_is_what_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_takes_the_speed_by_its_own_load_is_not_taken_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine([8.0, 8.0, *[10.0, 8.0] * 2, 10.0, 10.0, 8.0])
-    monkeypatch.setattr(machine.speed, "is_of_processors", GpuWatch.is_of_processors, raising=False)
+    monkeypatch.setattr(machine.speed, "is_of_load", lambda: True)
     taken, speed = parts_of(machine, 3)
     assert taken == [3, 1, 1]
-    assert speed.lost == pytest.approx(0.2)
+    assert speed.is_own_load
+    assert speed.lost == 0.0
 
 
 @pytest.mark.usefixtures("quiet")

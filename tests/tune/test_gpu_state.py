@@ -17,7 +17,7 @@ from layerzero_tune.command_line.run_summary import gpu_summary
 from layerzero_tune.measure import contest_run, full_speed, gpu_state
 from layerzero_tune.measure.bench import Bench
 from layerzero_tune.measure.contest import Contest, ContestOutcome
-from layerzero_tune.measure.gpu_state import LEAST_LOSS, GpuConditions, GpuState, GpuWatch
+from layerzero_tune.measure.gpu_state import LEAST_LOSS, OWN_LOAD, GpuConditions, GpuState, GpuWatch
 from layerzero_tune.results.store import ResultsStore
 from layerzero_tune.search.device import rows_of
 from layerzero_tune.worker.kernels import load_kernels
@@ -131,6 +131,32 @@ def test_what_was_taken_while_the_gpu_was_slowed_down_leaves_nothing_in_the_rows
     assert outcome.gpu.slowed == ()
     assert outcome.contention < LEAST_LOSS
     assert next(looks) > 5 * 3
+
+
+def test_times_count_of_calls_that_hold_the_gpu_at_the_limit_of_its_power(
+    watched_gpu: GpuWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is timed finds the GPU cool, and leaves it at its limit."""
+    looks = iter(range(1_000_000))
+    monkeypatch.setattr(gpu_state, "slowdown_reasons", lambda *_: ("power cap",) if next(looks) % 2 else ())
+    point, outcome = measured()
+    assert outcome.gpu is not None
+    assert outcome.gpu.slowed == (OWN_LOAD,)
+    assert outcome.contention < LEAST_LOSS
+    rows = rows_of(point, outcome, KERNELS, DeviceSpec(platform="cpu", name="Some CPU"))
+    assert not any(row.is_slowed for row in rows)
+    assert gpu_summary(rows)["slowed"] == {OWN_LOAD: 1}
+
+
+def test_heat_is_no_load(watched_gpu: GpuWatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = ("power cap", "software thermal slowdown")
+    looks = iter(range(1_000_000))
+    monkeypatch.setattr(gpu_state, "slowdown_reasons", lambda *_: reasons if next(looks) % 2 else ())
+    monkeypatch.setattr(full_speed, "PATIENCE_S", 0.5)
+    point, outcome = measured()
+    assert outcome.gpu is not None
+    assert outcome.gpu.slowed == reasons
+    assert all(row.is_slowed for row in rows_of(point, outcome, KERNELS, DeviceSpec(platform="cpu", name="Some CPU")))
 
 
 def test_a_cpu_has_no_such_state() -> None:
