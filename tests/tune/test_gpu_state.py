@@ -148,10 +148,17 @@ def test_times_count_of_calls_that_hold_the_gpu_at_the_limit_of_its_power(
     assert gpu_summary(rows)["slowed"] == {OWN_LOAD: 1}
 
 
-def test_heat_is_no_load(watched_gpu: GpuWatch, monkeypatch: pytest.MonkeyPatch) -> None:
-    reasons = ("power cap", "software thermal slowdown")
+@pytest.mark.parametrize(
+    ("reasons", "period"),
+    [(("power cap", "software thermal slowdown"), 2), (("power cap",), 1)],
+    ids=["heat, which is no load", "a limit that stays"],
+)
+def test_what_else_holds_the_gpu_down_is_not_its_own_load(
+    watched_gpu: GpuWatch, monkeypatch: pytest.MonkeyPatch, reasons: tuple[str, ...], period: int
+) -> None:
+    """Of `period` looks the last one finds it slowed down."""
     looks = iter(range(1_000_000))
-    monkeypatch.setattr(gpu_state, "slowdown_reasons", lambda *_: reasons if next(looks) % 2 else ())
+    monkeypatch.setattr(gpu_state, "slowdown_reasons", lambda *_: reasons if next(looks) % period == period - 1 else ())
     monkeypatch.setattr(full_speed, "PATIENCE_S", 0.5)
     point, outcome = measured()
     assert outcome.gpu is not None
