@@ -112,7 +112,8 @@ def _between(
 def roundest(exact: float, reach: float, multiple: int) -> int:
     """Of the multiples that lie within a factor of `reach` of the exact size, the nearest of those that the highest
     power of two divides further; the nearest multiple of all where none lies within."""
-    least, most = (math.ceil(round(exact / reach / multiple, 6)), math.floor(round(exact * reach / multiple, 6)))
+    least = max(1, math.ceil(round(exact / reach / multiple, 6)))
+    most = math.floor(round(exact * reach / multiple, 6))
     step = 1
     # The next step has a multiple within as long as there are more below `most` than below `least`.
     while most // (2 * step) > (least - 1) // (2 * step):
