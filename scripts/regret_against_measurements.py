@@ -86,11 +86,11 @@ def orders(device: RecordedDevice, offered: Sequence[SelectionContext], seed: in
 
 def budgeted_order(device: RecordedDevice, offered: Sequence[SelectionContext]) -> Iterator[Step]:
     contests = {context: device.contests(context)[:1] for context in offered}
-    agenda = Agenda(device, [WorkloadLine(context) for context in offered], contests, {}, refine=True)
+    agenda = Agenda(device, [WorkloadLine(context) for context in offered], contests, {}, refine=False)
     while (planned := agenda.next()) is not None:
         rows, _ = device.measure(planned.contest)
         agenda.learn(planned, rows)
-        if planned.kind == "point":
+        if planned.kind == "point":  # and no repeat
             yield Step(planned.contest.context, planned.seconds)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from layerzero_tune.command_line.output import duration_text, notes, print_table
 from layerzero_tune.command_line.run_progress import RunProgress
 from layerzero_tune.compile.distrust import disturbed_points
+from layerzero_tune.measure.gpu_state import OWN_LOAD
 from layerzero_tune.report.wins import kernel_wins
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
@@ -163,7 +164,7 @@ def _print_failures(rows: Sequence[Measurement]) -> None:
 
 def gpu_summary(rows: Sequence[Measurement]) -> dict[str, Any]:
     """What the contests say of the GPU's state: medians, extremes, and how many kept times although it was slowed down,
-    by reason; empty for a CPU, and where NVML did not answer."""
+    by reason, their own load among them; empty for a CPU, and where NVML did not answer."""
     contests = {row.contest_id: row.gpu for row in rows if row.gpu is not None and row.gpu["clock_mhz"] is not None}
     if not contests:
         return {}
@@ -187,8 +188,9 @@ def _gpu_text(gpu: Mapping[str, Any]) -> str:
         parts.append(f"up to {gpu['highest_temperature_c']:.0f} C")
     if gpu["highest_power_w"] is not None:
         parts.append(f"up to {gpu['highest_power_w']:.0f} W")
-    slowed = ", ".join(f"{reason} in {count} contests" for reason, count in gpu["slowed"].items())
-    return f"the GPU: {', '.join(parts)}; slowed down in spite of waiting: {slowed or 'never'}"
+    told = {reason: f"{reason} in {count} contests" for reason, count in gpu["slowed"].items()}
+    own = f"; at the limit of its power by {told.pop(OWN_LOAD)}" if OWN_LOAD in told else ""
+    return f"the GPU: {', '.join(parts)}; slowed down in spite of waiting: {', '.join(told.values()) or 'never'}{own}"
 
 
 def json_summary(

@@ -45,8 +45,8 @@ class FullSpeed:
     Attributes:
         lost: the largest share of the speed that was missing in a part that was kept, because the contest had no
             patience left; 0 where there is none.
-        is_own_load: whether the contest's own calls hold the device at the limit of its power. Nothing counts as lost
-            then, and nothing is taken again.
+        is_own_load: whether the contest's own calls hold the device at the limit of its power. What that limit alone
+            takes does not count as lost then, and is not taken again.
     """
 
     def __init__(self, speed: Speed, waiting: Callable[[], None]) -> None:
@@ -55,10 +55,14 @@ class FullSpeed:
         self._speed = speed
         self._waiting = waiting
         self._patience_s = PATIENCE_S
+        self._is_full = False  # at the last look
 
     def wait(self) -> None:
         """Wait for the speed, as long as the patience lasts, unless other processes are what takes it."""
-        while self._patience_s > 0.0 and self._speed.lost():
+        while self._patience_s > 0.0:
+            self._is_full = not self._speed.lost()
+            if self._is_full:
+                return
             self._waiting()
             self._patience_s -= self._speed.look_s
             start = ProcessorTime.now()
@@ -74,14 +78,18 @@ class FullSpeed:
             start = perf_counter()
             found = part()
             taken_s = perf_counter() - start
-            lost = self._speed.lost()
+            was_full, lost = self._is_full, self._speed.lost()
+            self._is_full = not lost
+            if not lost:
+                return found
             is_of_load = self._speed.is_of_load()
-            own_loads += is_of_load
+            own_loads = own_loads + was_full if is_of_load else 0
             self.is_own_load |= own_loads == _OWN_LOADS
-            if not lost or (is_of_load and self.is_own_load):
+            if is_of_load and self.is_own_load:
                 return found
             if self._patience_s <= 0.0:
                 self.lost = max(self.lost, lost)
                 return found
-            self._patience_s -= max(taken_s, self._speed.look_s)
+            # A long part has to be seen as often as a short one.
+            self._patience_s -= self._speed.look_s if is_of_load else max(taken_s, self._speed.look_s)
             self.wait()

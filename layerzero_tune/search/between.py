@@ -24,7 +24,8 @@ CLOSEST = 0.25
 # A crossing that is expected closer to one of two neighbours than this share of the way is looked for no closer: what
 # is measured there parts the way better, if the crossing is not where it is expected.
 _NEAREST_SHARE = 0.2
-# How far (as a share of the way) a rounder size may lie from the point that is looked for.
+# How far (as a share of the way) a rounder size may lie from the point that is looked for; not beyond half of the way
+# from there to either neighbour.
 _ROUNDING_SHARE = 0.25
 
 
@@ -42,9 +43,9 @@ def points_between(operation: Operation, model: RegretModel) -> tuple[Between, .
     where the times of their winners are expected to cross, or halfway.
 
     Sizes keep the common divisor that the measured ones have on their axis, and are the roundest within
-    `_ROUNDING_SHARE` of the way; where times are expected to cross, those without such a divisor are as near as can be.
-    Calls that the operation does not have, or
-    that have another static key, are left out. In ascending order of sizes.
+    `_ROUNDING_SHARE` of the way; where times are expected to cross, those without such a divisor are as near as can be,
+    and so are all where round ones are measured already or no call of the operation. Points that are left without a
+    call, or have another static key, are left out. In ascending order of sizes.
     """
     cells = model.verdicts
     multiples = [math.gcd(*(cell.sizes[axis] for cell in cells)) for axis in range(len(operation.axes))]
@@ -55,12 +56,16 @@ def points_between(operation: Operation, model: RegretModel) -> tuple[Between, .
         is_edge = not first.acceptable & second.acceptable
         share = _crossing(first, second) if is_edge else 0.5
         rounded = [multiple > 1 or not is_edge for multiple in multiples]
-        sizes = _between(first.sizes, second.sizes, share, model.free, multiples, rounded)
-        context = _call(operation, example, sizes)
-        if sizes in known or context is None:
-            continue
-        if sizes not in found or is_edge:
-            found[sizes] = Between(sizes, context, is_edge)
+        ways = (
+            _between(first.sizes, second.sizes, share, model.free, multiples, by_rounding)
+            for by_rounding in (rounded, [False] * len(multiples))
+        )
+        calls = ((sizes, _call(operation, example, sizes)) for sizes in ways if sizes not in known)
+        for sizes, context in calls:
+            if context is not None:
+                if sizes not in found or is_edge:
+                    found[sizes] = Between(sizes, context, is_edge)
+                break
     return tuple(found[sizes] for sizes in sorted(found))
 
 
@@ -97,13 +102,14 @@ def _between(
     first: Sizes, second: Sizes, share: float, free: Sequence[int], multiples: Sequence[int], rounded: Sequence[bool]
 ) -> Sizes:
     sizes: list[int] = []
+    rounding_share = min(_ROUNDING_SHARE, share / 2.0, (1.0 - share) / 2.0)
     for axis, (start, end) in enumerate(zip(first, second, strict=True)):
         if axis not in free:
             sizes.append(sizes[-1])
             continue
         way = math.log(end / start)
         exact = start * math.exp(share * way)
-        reach = math.exp(abs(way) * _ROUNDING_SHARE) if rounded[axis] else 1.0
+        reach = math.exp(abs(way) * rounding_share) if rounded[axis] else 1.0
         size = roundest(exact, reach, multiples[axis])
         sizes.append(min(max(size, min(start, end)), max(start, end)))
     return tuple(sizes)

@@ -136,7 +136,7 @@ def plan_tuning(device: MeasuringDevice, lines: Sequence[WorkloadLine], store: R
 
 def agenda_of(device: MeasuringDevice, plan: TuningPlan, *, refine: bool) -> Agenda:
     """The agenda of a run over the plan: the workload's contests, and again those that were disturbed or whose verdict
-    is in doubt; with `refine` also points between those of the workload, after them."""
+    is in doubt; with `refine` also points between those of the workload, once these hardly lower the regret."""
     return Agenda(device, plan.lines, plan.offered, plan.held, refine=refine)
 
 

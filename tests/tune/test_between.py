@@ -15,7 +15,7 @@ from layerzero_runtime.operations import operation_named
 from layerzero_tune.compile.pipeline import compile_rows
 from layerzero_tune.search.between import points_between, roundest
 from tests.tune.synthetic_landscapes import beyond
-from tests.tune.synthetic_results import ALL_KERNELS, Times, contest_rows, full, norm
+from tests.tune.synthetic_results import ALL_KERNELS, Times, contest_rows, cross, full, norm
 
 
 def _twos(number: int) -> int:
@@ -79,3 +79,26 @@ def test_lengths_at_which_times_cross_are_exact() -> None:
     assert is_edge
     assert sizes[0] == 16
     assert abs(sizes[1] - 1100) < 3
+
+
+@pytest.mark.parametrize("crossing", [3300, 3700])
+def test_an_edge_near_a_round_width_is_still_looked_for_between(crossing: int) -> None:
+    contexts = [norm(64, width) for width in (1024, 1152, 4096)]
+    times = [
+        {"torch.rms_norm": 1e6, "synthetic.lean": 1e6 * beyond(crossing, context.hidden_size)} for context in contexts
+    ]
+    assert _between(contexts, times) == {(64, 3072): True}
+
+
+def test_a_point_is_not_rounded_to_what_is_no_call_of_the_operation() -> None:
+    """Cross attention has unequal lengths."""
+    contexts = [cross(16, 149, 357), cross(16, 2600, 2809)]
+    ((_, queries, keys),) = _between(contexts, [{"torch.sdpa": 1e6, "synthetic.fused": 8e5}] * 2)
+    assert queries != keys
+    assert (queries, keys) == (622, 1001)
+
+
+def test_a_point_is_not_rounded_to_a_measured_one() -> None:
+    contexts = [full(16, length) for length in (700, 1024, 1501)]
+    contexts += [full(17, 1024)]
+    assert (16, 1024) not in _between(contexts, [{"torch.sdpa": 1e6, "synthetic.fused": 8e5}] * 4)

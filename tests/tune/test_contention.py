@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,34 @@ def test_a_part_that_takes_the_speed_by_its_own_load_is_not_taken_for_ever(monke
     assert taken == [3, 1, 1]
     assert speed.is_own_load
     assert speed.lost == 0.0
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize(
+    ("times", "of_load", "parts"),
+    [
+        pytest.param([8.0, 10.0, 8.0, *[10.0] * 40], [True] * 50, 3, id="limited while nothing of ours runs"),
+        pytest.param([8.0, *[10.0, 8.0] * 4, 8.0], [True, False, True, True] + [True] * 9, 5, id="hot in between"),
+    ],
+)
+def test_what_else_takes_the_speed_is_not_the_load(
+    monkeypatch: pytest.MonkeyPatch, times: list[float], of_load: list[bool], parts: int
+) -> None:
+    machine = Machine([8.0, *times])
+    monkeypatch.setattr(machine.speed, "is_of_load", lambda: of_load.pop(0))
+    (taken,), speed = parts_of(machine, 1)
+    assert taken == parts
+    assert not speed.is_own_load
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_long_part_that_takes_the_speed_by_its_own_load_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine([8.0, 8.0, *[10.0, 8.0] * 2, 10.0])
+    monkeypatch.setattr(machine.speed, "is_of_load", lambda: True)
+    monkeypatch.setattr(full_speed, "perf_counter", count(step=PATIENCE_S).__next__)
+    taken, speed = parts_of(machine, 1)
+    assert taken == [3]
+    assert speed.is_own_load
 
 
 @pytest.mark.usefixtures("quiet")
