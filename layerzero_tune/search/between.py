@@ -56,16 +56,15 @@ def points_between(operation: Operation, model: RegretModel) -> tuple[Between, .
         is_edge = not first.acceptable & second.acceptable
         share = _crossing(first, second) if is_edge else 0.5
         rounded = [multiple > 1 or not is_edge for multiple in multiples]
-        ways = (
-            _between(first.sizes, second.sizes, share, model.free, multiples, by_rounding)
+        possible = (
+            Between(sizes, context, is_edge)
             for by_rounding in (rounded, [False] * len(multiples))
+            if (sizes := _between(first.sizes, second.sizes, share, model.free, multiples, by_rounding)) not in known
+            and (context := _call(operation, example, sizes)) is not None
         )
-        calls = ((sizes, _call(operation, example, sizes)) for sizes in ways if sizes not in known)
-        for sizes, context in calls:
-            if context is not None:
-                if sizes not in found or is_edge:
-                    found[sizes] = Between(sizes, context, is_edge)
-                break
+        point = next(possible, None)
+        if point is not None and (is_edge or point.sizes not in found):
+            found[point.sizes] = point
     return tuple(found[sizes] for sizes in sorted(found))
 
 
@@ -125,7 +124,9 @@ def roundest(exact: float, reach: float, multiple: int) -> int:
     while most // (2 * step) > (least - 1) // (2 * step):
         step *= 2
     count = round(round(exact / multiple, 6) / step) * step
-    return multiple * (min(max(count, -(-least // step) * step), most // step * step) if least <= most else count)
+    if least <= most:
+        count = min(max(count, math.ceil(least / step) * step), most // step * step)
+    return count * multiple
 
 
 def _call(operation: Operation, example: SelectionContext, sizes: Sizes) -> SelectionContext | None:
