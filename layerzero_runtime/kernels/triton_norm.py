@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernel import Configuration, Kernel, KernelFunction, KernelSpec
+from layerzero_runtime.kernels.triton_launch import Launch
 from layerzero_runtime.kernels.triton_rows import (
     ROW_SPACE,
     matrix_and_result,
@@ -16,7 +19,13 @@ from layerzero_runtime.kernels.triton_rows import (
 from layerzero_runtime.selection.limits import Limit
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+# What the half of a block that a row does not fill whole is divided by. On an H100, with its rest apart from a half,
+# LayerNorm of 8,192 rows of 5,120 columns reaches 0.98 of a copy's speed in place of 0.71, of 4,096 rows of 1,280
+# columns 0.87 in place of 0.60, and RMSNorm 0.99 and 0.95 in place of 0.93 and 0.80 (2026-11-27).
+_REST_SHARES = (4, 2, 1)
 
 
 def _load_rms(context: SelectionContext, configuration: Configuration) -> KernelFunction:
@@ -26,13 +35,12 @@ def _load_rms(context: SelectionContext, configuration: Configuration) -> Kernel
 
     dtype, weight_dtype = getattr(torch, context.dtype), getattr(torch, context.weight_dtype)
     has_weight = context.has_weight
-    choose = tiled_launches(
+    choose = norm_launches(
         rms_norm,
         context,
-        row_tilings(configuration),
+        configuration,
         pointers=(dtype, dtype, weight_dtype if has_weight else None, None, None),
         divisible=3,
-        numbers=(int, float),
         constants={"OFFSET": context.offset},
     )
 
@@ -55,13 +63,12 @@ def _load_add_rms(context: SelectionContext, configuration: Configuration) -> Ke
 
     dtype, weight_dtype = getattr(torch, context.dtype), getattr(torch, context.weight_dtype)
     has_weight = context.has_weight
-    choose = tiled_launches(
+    choose = norm_launches(
         rms_norm,
         context,
-        row_tilings(configuration),
+        configuration,
         pointers=(dtype, dtype, weight_dtype if has_weight else None, dtype, dtype),
         divisible=3,
-        numbers=(int, float),
         constants={"OFFSET": 0.0},
     )
 
@@ -86,13 +93,12 @@ def _load_layer(context: SelectionContext, configuration: Configuration) -> Kern
 
     dtype, weight_dtype = getattr(torch, context.dtype), getattr(torch, context.weight_dtype)
     has_weight, has_bias = context.has_weight, context.has_bias
-    choose = tiled_launches(
+    choose = norm_launches(
         layer_norm,
         context,
-        row_tilings(configuration),
+        configuration,
         pointers=(dtype, dtype, weight_dtype if has_weight else None, weight_dtype if has_bias else None),
         divisible=2,
-        numbers=(int, float),
         constants={},
     )
 
@@ -110,6 +116,45 @@ def _load_layer(context: SelectionContext, configuration: Configuration) -> Kern
         return output
 
     return normalise
+
+
+def norm_launches(
+    kernel: Any,
+    context: SelectionContext,
+    configuration: Configuration,
+    *,
+    pointers: Sequence[torch.dtype | None],
+    divisible: int,
+    constants: Mapping[str, Any],
+) -> Callable[[int, int], tuple[int, Launch]]:
+    """From (rows, width) to the number of programs and the launcher of the form that leaves least of a block idle."""
+    tilings = row_tilings(configuration)
+    is_persistent = any(tiling.programs_per_multiprocessor for tiling in tilings)
+    by_share = {
+        share: tiled_launches(
+            kernel,
+            context,
+            tilings,
+            pointers=pointers,
+            divisible=divisible,
+            numbers=(int, float),
+            constants={**constants, "REST_SHARE": share, "PERSISTENT": is_persistent},
+        )
+        for share in _REST_SHARES
+    }
+
+    @cache
+    def of_width(width: int) -> Callable[[int, int], tuple[int, Launch]]:
+        block = next((tiling.block_width for tiling in tilings if width <= tiling.block_width), None)
+        return by_share[1 if block is None else _rest_share(width, block)]
+
+    return lambda rows, width: of_width(width)(rows, width)
+
+
+def _rest_share(width: int, block: int) -> int:
+    """That of the least rest which, with half the block, holds a row of at most the block's width."""
+    half = block // 2
+    return next(share for share in _REST_SHARES if width <= half + half // share)
 
 
 def _declare(kernel_id: str, operation: str) -> KernelSpec:

@@ -12,8 +12,7 @@ from hypothesis import HealthCheck, given, settings
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernel import Kernel
-from layerzero_runtime.kernels import triton_attention
-from layerzero_runtime.kernels.triton_rows import ROW_TILINGS, tiled_launches
+from layerzero_runtime.kernels import triton_attention, triton_norm
 from layerzero_runtime.kernels.triton_sources import norm as sources
 from layerzero_runtime.operations import OPERATIONS
 from layerzero_runtime.selection.limits import rejections
@@ -163,20 +162,49 @@ def check_density(kernel: Kernel, operation: str, one: torch.Tensor, other: torc
 
 
 @pytest.mark.skipif(not IS_INTERPRETED, reason="looks into launches in Triton's own way")
-def test_the_smallest_block_that_holds_a_row_serves_it() -> None:
-    choose = tiled_launches(
+def test_the_smallest_block_and_rest_that_hold_a_row_serve_it() -> None:
+    choose = triton_norm.norm_launches(
         sources.rms_norm,
         row_context("norm.rms", "float32", 1, 1),
-        ROW_TILINGS,
+        {},
         pointers=(torch.float32, torch.float32, None, None, None),
         divisible=3,
-        numbers=(int, float),
         constants={"OFFSET": 0.0},
     )
-    expected = ((1, 256, 2), (256, 256, 2), (257, 1024, 9), (5000, 8192, 9), (9000, 16384, 9), (99999, 16384, 9))
-    for width, block, programs in expected:
+    # By width: the block, what its half is divided by for the rest, and the programs of 9 rows.
+    expected = {
+        1: (256, 4, 2),
+        256: (256, 1, 2),
+        257: (1024, 4, 9),
+        640: (1024, 4, 9),
+        641: (1024, 2, 9),
+        768: (1024, 2, 9),
+        769: (1024, 1, 9),
+        5000: (8192, 4, 9),
+        9000: (16384, 4, 9),
+        99999: (16384, 1, 9),
+    }
+    for width, (block, share, programs) in expected.items():
         found, launch = choose(9, width)
-        assert (launch.__self__.constants["BLOCK"], found) == (block, programs)  # type: ignore[attr-defined]
+        constants = launch.__self__.constants  # type: ignore[attr-defined]
+        assert (constants["BLOCK"], constants["REST_SHARE"], found) == (block, share, programs), width
+
+
+@pytest.mark.parametrize("programs", [0, 2])
+@pytest.mark.parametrize("operation", ["norm.rms", "norm.add_rms", "norm.layer"])
+def test_rows_around_half_a_block_and_its_rests_are_right(operation: str, programs: int) -> None:
+    kernel = TRITON_KERNELS[operation.replace("norm.", "triton.") + "_norm"]
+    configuration = {**SMALL[kernel.kernel_id], "num_stages": 1, "programs_per_multiprocessor": programs}
+    for width in (1, 63, 64, 65, 80, 81, 96, 97, 128, 129):
+        context = row_context(operation, "float32", 7, width, has_bias=operation == "norm.layer")
+        assert fault(kernel, configuration, context) == "", width
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_whose_weights_are_loaded_late_are_right(dtype: str) -> None:
+    kernel = TRITON_KERNELS["triton.layer_norm"]
+    for features in ({}, {"has_bias": True}, {"has_weight": False}):
+        assert fault(kernel, {}, row_context("norm.layer", dtype, 2, 4500, **features)) == "", features
 
 
 @pytest.mark.parametrize(
