@@ -78,6 +78,8 @@ class Operation:
         flops: floating-point operations of one call.
         reference: the same arguments in float64 to results in float64 (a tuple), written apart from every kernel.
         misfit: why the sizes of a context make it another operation, None if they do not.
+        matrices: of a call's static features and sizes, how many matrices kernels compute apart from each other, and
+            the rows of each; None where that says nothing of their times.
         graded: of the static attributes one that is a number: what is measured at one of its values tells of the
             others, the more the closer they are.
     """
@@ -97,6 +99,7 @@ class Operation:
     flops: Callable[[SelectionContext], int]
     reference: Callable[..., tuple[Any, ...]]
     misfit: Callable[[SelectionContext], str | None] = lambda context: None
+    matrices: Callable[[SelectionContext, Sizes], tuple[int, int]] | None = None
     graded: str | None = None
 
     def validate(self, context: SelectionContext) -> None:

@@ -196,8 +196,15 @@ def _declare(name: str, static: tuple[str, ...], axes: tuple[Axis, ...]) -> Oper
         flops=_flops,
         reference=reference,
         misfit=_misfit,
+        matrices=_matrices,
         graded="gqa_group",
     )
+
+
+def _matrices(context: SelectionContext, sizes: Sizes) -> tuple[int, int]:
+    """The results of all heads, and the queries of each."""
+    batch_kv_heads, seq_len_q, *_ = sizes
+    return batch_kv_heads * (context.gqa_group or 1), seq_len_q
 
 
 def _batch_fields(context: SelectionContext, size: int) -> dict[str, int]:

@@ -23,6 +23,7 @@ from layerzero_tune.compile.portfolio import candidates
 from layerzero_tune.compile.region import Region
 from layerzero_tune.compile.regret import RegretModel
 from layerzero_tune.compile.tree import TreeGrower
+from layerzero_tune.compile.waves import Waves
 from layerzero_tune.compile.witnesses import witnesses
 from layerzero_tune.identity import canonical_json
 from layerzero_tune.results.content import results_hash
@@ -65,7 +66,7 @@ def compile_rows(rows: Sequence[Measurement], kernels: Iterable[Kernel]) -> Comp
     current = current_rows(rows, by_id)
     verdicts = pooled(judge(current), device.platform)
     others = beside(verdicts, device.platform)
-    models = {key: _model(key[0], own, others[key]) for key, own in verdicts.items()}
+    models = {key: _model(key[0], own, others[key], device) for key, own in verdicts.items()}
     entries = tuple(entry_of(key, model, by_id, device) for key, model in models.items())
     if not entries:
         statuses = ", ".join(sorted({row.status for row in current}))
@@ -141,10 +142,10 @@ def _kernel_identities(
     return {kernel_id: found[kernel_id] for kernel_id in sorted(used)}
 
 
-def _model(name: str, verdicts: Sequence[Verdict], others: Sequence[Verdict]) -> RegretModel:
+def _model(name: str, verdicts: Sequence[Verdict], others: Sequence[Verdict], device: DeviceSpec) -> RegretModel:
     operation = operation_named(name)
     free = tuple(operation.axes.index(axis) for axis in operation.axes_of(verdicts[0].context))
-    return RegretModel(tuple(verdicts), free, tuple(others))
+    return RegretModel(tuple(verdicts), free, tuple(others), Waves.of(operation, device))
 
 
 def entry_of(key: Key, model: RegretModel, kernels: Mapping[str, Kernel], device: DeviceSpec) -> Entry:

@@ -22,6 +22,7 @@ from layerzero_tune.compile.estimate import Estimate, Estimates, largest_loss
 from layerzero_tune.compile.judge import Choice, Standing, Verdict
 from layerzero_tune.compile.local_plane import local_planes, sum_of, total
 from layerzero_tune.compile.untried import with_untried
+from layerzero_tune.compile.waves import Waves
 from layerzero_tune.measure.statistics import LOG_RESOLUTION
 
 # A cell speaks for sizes up to this factor away, with a weight that falls linearly in log distance (over several axes
@@ -39,6 +40,9 @@ _NEIGHBOURS = 14
 _BEYOND = 1.3
 # Where all cells are further away, the reach is this multiple of the nearest one's distance.
 _WIDENING = 1.5
+# How many octaves of a size an octave of idleness in the last wave counts. Judged as the neighbours are, what is
+# expected to be fastest loses 0.0092, 0.0094 and 0.0097 with 1, 2 and 3, and by the evaluation 0.0047, 0.0028, 0.0035.
+_WAVE = 2.0
 # How many downside deviations of the surroundings a mean gain must exceed to hold between the cells. On a Xeon with 2
 # cores, judged by 400 shapes outside the results: without this condition the table was slower than the default at 4.
 DEVIATIONS = 0.5
@@ -71,7 +75,8 @@ class _Column(NamedTuple):
 class RegretModel:
     """The verdicts of one static key as a model over all sizes; `free` gives the axes that distances are measured on.
 
-    `beside` are verdicts of other keys that tell of this one: what they are away counts as a further axis.
+    `beside` are verdicts of other keys that tell of this one: what they are away counts as a further axis. With `waves`
+    so does what a call leaves idle of its last one.
 
     All values are rounded to `LOG_RESOLUTION`, so that they are the same on every machine. Verdicts without a time
     of the model's reference take no part in estimates: their ratios are to another time.
@@ -80,6 +85,7 @@ class RegretModel:
     verdicts: tuple[Verdict, ...]
     free: tuple[int, ...]
     beside: tuple[Verdict, ...] = ()
+    waves: Waves | None = None
 
     @cached_property
     def reference(self) -> Choice:
@@ -134,7 +140,12 @@ class RegretModel:
         in octaves."""
         places = np.array([self._place(each, 0.0) for each in sizes])
         offsets = [cells[:, None] - line for cells, line in zip(self._places.T, places.T, strict=True)]
-        return offsets, np.sqrt(sum_of([offset * offset for offset in offsets]))
+        squares = sum_of([offset * offset for offset in offsets])
+        if self.waves is None:
+            return offsets, np.sqrt(squares)
+        idle = self.waves.idle((self.verdicts[0].context, each) for each in sizes)
+        last = [cells[:, None] - line for cells, line in zip(self._idle.T, idle.T, strict=True)]
+        return [*offsets, *last], np.sqrt(squares + _WAVE**2 * sum_of([offset * offset for offset in last]))
 
     def _shares(self, distances: Floats) -> Floats:
         """How much each cell says at each place, before it is divided by the sum; of distances (cells, places)."""
@@ -207,6 +218,12 @@ class RegretModel:
     def _places(self) -> Floats:
         """Where the measured cells lie on the free axes, and how far away their keys are."""
         return np.array([self._place(verdict.sizes, verdict.away) for verdict in self._measured])
+
+    @cached_property
+    def _idle(self) -> Floats:
+        """What the calls of the measured cells leave idle of their last waves."""
+        assert self.waves is not None
+        return self.waves.idle((verdict.context, verdict.sizes) for verdict in self._measured)
 
     def _place(self, sizes: Sizes, away: float) -> Place:
         return (*place_of(sizes, self.free), away) if self.beside else place_of(sizes, self.free)

@@ -11,6 +11,7 @@ from layerzero_runtime.operation import Sizes
 from layerzero_runtime.operations import operation_named
 from layerzero_tune.compile.cell import Key
 from layerzero_tune.compile.pooling import neighbours, pooled_cell
+from layerzero_tune.compile.waves import Waves
 from layerzero_tune.measure.contest import Contest
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.search.configurations.searched import Searched
@@ -251,7 +252,7 @@ def _key_agendas(
     for key, weights in demand.items():
         operation = operation_named(key[0])
         free = [operation.axes.index(axis) for axis in operation.axes_of(examples[key])]
-        regret = KeyRegret(operation, free, weights)
+        regret = KeyRegret(operation, free, weights, Waves.of(operation, device.spec))
         agendas[key] = KeyAgenda(device, clock, operation, regret, waiting.get(key, {}), searched, refine=refine)
     for key, found in neighbours(agendas, device.spec.platform).items():
         agendas[key].regret.heed((octaves, agendas[other].regret) for octaves, other in found)

@@ -17,6 +17,7 @@ from layerzero_tune.compile.estimate import Estimate, largest_loss
 from layerzero_tune.compile.judge import Choice, Verdict, judge
 from layerzero_tune.compile.pooling import told_of
 from layerzero_tune.compile.regret import RegretModel, place_of, reach_over, vouching
+from layerzero_tune.compile.waves import Waves
 from layerzero_tune.compile.witnesses import witnesses
 from layerzero_tune.identity import choice_of
 from layerzero_tune.measure.statistics import LOG_RESOLUTION
@@ -45,10 +46,14 @@ class KeyRegret:
         operation: the key's operation.
         free: the axes that distances are measured on.
         demand: weight of each of the sizes that are asked for.
+        waves: of the operation's calls on the device.
     """
 
-    def __init__(self, operation: Operation, free: Sequence[int], demand: Mapping[Sizes, float]) -> None:
+    def __init__(
+        self, operation: Operation, free: Sequence[int], demand: Mapping[Sizes, float], waves: Waves | None = None
+    ) -> None:
         self.operation = operation
+        self._waves = waves
         self.free = tuple(free)
         self.demand = dict(sorted(demand.items()))
         self._index = {sizes: number for number, sizes in enumerate(self.demand)}
@@ -141,7 +146,7 @@ class KeyRegret:
             return
         verdicts = self.verdicts
         told = told_of(verdicts, [(octaves, neighbour.verdicts) for octaves, neighbour in self._neighbours])
-        before, self._model = self._model, RegretModel(verdicts, self.free, told) if verdicts else None
+        before, self._model = self._model, RegretModel(verdicts, self.free, told, self._waves) if verdicts else None
         covered = self._covered()
         stale = self._near_new() | (covered != self._is_covered)
         if before is None or self._model is None or before.reference != self._model.reference or heard != self._heard:

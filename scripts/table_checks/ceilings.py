@@ -8,10 +8,12 @@ from statistics import median
 from typing import Any
 
 from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.kernels.triton_device import ITEM_BYTES
 from layerzero_runtime.operations import operation_named
 from layerzero_tune.command_line.output import shape_text
 from layerzero_tune.compile.judge import describe_choice
+from layerzero_tune.compile.pipeline import current_rows
 from layerzero_tune.identity import choice_of
 from layerzero_tune.measure.work import call_elements
 from layerzero_tune.results.measurement import Measurement
@@ -25,7 +27,8 @@ OWN_SHARE = 0.9
 def ceiling_conditions(ceilings: Mapping[str, Any], results: Path) -> Iterator[Condition]:
     """Of each shape the winner's share of its ceiling, and that of the best of our own kernels where memory is it.
 
-    `ceilings` is what scripts/device_ceilings.py wrote; `results` were measured in the same session.
+    `ceilings` is what scripts/device_ceilings.py wrote; `results` were measured in the same session. Of each kernel the
+    newest code counts.
     """
     copied, multiplied = ceilings["copy_bytes_per_s"], ceilings["matmul_flops_per_s"]
     print(
@@ -33,7 +36,8 @@ def ceiling_conditions(ceilings: Mapping[str, Any], results: Path) -> Iterator[C
         f"{multiplied / 1e12:.0f} TFLOP/s"
     )
     by_context: dict[SelectionContext, list[Measurement]] = {}
-    for row in ResultsStore(results).read().rows:
+    kernels = {kernel.kernel_id: kernel for kernel in builtin_kernels()}
+    for row in current_rows(ResultsStore(results).read().rows, kernels):
         if row.status == "ok" and not row.is_search and not row.is_slowed:
             by_context.setdefault(row.context, []).append(row)
     for context, rows in by_context.items():
