@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# What the half of a block that a row does not fill whole is divided by. On an H100, with its rest apart from a half,
-# LayerNorm of 8,192 rows of 5,120 columns reaches 0.98 of a copy's speed in place of 0.71, of 4,096 rows of 1,280
-# columns 0.87 in place of 0.60, and RMSNorm 0.99 and 0.95 in place of 0.93 and 0.80 (2026-11-27).
-_REST_SHARES = (4, 2, 1)
+# What half a block is divided by for the rest of a row. On an H100, with its rest apart from a half, LayerNorm of 8,192
+# rows of 5,120 columns reaches 0.98 of a copy's speed in place of 0.71, of 4,096 rows of 1,280 columns 0.87 in place of
+# 0.60, and RMSNorm 0.99 and 0.95 in place of 0.93 and 0.80 (rests of a quarter, in a plain loop; 2026-11-27). Each
+# further one takes as many compilations again, seconds where a kernel is loaded first.
+_REST_SHARES = (2, 1)
 # By block, in place of those of `ROW_TILINGS`, which was measured without rests (and by whose file gated activations
 # are found stale). On an H100, RMSNorm of 16,384 rows of 2,048 columns moved 2.67 TB/s with 8 warps, in a contest, and
 # 2.85 with 4, in a plain loop, where a copy moves 2.87; LayerNorm of 8,192 rows of 5,120 columns 2.23 with 16 and 2.84

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain, islice
 
 from layerzero_runtime.context import SelectionContext
@@ -72,21 +72,30 @@ class Agenda:
         """The most valuable contest that is expected to end within so many seconds; None if there is none.
 
         With `beside_compilers` of those alone that other processes do not disturb, and that ask for no more
-        configurations.
+        configurations; but before those that only rank `AFTERWARDS` come others, for which the compilers pause.
         """
+        if beside_compilers:
+            found = self._best_of_looks(within_s, _is_undisturbed)
+            if found is not None and found.is_afterwards:
+                other = self._best_of_looks(within_s, _is_no_search)
+                found = other if other is not None and not other.is_afterwards else found
+            return None if found is None else found.planned
         for first_look in (True, False):
-            firsts = (
-                self._first(agenda, within_s, apart=first_look, beside_compilers=beside_compilers)
-                for agenda in self._keys.values()
-            )
-            found = [item for item in firsts if item is not None]
-            if found:
-                return min(found, key=lambda item: item.rank).planned
-            if beside_compilers:
-                continue
+            found = self._best(within_s, apart=first_look)
+            if found is not None:
+                return found.planned
             for agenda in self._keys.values():  # what the last contests said decides whether this is the end
                 agenda.renew()
         return None
+
+    def _best_of_looks(self, within_s: float, allowed: Callable[[Planned], bool]) -> Ranked | None:
+        return self._best(within_s, allowed, apart=True) or self._best(within_s, allowed, apart=False)
+
+    def _best(
+        self, within_s: float, allowed: Callable[[Planned], bool] = lambda planned: True, *, apart: bool
+    ) -> Ranked | None:
+        firsts = (self._first(agenda, within_s, allowed, apart=apart) for agenda in self._keys.values())
+        return min((item for item in firsts if item is not None), key=lambda item: item.rank, default=None)
 
     def coming(self, count: int) -> list[Planned]:
         """The contests that are likely to come after the next one: those that would if it said nothing new; fewer if
@@ -204,7 +213,9 @@ class Agenda:
     def _cell_of(self, context: SelectionContext) -> tuple[Key, Sizes]:
         return pooled_cell(context, self._platform)
 
-    def _first(self, agenda: KeyAgenda, within_s: float, *, apart: bool, beside_compilers: bool) -> Ranked | None:
+    def _first(
+        self, agenda: KeyAgenda, within_s: float, allowed: Callable[[Planned], bool], *, apart: bool
+    ) -> Ranked | None:
         """The best of a key that may come now. Bounds that would take more than their key's share of the time do not go
         first: they wait their turn by what they are worth."""
         share_s = BOUNDS_SHARE * within_s / len(self._keys)
@@ -213,7 +224,7 @@ class Agenda:
             contest_id = item.planned.contest.contest_id
             if contest_id in self._aside or contest_id in self._in_flight:
                 continue
-            if beside_compilers and (item.planned.kind == "search" or item.planned.contest.context.mode != "graph"):
+            if not allowed(item.planned):
                 continue
             if item.planned.seconds > within_s or (apart and item.not_before > self._measured):
                 continue
@@ -223,6 +234,15 @@ class Agenda:
             dear.append(item)
             break
         return min(dear, key=lambda item: item.rank, default=None)
+
+
+def _is_no_search(planned: Planned) -> bool:
+    return planned.kind != "search"
+
+
+def _is_undisturbed(planned: Planned) -> bool:
+    """Whether its times are the same beside busy processes: in a CUDA graph the host takes no part."""
+    return _is_no_search(planned) and planned.contest.context.mode == "graph"
 
 
 def _key_agendas(

@@ -72,6 +72,11 @@ class Ranked:
         """Whether it comes before others because it reaches bounds."""
         return self.rank[: len(ANY_OTHER)] < ANY_OTHER
 
+    @property
+    def is_afterwards(self) -> bool:
+        """Whether it only comes after what the workload asks for."""
+        return self.rank[: len(AFTERWARDS)] >= AFTERWARDS
+
     def after_another(self) -> Ranked:
         """Ranked as it would be if one more contest of its key were measured."""
         is_later = (self.rank[0], self.rank[1] + 1.0, *self.rank[2:])
@@ -131,7 +136,7 @@ class KeyAgenda:
             points = list(self._points(searches))
             items = [*points, *self._repeats(), *self._entries()]
             items += [found for sizes, found in searches.items() if sizes not in self._waiting]
-            if self._refine and all(point.rank[: len(AFTERWARDS)] == AFTERWARDS for point in points):
+            if self._refine and all(point.is_afterwards for point in points):
                 items += self._added()
             self._ranking = sorted(items, key=lambda item: item.rank)
         return self._ranking

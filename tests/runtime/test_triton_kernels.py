@@ -173,15 +173,15 @@ def test_the_smallest_block_and_rest_that_hold_a_row_serve_it() -> None:
     )
     # By width: the block, what its half is divided by for the rest, and the programs of 9 rows.
     expected = {
-        1: (256, 4, 2),
+        1: (256, 2, 2),
+        192: (256, 2, 2),
+        193: (256, 1, 2),
         256: (256, 1, 2),
-        257: (1024, 4, 9),
-        640: (1024, 4, 9),
-        641: (1024, 2, 9),
+        257: (1024, 2, 9),
         768: (1024, 2, 9),
         769: (1024, 1, 9),
-        5000: (8192, 4, 9),
-        9000: (16384, 4, 9),
+        5000: (8192, 2, 9),
+        9000: (16384, 2, 9),
         99999: (16384, 1, 9),
     }
     for width, (block, share, programs) in expected.items():

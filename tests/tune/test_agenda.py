@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -305,6 +306,29 @@ def test_what_is_added_comes_before_points_that_hardly_lower_the_regret() -> Non
     assert kinds.count("point") == len(lines)
     assert {"edge", "probe"} & {*kinds[:3]}
     assert max(found.regret for found in planned[kinds.index("edge") :] if found.kind == "point") < ENOUGH
+
+
+def test_beside_compilers_what_they_disturb_waits_until_the_rest_hardly_lowers_the_regret() -> None:
+    """Eager contests, for which compilers pause, come after points of graphs and before what is added between these."""
+    device = LandscapeDevice(crossing)
+    graphs = [WorkloadLine(replace(norm(rows), mode="graph")) for rows in (1, 970, 980, 990, 1000)]
+    eager = [WorkloadLine(norm(rows)) for rows in (1, 30, 1000)]
+    found = agenda(device, eager + graphs, refine=True)
+    order: list[tuple[str, str]] = []
+    while (planned := found.next(beside_compilers=True)) is not None and len(order) < 12:
+        order.append((planned.contest.context.mode, planned.kind))
+        found.begin(planned)
+        rows, _ = device.measure(planned.contest)
+        found.learn(planned, rows)
+    assert order[:5] == [("graph", "point")] * 2 + [("eager", "point")] * 3
+    assert {mode for mode, _ in order[5:]} == {"graph"}
+    assert {"edge", "probe"} & {kind for _, kind in order[5:]}
+
+
+def test_beside_compilers_only_graphs_are_measured_where_none_of_them_is_left() -> None:
+    found = agenda(LandscapeDevice(crossing), [WorkloadLine(norm(rows)) for rows in (1, 1000)])
+    assert found.next(beside_compilers=True) is None
+    assert found.next() is not None
 
 
 def test_what_is_measured_beside_a_demanded_point_shares_its_weight() -> None:

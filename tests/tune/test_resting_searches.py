@@ -54,8 +54,13 @@ def test_what_compilers_do_not_disturb_is_measured_while_a_search_waits_for_them
         if contest.is_search:
             between += [other for other in measured[place + 1 : following] if not other.is_search]
     assert between
-    # Eager calls have the host's time in them: compilers stand still beside them, and no search would get on.
-    assert {contest.context.mode for contest in between} == {"graph"}
+    # Eager calls have the host's time in them: compilers stand still beside them, and no search would get on. So these
+    # come between only at points that were never measured, and where what is left of the others hardly tells more.
+    disturbing = [contest for contest in between if contest.context.mode != "graph"]
+    assert len(disturbing) < len(between) / 2
+    for eager in disturbing:
+        place = measured.index(eager)
+        assert all(contest.context != eager.context for contest in measured[:place])
 
 
 def test_a_search_waits_only_where_nothing_else_is_left(tmp_path: Path) -> None:
