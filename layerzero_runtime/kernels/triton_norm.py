@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 # further one takes as many compilations again, seconds where a kernel is loaded first.
 _REST_SHARES = (2, 1)
 # By block, in place of those of `ROW_TILINGS`, which was measured without rests (and by whose file gated activations
-# are found stale). On an H100, RMSNorm of 16,384 rows of 2,048 columns moved 2.67 TB/s with 8 warps, in a contest, and
-# 2.85 with 4, in a plain loop, where a copy moves 2.87; LayerNorm of 8,192 rows of 5,120 columns 2.23 with 16 and 2.84
-# with 8, of 2.91 (2026-11-27).
+# are found stale). On an H100 contests gave RMSNorm of 16,384 rows of 2,048 columns 0.93 of the speed of a copy of its
+# size with 8 warps, and LayerNorm of 8,192 rows of 5,120 columns 0.77 with 16; a plain loop gave 0.99 with 4 and 0.98
+# with 8 (2026-11-27).
 _NUM_WARPS = {1024: 2, 2048: 4, 8192: 8}
 _TILINGS = tuple(
     replace(tiling, num_warps=_NUM_WARPS.get(tiling.block_width, tiling.num_warps)) for tiling in ROW_TILINGS

@@ -92,8 +92,9 @@ class Ground:
         expected, safe, doubts = _expected(model, choices, served, column_of == np.arange(len(choices)))
         own = _losses(*_own(verdicts, choices, expected[: len(cells)], safe[: len(cells)], passes))
         share = np.array([[0.0 if verdict.away else _OWN_SHARE] for verdict in verdicts])
-        expected = _where_taken(model, choices, served, expected, passes)
-        doubted = np.where(~safe & (expected > 0.0), _DOUBTED * doubts, 0.0)
+        taken = _shares_taken(model, choices, served, passes)
+        expected = expected * taken
+        doubted = np.where(~safe & (expected > 0.0), _DOUBTED * doubts * taken, 0.0)
         losses = np.minimum(_losses(expected, safe) + doubted, _UNKNOWN)
         losses[: len(cells)] = (1.0 - share) * losses[: len(cells)] + share * own
         losses = np.where(column_of >= 0, np.take_along_axis(losses, np.maximum(column_of, 0), axis=1), losses)
@@ -162,22 +163,21 @@ def _expected(
     return ratios, ~np.isnan(ratios) & (default | (uppers < 0.0) | alone), doubts
 
 
-def _where_taken(
+def _shares_taken(
     model: RegretModel,
     choices: Sequence[Choice],
     places: Sequence[Sizes],
-    ratios: Floats,
     passes: Callable[[Choice, SelectionContext], bool],
 ) -> Floats:
-    """Log ratios of buckets that give the choices: where the guards of one turn away the calls of a part of the cells
-    around, as those of a kernel for a single sequence do, the default stands in for as many."""
+    """(places, choices) or (1, 1), the shares of the cells around whose calls a choice takes: where its guards turn
+    away a part of them, as those of a kernel for a single sequence do, the default stands in for as many."""
     if not model.default_is_measured:
-        return ratios
+        return np.ones((1, 1))
 
     def takes(choice: Choice, cell: Verdict) -> bool:
         return choice[0] in _running(cell) or passes(choice, cell.context)
 
-    return ratios * model.shares_around([partial(takes, choice) for choice in choices], places)
+    return model.shares_around([partial(takes, choice) for choice in choices], places)
 
 
 def _running(verdict: Verdict) -> frozenset[str]:

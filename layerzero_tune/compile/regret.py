@@ -223,7 +223,7 @@ class RegretModel:
     def _idle(self) -> Floats:
         """What the calls of the measured cells leave idle of their last waves."""
         assert self.waves is not None
-        return self.waves.idle((verdict.context, verdict.sizes) for verdict in self._measured)
+        return self.waves.idle_beside((verdict.context, verdict.sizes, verdict.away) for verdict in self._measured)
 
     def _place(self, sizes: Sizes, away: float) -> Place:
         return (*place_of(sizes, self.free), away) if self.beside else place_of(sizes, self.free)

@@ -49,9 +49,16 @@ class Waves:
     def idle(self, calls: Iterable[tuple[SelectionContext, Sizes]]) -> Floats:
         """By how many octaves a call takes longer, for each of `TILES`, than if its tiles filled all waves: (calls,
         tiles), from 0 to 1. A call of less than one wave counts as filling it: its sizes tell the rest."""
-        return np.array([self._idle(*self.matrices(context, sizes)) for context, sizes in calls]).reshape(
-            -1, len(TILES)
-        )
+        return self.idle_beside((context, sizes, 0.0) for context, sizes in calls)
+
+    def idle_beside(self, calls: Iterable[tuple[SelectionContext, Sizes, float]]) -> Floats:
+        """The same of calls of keys beside that of the context: the number is the octaves by which these have more
+        matrices, as those of a larger group of query heads do."""
+        found = []
+        for context, sizes, octaves in calls:
+            matrices, rows = self.matrices(context, sizes)
+            found.append(self._idle(round(matrices * 2.0**octaves), rows))
+        return np.array(found).reshape(-1, len(TILES))
 
     def _idle(self, matrices: int, rows: int) -> list[float]:
         found = []

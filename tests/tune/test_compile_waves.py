@@ -13,8 +13,11 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.operations import operation_named
 from layerzero_tune.compile.judge import Choice, Standing, Verdict
+from layerzero_tune.compile.pipeline import compile_rows
 from layerzero_tune.compile.regret import RegretModel
 from layerzero_tune.compile.waves import Waves
+from layerzero_tune.search.key_regret import KeyRegret
+from tests.tune.synthetic_results import ALL_KERNELS, contest_rows
 
 GPU = DeviceSpec(platform="cuda", name="GPU", compute_capability=(9, 0), multiprocessors=132)
 FULL = operation_named("attention.full")
@@ -67,6 +70,27 @@ def test_a_call_never_takes_twice_as_long_as_in_full_waves(batch_kv_heads: int, 
     assert idle.shape == (1, 2)
     assert (idle >= 0.0).all()
     assert (idle < 1.0).all()
+
+
+@pytest.mark.parametrize(("own", "other"), [(8, 1), (1, 8), (4, 4), (5, 7)])
+def test_calls_of_a_key_beside_have_their_own_heads(own: int, other: int) -> None:
+    context, sizes = call(17, 128, own)
+    beside = waves().idle_beside([(context, sizes, math.log2(other / own))])
+    assert beside.tolist() == waves().idle([call(17, 128, other)]).tolist()
+
+
+def test_compiled_models_and_those_of_a_tuning_know_the_device() -> None:
+    context, sizes = call(4, 1024)
+    rows = [
+        replace(row, device=GPU.to_dict()) for row in contest_rows(context, {DEFAULT[0]: 1e6, "synthetic.fused": 2e6})
+    ]
+    (model,) = compile_rows(rows, ALL_KERNELS).models.values()
+    assert model.waves == waves()
+    regret = KeyRegret(FULL, (0, 1), {sizes: 1.0}, Waves.of(FULL, GPU))
+    regret.learn(sizes, rows)
+    regret.renew()
+    assert regret.model is not None
+    assert regret.model.waves == waves()
 
 
 def test_no_calls_leave_nothing_idle() -> None:
