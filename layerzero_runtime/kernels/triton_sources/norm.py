@@ -15,6 +15,29 @@ LATE_BLOCK: tl.constexpr = tl.constexpr(8192)
 
 
 @triton.jit
+def _load_parts(at, first, second, width, is_row):
+    """What lies at the pointers, (rows, 1), behind which these columns are, in both parts; 0 beyond the width."""
+    a = tl.load(at + first[None, :], mask=is_row & (first < width)[None, :], other=0.0)
+    b = tl.load(at + second[None, :], mask=is_row & (second < width)[None, :], other=0.0)
+    return a, b
+
+
+@triton.jit
+def _load_vector(at, first, second, width):
+    """The same of a vector, (columns)."""
+    a = tl.load(at + first, mask=first < width, other=0.0)
+    b = tl.load(at + second, mask=second < width, other=0.0)
+    return a, b
+
+
+@triton.jit
+def _store_parts(at, a, b, first, second, width, is_row):
+    """Both parts of rows, in the type of the pointers."""
+    tl.store(at + first[None, :], a.to(at.dtype.element_ty), mask=is_row & (first < width)[None, :])
+    tl.store(at + second[None, :], b.to(at.dtype.element_ty), mask=is_row & (second < width)[None, :])
+
+
+@triton.jit
 def _rms_whole_rows(
     tile,
     x,
@@ -36,27 +59,19 @@ def _rms_whole_rows(
     half: tl.constexpr = BLOCK // 2
     rest: tl.constexpr = half // REST_SHARE
     first, second = tl.arange(0, half), half + tl.arange(0, rest)
-    is_first, is_second = first < width, second < width
     row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
     is_row = (row < rows)[:, None]
-    written = output + row[:, None] * width
-    read = x + row[:, None] * x_stride
+    written = row[:, None] * width
     # All loads before what waits for any of them.
-    a = tl.load(read + first[None, :], mask=is_row & is_first[None, :], other=0.0)
-    b = tl.load(read + second[None, :], mask=is_row & is_second[None, :], other=0.0)
+    a, b = _load_parts(x + row[:, None] * x_stride, first, second, width, is_row)
     if residual is not None:
-        other = residual + row[:, None] * residual_stride
-        a_other = tl.load(other + first[None, :], mask=is_row & is_first[None, :], other=0.0)
-        b_other = tl.load(other + second[None, :], mask=is_row & is_second[None, :], other=0.0)
+        a_other, b_other = _load_parts(residual + row[:, None] * residual_stride, first, second, width, is_row)
     if weight is not None:
-        a_factor = tl.load(weight + first, mask=is_first, other=0.0)
-        b_factor = tl.load(weight + second, mask=is_second, other=0.0)
+        a_factor, b_factor = _load_vector(weight, first, second, width)
     if residual is not None:
         a = (a.to(tl.float32) + a_other.to(tl.float32)).to(total.dtype.element_ty)
         b = (b.to(tl.float32) + b_other.to(tl.float32)).to(total.dtype.element_ty)
-        summed = total + row[:, None] * width
-        tl.store(summed + first[None, :], a, mask=is_row & is_first[None, :])
-        tl.store(summed + second[None, :], b, mask=is_row & is_second[None, :])
+        _store_parts(total + written, a, b, first, second, width, is_row)
     a, b = a.to(tl.float32), b.to(tl.float32)
     mean_square = (tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / width
     scale = tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))[:, None]
@@ -64,8 +79,7 @@ def _rms_whole_rows(
     if weight is not None:
         a *= (a_factor.to(tl.float32) + OFFSET)[None, :]
         b *= (b_factor.to(tl.float32) + OFFSET)[None, :]
-    tl.store(written + first[None, :], a.to(output.dtype.element_ty), mask=is_row & is_first[None, :])
-    tl.store(written + second[None, :], b.to(output.dtype.element_ty), mask=is_row & is_second[None, :])
+    _store_parts(output + written, a, b, first, second, width, is_row)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -186,41 +200,32 @@ def _layer_whole_rows(
     half: tl.constexpr = BLOCK // 2
     rest: tl.constexpr = half // REST_SHARE
     first, second = tl.arange(0, half), half + tl.arange(0, rest)
-    is_first, is_second = first < width, second < width
     row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
     is_row = (row < rows)[:, None]
-    written = output + row[:, None] * width
-    read = x + row[:, None] * x_stride
-    a = tl.load(read + first[None, :], mask=is_row & is_first[None, :], other=0.0)
-    b = tl.load(read + second[None, :], mask=is_row & is_second[None, :], other=0.0)
+    a, b = _load_parts(x + row[:, None] * x_stride, first, second, width, is_row)
     if BLOCK < LATE_BLOCK:
         if weight is not None:
-            a_factor = tl.load(weight + first, mask=is_first, other=0.0)
-            b_factor = tl.load(weight + second, mask=is_second, other=0.0)
+            a_factor, b_factor = _load_vector(weight, first, second, width)
         if bias is not None:
-            a_shift = tl.load(bias + first, mask=is_first, other=0.0)
-            b_shift = tl.load(bias + second, mask=is_second, other=0.0)
+            a_shift, b_shift = _load_vector(bias, first, second, width)
     a, b = a.to(tl.float32), b.to(tl.float32)
     mean = ((tl.sum(a, axis=1) + tl.sum(b, axis=1)) / width)[:, None]
-    a = tl.where(is_row & is_first[None, :], a - mean, 0.0)
-    b = tl.where(is_row & is_second[None, :], b - mean, 0.0)
+    a = tl.where(is_row & (first < width)[None, :], a - mean, 0.0)
+    b = tl.where(is_row & (second < width)[None, :], b - mean, 0.0)
     variance = (tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / width
     scale = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))[:, None]
     a, b = a * scale, b * scale
     if weight is not None:
         if BLOCK >= LATE_BLOCK:
-            a_factor = tl.load(weight + first, mask=is_first, other=0.0)
-            b_factor = tl.load(weight + second, mask=is_second, other=0.0)
+            a_factor, b_factor = _load_vector(weight, first, second, width)
         a *= a_factor.to(tl.float32)[None, :]
         b *= b_factor.to(tl.float32)[None, :]
     if bias is not None:
         if BLOCK >= LATE_BLOCK:
-            a_shift = tl.load(bias + first, mask=is_first, other=0.0)
-            b_shift = tl.load(bias + second, mask=is_second, other=0.0)
+            a_shift, b_shift = _load_vector(bias, first, second, width)
         a += a_shift.to(tl.float32)[None, :]
         b += b_shift.to(tl.float32)[None, :]
-    tl.store(written + first[None, :], a.to(output.dtype.element_ty), mask=is_row & is_first[None, :])
-    tl.store(written + second[None, :], b.to(output.dtype.element_ty), mask=is_row & is_second[None, :])
+    _store_parts(output + row[:, None] * width, a, b, first, second, width, is_row)
 
 
 @triton.jit(do_not_specialize=["rows"])
