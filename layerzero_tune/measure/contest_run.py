@@ -35,7 +35,8 @@ from layerzero_tune.measure.work import WIDEST_BYTES, call_elements
 _NOTHING_SETTLED: Mapping[int, JobOutcome] = MappingProxyType({})
 # With the time of the warm-up these are three, of which one may be disturbed.
 _MIN_SCREENINGS = 2
-# A candidate so many times slower than the best is settled by two looks; more would cost as much as all the others.
+# A candidate so many times slower than the best is settled by two looks, and out; more would cost as much as all the
+# others.
 _HOPELESS = 4.0
 
 
@@ -225,7 +226,8 @@ class _ContestRun:
         slow = frozenset(index for index, time in call_ns.items() if time > self.policy.max_call_ms * 1e6)
         settled = slow | self._hopeless(call_ns)
         screened = self._at_full_speed(lambda: self._screen(call_ns, settled))
-        entered = finalists(screened, self.policy.screen_margin) - slow
+        # However much a machine's noise makes the others' times differ.
+        entered = finalists(screened, self.policy.screen_margin) - settled
         # The default and the anchors tie contests together, whatever the screening says of them.
         always = frozenset(
             i for i in self.entrants.functions if self.candidates[i].is_default or self.candidates[i].is_anchor

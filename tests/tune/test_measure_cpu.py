@@ -21,7 +21,7 @@ from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.libraries import missing_requirement
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.selection.transforms import apply_transforms
-from layerzero_tune.measure import contest_run
+from layerzero_tune.measure import contest_run, full_speed
 from layerzero_tune.measure.clock import Rotation, WallClock, take_sample, time_calls, warm_up
 from layerzero_tune.measure.contest import ContestOutcome, MeasurementPolicy
 from layerzero_tune.measure.contest_run import measure_contest
@@ -35,6 +35,12 @@ from tests.tune.contests import ATTENTION, BRIEF, RMS, contest
 pytestmark = pytest.mark.alone
 
 KERNELS = {kernel.kernel_id: kernel for kernel in torture.KERNELS}
+
+
+@pytest.fixture(autouse=True)
+def _little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A virtual machine's cores may stay slowed down through all of these contests; no test here depends on that."""
+    monkeypatch.setattr(full_speed, "PATIENCE_S", 0.5)
 
 
 def measure(*names: str, **changes: Any) -> ContestOutcome:
@@ -175,6 +181,17 @@ def test_a_hopeless_candidate_is_not_screened_again(monkeypatch: pytest.MonkeyPa
     assert [name for index, name in steps if index == 2].count("screening") >= 2
     assert jobs[1].screen_ns is not None
     assert jobs[1].screen_ns > 3e6
+
+
+def test_a_hopeless_candidate_is_not_taken_into_the_final_rounds_for_the_noise_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The screening times lie so far apart that none of them rules out anything."""
+    monkeypatch.setattr(contest_run, "finalists", lambda screened, margin: frozenset(screened))
+    default, hopeless, other = measure("right", "ten_times_slower", "right_too").outcomes
+    assert len(default.samples_ns) == len(other.samples_ns) == BRIEF.rounds
+    assert hopeless.samples_ns == ()
+    assert hopeless.screen_ns is not None
 
 
 @pytest.mark.parametrize(("is_anchor", "rounds"), [(False, 0), (True, 4)])
