@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Self
 
@@ -44,19 +44,13 @@ class Meeting:
 
     @classmethod
     def of(cls, ground: Ground, rows: Rows, place: Place, below: Rows, above: Rows) -> Self:
-        """`below` and `above` are the columns of the choices that either side gives at each of these places.
-
-        Around holes the split stays where it was sought: a side that is moved there serves what has to miss.
-        """
+        """`below` and `above` are the columns of the choices that either side gives at each of these places."""
         axes = place.axes
         products = ground.products(rows, axes)
         order = np.argsort(products, kind="stable")
         rows, columns, sizes = rows[order], np.stack([below, above])[:, order], products[order]
         losses = np.stack([ground.losses[rows, side] for side in columns])
-        if ground.holes[rows].any():
-            allowed = (sizes[:-1] == place.low) & (sizes[1:] == place.high)
-        else:
-            allowed = (sizes[1:] > sizes[:-1]) & told_on_both_sides(ground, rows)
+        allowed = (sizes[1:] > sizes[:-1]) & told_on_both_sides(ground, rows)
         if_below, if_above = np.cumsum(losses, axis=1)
         totals = (if_below + (if_above[-1] - if_above))[:-1]
         found = [(round(total, 12), cut + 1) for cut, total in enumerate(totals.tolist()) if allowed[cut]]
@@ -64,6 +58,11 @@ class Meeting:
         cuts = [cut for total, cut in found if total == least]
         leads = ground.expected[rows, columns[0]] - ground.expected[rows, columns[1]]
         return cls(axes, sizes, losses, columns, leads, (cuts[0], cuts[-1]))
+
+    def at(self, place: Place) -> Self:
+        """The same sides with the split left where it was sought."""
+        cut = int(np.searchsorted(self.sizes, place.low, side="right"))
+        return replace(self, cuts=(cut, cut))
 
     @property
     def place(self) -> Place:

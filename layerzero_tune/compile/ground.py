@@ -1,7 +1,6 @@
 """The ground of a tree: what each choice is expected to lose at the sizes that a static key serves, as arrays.
 
-Its places are the measured cells, foreseen sizes between them (`foreseen`), and holes, where nothing vouches for a
-choice and a table must miss.
+Its places are the measured cells and foreseen sizes between them (`foreseen`).
 """
 
 from __future__ import annotations
@@ -18,17 +17,12 @@ from numpy.typing import NDArray
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.arrays import Floats, Mask, Rows
-from layerzero_tune.compile.foreseen import Foreseen
 from layerzero_tune.compile.judge import MINIMUM_GAIN, Choice, Verdict
 from layerzero_tune.compile.region import Axes
 from layerzero_tune.compile.regret import RegretModel
 
-MISS: Choice = ("", "")
-# Loss, in log time, of a choice that is illegal or has no time at a place, of a miss where something serves, and of
-# anything but a miss in a hole.
+# Loss, in log time, of a choice that is illegal or has no time at a place.
 _UNKNOWN = 2.0
-# Loss of anything but a miss at a foreseen size around a hole: one of them is worth no bucket.
-_AROUND_HOLE = 0.1
 # A choice that is expected to be slower than the default loses this share of its doubt beside that: where it is slower
 # by little, it may be by much. Judged by cells that were left out, three times, tables of an EPYC have an efficiency of
 # 0.9837 with this and 0.9836 without, and are slower than the default at 12 and 16 of 7,215; those of an H100 lose
@@ -45,12 +39,11 @@ class Ground:
 
     Attributes:
         sizes: (places, axes).
-        choices: what may serve, `MISS` among them where there are holes.
-        losses: (places, choices), log time beside the best safe choice, in shares of the places that are served:
-            summed over these they give a mean.
+        choices: what may serve.
+        losses: (places, choices), log time beside the best safe choice, in shares of all places: summed over these they
+            give a mean.
         expected: (places, choices), log ratios to the model's reference; NaN for a choice that cannot serve.
         measured: which places are measured cells.
-        holes: which places are holes.
         ratios, variances: (places, choices), of the gain on the default by contests; NaN where there is none.
         exempt: the choices whose gain needs no proof.
     """
@@ -60,7 +53,6 @@ class Ground:
     losses: Floats
     expected: Floats
     measured: Mask
-    holes: Mask
     ratios: Floats
     variances: Floats
     exempt: Mask
@@ -71,12 +63,11 @@ class Ground:
         model: RegretModel,
         verdicts: Sequence[Verdict],
         candidates: Sequence[Choice],
-        foreseen: Foreseen,
-        holes: Sequence[Sizes],
+        foreseen: Sequence[Sizes],
         serving: Callable[[Sequence[Choice], Sequence[Sizes]], Sequence[Sequence[Choice | None]]],
         passes: Callable[[Choice, SelectionContext], bool],
     ) -> Self:
-        """The ground of these cells and of further sizes; at `holes` a table has to miss.
+        """The ground of these cells and of further sizes that a table serves.
 
         `candidates` are the choices that may serve. `serving` says what serves some sizes where a bucket gives a
         choice: the choice itself, the default behind its guards, or nothing where it is illegal. `passes` says whether
@@ -85,8 +76,7 @@ class Ground:
         choices = tuple(candidates)
         default = model.verdicts[0].default
         cells = [verdict.sizes for verdict in verdicts]
-        served = [*cells, *foreseen.served]
-        holes = [*foreseen.missed, *holes]
+        served = [*cells, *foreseen]
         columns: dict[Choice | None, int] = {choice: column for column, choice in enumerate(choices)}
         column_of = np.array([[columns.get(choice, -1) for choice in line] for line in serving(choices, served)])
         expected, safe, doubts = _expected(model, choices, served, column_of == np.arange(len(choices)))
@@ -98,23 +88,16 @@ class Ground:
         losses = np.minimum(_losses(expected, safe) + doubted, _UNKNOWN)
         losses[: len(cells)] = (1.0 - share) * losses[: len(cells)] + share * own
         losses = np.where(column_of >= 0, np.take_along_axis(losses, np.maximum(column_of, 0), axis=1), losses)
-        if holes:
-            choices = (*choices, MISS)
-            losses = np.pad(losses, ((0, len(holes)), (0, 1)), constant_values=_UNKNOWN)
-            losses[len(served) :, -1] = 0.0
-            losses[len(served) : len(served) + len(foreseen.missed), :-1] = _AROUND_HOLE
-            expected = np.pad(expected, ((0, len(holes)), (0, 1)), constant_values=np.nan)
-        ratios, variances = _contests(verdicts, choices, len(served) + len(holes))
+        ratios, variances = _contests(verdicts, choices, len(served))
         return cls(
-            np.array([*served, *holes], dtype=np.int64),
+            np.array(served, dtype=np.int64),
             choices,
             losses / len(served),
             expected,
-            np.arange(len(losses)) < len(cells),
-            np.arange(len(losses)) >= len(served),
+            np.arange(len(served)) < len(cells),
             ratios,
             variances,
-            np.array([choice in (default, MISS) or not model.default_is_measured for choice in choices]),
+            np.array([choice == default or not model.default_is_measured for choice in choices]),
         )
 
     def products(self, rows: Rows, axes: Axes) -> NDArray[np.int64]:
@@ -131,9 +114,12 @@ class Ground:
         return [(loss, self.choices[column]) for loss, column in sorted(found)]
 
     def cheapest(self, rows: Rows) -> tuple[float, Choice]:
-        """The first of the ranking; a miss where it is empty."""
-        ranking = self.ranking(rows)
-        return ranking[0] if ranking else (math.inf, MISS)
+        """The first of the ranking, which is never empty: the default needs no proof, or where it has no time none."""
+        return self.ranking(rows)[0]
+
+    def proves(self, choice: Choice, rows: Rows) -> bool:
+        """Whether the contests at these places prove that a choice gains on the default, or it needs no proof."""
+        return bool(self._proved(rows)[self.choices.index(choice)])
 
     def _proved(self, rows: Rows) -> Mask:
         held = rows[self.measured[rows]]

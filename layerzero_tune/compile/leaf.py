@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.operation import Operation, Sizes
 from layerzero_runtime.selection.limits import Limit
 from layerzero_tune.compile.form import Leaf, Split, Step, Tree
-from layerzero_tune.compile.ground import MISS
 from layerzero_tune.compile.judge import Choice, Verdict
 from layerzero_tune.compile.leaf_evidence import evidence_of, is_proved
 from layerzero_tune.compile.legality import RANGES, Legality, legality, size_limits
@@ -41,12 +39,11 @@ class LeafBuilder:
         May serve what is legal in some of the region, and gains enough on those of its cells that a limit has not cut
         off.
         """
-        allowed = list(takewhile(lambda choice: choice != MISS, ranking))
-        for place, choice in enumerate(allowed):
+        for place, choice in enumerate(ranking):
             found = self._legality(choice, region.box)
             stands = place == 0 or choice != self.default or self._default_stands_in(verdicts)
             if found.violated is None and stands and is_proved(choice, self.default, verdicts):
-                return self._served(verdicts, region, allowed[place:], found)
+                return self._served(verdicts, region, ranking[place:], found)
         return Leaf(region, (), None)
 
     def _served(self, verdicts: Sequence[Verdict], region: Region, ranking: Sequence[Choice], found: Legality) -> Tree:
@@ -86,8 +83,6 @@ class LeafBuilder:
 
     def limit_within(self, choice: Choice, region: Region, place: Place) -> int | None:
         """The range limit of a choice on the axis of a split between these sizes: up to there it may serve."""
-        if choice == MISS:
-            return None
         between = region.within(place.axes, place.low - 1, place.high).box
         edges = [edge for axis, edge in self._legality(choice, between).splits if (axis,) == place.axes]
         return edges[0] if edges else None

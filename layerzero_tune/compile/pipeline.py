@@ -12,6 +12,7 @@ from layerzero_runtime.errors import ResultsError
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.operations import operation_named
 from layerzero_tune.compile.cell import Key
+from layerzero_tune.compile.cover import cover_of, cut_out
 from layerzero_tune.compile.coverage import bounds_of, max_product_of, unmeasured_cells
 from layerzero_tune.compile.foreseen import foreseen_sizes
 from layerzero_tune.compile.form import Entry, TableForm
@@ -160,14 +161,16 @@ def entry_of(key: Key, model: RegretModel, kernels: Mapping[str, Kernel], device
     max_product = max_product_of(sizes, model.free)
     leaves = LeafBuilder(operation, context, kernels, model.verdicts[0].default, model.default_is_measured)
     holes = unmeasured_cells(sizes, model.free, max_product)
+    foreseen = foreseen_sizes(sizes, holes, model.free, bounds, max_product)
     ground = Ground.of(
         model,
         verdicts,
         [choice for choice in candidates(verdicts) if choice in model.choices],
-        foreseen_sizes(sizes, holes, model.free, bounds, max_product),
-        holes,
+        foreseen.served,
         leaves.serving,
         leaves.passes,
     )
-    tree = TreeGrower(ground, leaves).grow(verdicts, Region(bounds, model.free))
+    region = Region(bounds, model.free)
+    tree = TreeGrower(ground, leaves).grow(verdicts, region)
+    tree = cut_out(tree, cover_of(sizes, foreseen, holes, model.free), region, ground.sizes)
     return Entry(name, static_key, axes, model.free, bounds, max_product, tree)

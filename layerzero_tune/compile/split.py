@@ -7,19 +7,26 @@ lift the efficiency from 0.9858 to 0.9887 on a Xeon, with half the buckets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 
-from layerzero_tune.compile.arrays import Floats, Mask, Rows
+from layerzero_tune.compile.arrays import Mask, Rows
 from layerzero_tune.compile.ground import Ground
 from layerzero_tune.compile.region import Axes
 
+# Mean log time over a key that one more bucket must save. Cross-validated on three results (efficiency; buckets of the
+# whole): 0.0001 gives 0.9870 and 195, 0.0003 0.9877 and 188, 0.0005 0.9879 and 177, 0.001 0.9874 and 128.
+BUCKET_PRICE = 0.0003
 # What remains after a split over a product counts this much more, and this much mean log time beside: one axis is read
 # more easily, and what little a product gains beside it may be noise.
 _PRODUCT_SURCHARGE = (1.25, 0.0001)
+# Of so many directions it is looked one split further: what is lost with one choice on either side says little where
+# kernels part along both sizes. Trees over the attention of an H100 lose 0.0074 by their model with 1, 0.0047 with 3
+# and with all 7 (calls half an octave beside those of a workload).
+_LOOKED_INTO = 3
 
 
 @dataclass(frozen=True)
@@ -31,58 +38,69 @@ class Place:
     high: int
 
 
-def best_place(ground: Ground, rows: Rows, free: Axes) -> Place | None:
-    """Where one choice on either side loses least; None where no split leaves a measured cell on each side.
+@dataclass(frozen=True)
+class _Cut:
+    """The best split in one direction.
 
-    Beside holes a side may do without, if no better split is left: there the default serves, or nothing.
-
-    Of places that cost the same it is the one on the fewest axes and with the most even sides, so that the tree stays
-    shallow.
+    Attributes:
+        loss: what remains with one choice on either side; over a product with its surcharge.
+        uneven: by how many places one side is larger than the other.
     """
-    has_holes = bool(ground.holes[rows].any())
-    found: list[tuple[tuple[bool, float, int, float, int, Axes], Place]] = []
+
+    place: Place
+    loss: float
+    uneven: int
+
+    @property
+    def rank(self) -> tuple[float, int, int, Axes]:
+        """Of places that cost the same the one on the fewest axes and with the most even sides, so that the tree stays
+        shallow."""
+        return (self.loss, len(self.place.axes), self.uneven, self.place.axes)
+
+
+def best_place(ground: Ground, rows: Rows, free: Axes) -> Place | None:
+    """Where either side, split once more or not, loses least; None where no split leaves a measured cell on each side.
+
+    Of places that cost the same it is the one after which one choice on either side loses least.
+    """
+    cuts = sorted(_cuts(ground, rows, free), key=lambda cut: cut.rank)[:_LOOKED_INTO]
+    if len(cuts) < 2:
+        return cuts[0].place if cuts else None
+
+    def after(cut: _Cut) -> float:
+        is_low = ground.products(rows, cut.place.axes) <= cut.place.low
+        return round(_after_one(ground, rows[is_low], free) + _after_one(ground, rows[~is_low], free), 12)
+
+    return min(cuts, key=lambda cut: (after(cut), cut.rank)).place
+
+
+def _after_one(ground: Ground, rows: Rows, free: Axes) -> float:
+    """What remains of these places with one choice, or if that is worth it after one split."""
+    single = float(ground.losses[rows].sum(axis=0).min())
+    if single < BUCKET_PRICE:
+        return single
+    return min([single, *(cut.loss + BUCKET_PRICE for cut in _cuts(ground, rows, free))])
+
+
+def _cuts(ground: Ground, rows: Rows, free: Axes) -> Iterator[_Cut]:
     for axes in _directions(free):
-        if has_holes and len(axes) > 1:  # a product would join what was not measured to cells far away
-            continue
         all_sizes = ground.products(rows, axes)
         order = np.argsort(all_sizes, kind="stable")
-        sizes, losses = all_sizes[order], ground.losses[rows[order]]
-        low_sums = np.cumsum(losses, axis=0)
+        sizes = all_sizes[order]
+        candidates = np.flatnonzero((sizes[1:] > sizes[:-1]) & told_on_both_sides(ground, rows[order]))
+        if not len(candidates):
+            continue
+        low_sums = np.cumsum(ground.losses[rows[order]], axis=0)
         high_sums = low_sums[-1] - low_sums
         # Not numpy's rounding, which depends on the last bits of a product.
         left = np.array([round(loss, 12) for loss in (low_sums.min(axis=1) + high_sums.min(axis=1))[:-1].tolist()])
-        is_step, is_told = sizes[1:] > sizes[:-1], told_on_both_sides(ground, rows[order])
-        candidates = np.flatnonzero(is_step & is_told)
-        is_bare = has_holes and not len(candidates)
-        if is_bare:
-            candidates = np.flatnonzero(is_step)
-        if not len(candidates):
-            continue
         cheapest = candidates[left[candidates] == left[candidates].min()]
-        spread = 0.0
-        if has_holes:
-            cheapest, spread = _most_telling(losses, cheapest)
         uneven = np.abs(2 * (cheapest + 1) - len(order))
         last = int(cheapest[uneven.argmin()])
         loss = float(left[last])
         if len(axes) > 1:
             loss = round(loss * _PRODUCT_SURCHARGE[0] + _PRODUCT_SURCHARGE[1], 12)
-        rank = (is_bare, loss, len(axes), spread, int(uneven.min()), axes)
-        found.append((rank, Place(axes, int(sizes[last]), int(sizes[last + 1]))))
-    return min(found, key=lambda item: item[0])[1] if found else None
-
-
-def _most_telling(losses: Floats, cuts: Rows) -> tuple[Rows, float]:
-    """Of cuts after which equally much is lost, those whose sides are most alike within: around a hole no single cut
-    saves anything, and the squared deviations from each side's means (as in regression trees) show where it ends. With
-    them the sum of these squares."""
-    sums, squares = np.cumsum(losses, axis=0), np.cumsum(losses**2, axis=0)
-    low = np.arange(1, len(losses) + 1)[:, None]
-    high = np.maximum(len(losses) - low, 1)
-    within = squares[-1] - sums**2 / low - (sums[-1] - sums) ** 2 / high
-    spread = np.array([round(value, 12) for value in within.sum(axis=1)[cuts].tolist()])
-    least = float(spread.min())
-    return cuts[spread == least], least
+        yield _Cut(Place(axes, int(sizes[last]), int(sizes[last + 1])), loss, int(uneven.min()))
 
 
 def _directions(free: Axes) -> Sequence[Axes]:
@@ -90,7 +108,7 @@ def _directions(free: Axes) -> Sequence[Axes]:
 
 
 def told_on_both_sides(ground: Ground, rows: Rows) -> Mask:
-    """After which of the rows, but the last, a split leaves on each side a measured cell, or nothing but holes."""
-    held, served = np.cumsum(ground.measured[rows]), np.cumsum(~ground.holes[rows])
-    told: Mask = ((held > 0) | (served == 0)) & ((held < held[-1]) | (served == served[-1]))
+    """After which of the rows, but the last, a split leaves a measured cell on each side."""
+    held = np.cumsum(ground.measured[rows])
+    told: Mask = (held > 0) & (held < held[-1])
     return told[:-1]

@@ -6,24 +6,21 @@ its price (cost-complexity pruning; Breiman et al. 1984, chapter 3, with a fixed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from layerzero_tune.compile.arrays import Rows
 from layerzero_tune.compile.edge import Meeting
 from layerzero_tune.compile.form import Leaf, Split, Tree
-from layerzero_tune.compile.ground import MISS, Ground
+from layerzero_tune.compile.ground import Ground
 from layerzero_tune.compile.judge import Choice, Verdict
 from layerzero_tune.compile.leaf import LeafBuilder
 from layerzero_tune.compile.region import Axes, Region, product_of
-from layerzero_tune.compile.split import best_place
-from layerzero_tune.compile.tree_parts import balanced, parts_along
-
-# Mean log time over a key that one more bucket must save. Cross-validated on three results (efficiency; buckets of the
-# whole): 0.0001 gives 0.9870 and 195, 0.0003 0.9877 and 188, 0.0005 0.9879 and 177, 0.001 0.9874 and 128.
-BUCKET_PRICE = 0.0003
+from layerzero_tune.compile.split import BUCKET_PRICE, best_place
+from layerzero_tune.compile.tree_parts import merged
 
 
 @dataclass(frozen=True)
@@ -61,10 +58,27 @@ class TreeGrower:
         low, high = self._part(rows[is_low], low_region), self._part(rows[~is_low], high_region)
         meeting = Meeting.of(self.ground, rows, place, self._served(low, rows), self._served(high, rows))
         edge = self._edge(meeting, region)
-        together, buckets = meeting.loss(edge), low.buckets + high.buckets
-        if together + BUCKET_PRICE * (buckets - 1) < loss:
-            return _Part(together, buckets, choice, (place.axes, edge, low, high))
-        return single
+        is_low = self.ground.products(rows, place.axes) <= edge
+        if not (self._is_proved(low, rows[is_low]) and self._is_proved(high, rows[~is_low])):
+            meeting = meeting.at(place)
+            edge = self._edge(meeting, region)
+        split = _Part(meeting.loss(edge), low.buckets + high.buckets, choice, (place.axes, edge, low, high))
+        # What parts one side may do for both (subtree raising; Quinlan 1993, chapter 4).
+        raised = [self._over(side, rows) for side in (low, high) if self._is_proved(side, rows)]
+        return min((single, *raised, split), key=lambda part: round(part.loss + BUCKET_PRICE * part.buckets, 12))
+
+    def _over(self, part: _Part, rows: Rows) -> _Part:
+        """The part with what it loses at these places."""
+        lost = self.ground.losses[rows, self._served(part, rows)].tolist()
+        return replace(part, loss=round(math.fsum(lost), 12))
+
+    def _is_proved(self, part: _Part, rows: Rows) -> bool:
+        """Whether the measured cells among these places prove each choice of the part where it serves."""
+        if part.split is None:
+            return self.ground.proves(part.choice, rows)
+        axes, edge, low, high = part.split
+        is_low = self.ground.products(rows, axes) <= edge
+        return self._is_proved(low, rows[is_low]) and self._is_proved(high, rows[~is_low])
 
     def _served(self, part: _Part, rows: Rows) -> Rows:
         """The columns of the choices that the part gives at these places."""
@@ -77,12 +91,9 @@ class TreeGrower:
         return served
 
     def _edge(self, meeting: Meeting, region: Region) -> int:
-        """The last size below: where a hole begins, at a range limit of a choice, else where both sides cost the
-        same."""
+        """The last size below: at a range limit of a choice, else where both sides cost the same."""
         place = meeting.place
         below, above = ([self.ground.choices[column] for column in found] for found in meeting.beside)
-        if MISS in (*below, *above):
-            return place.high - 1 if MISS in below else place.low
         if len(place.axes) == 1:
             for choice in dict.fromkeys((*below, *above, *self.ground.choices)):
                 limit = self.leaves.limit_within(choice, region, place)
@@ -104,9 +115,9 @@ class TreeGrower:
         low_verdicts = [verdict for verdict in verdicts if product_of(verdict.sizes, axes) <= edge]
         high_verdicts = [verdict for verdict in verdicts if product_of(verdict.sizes, axes) > edge]
         # A side without a cell proves nothing: what serves on the other one serves there too.
-        if high_verdicts and not low_verdicts and not self.ground.holes[rows[is_low]].any():
+        if high_verdicts and not low_verdicts:
             return self._built(above, rows, verdicts, region)
-        if low_verdicts and not high_verdicts and not self.ground.holes[rows[~is_low]].any():
+        if low_verdicts and not high_verdicts:
             return self._built(below, rows, verdicts, region)
         low = self._built(below, rows[is_low], low_verdicts, low_region)
         high = self._built(above, rows[~is_low], high_verdicts, high_region)
@@ -114,19 +125,12 @@ class TreeGrower:
 
     def _merged(self, tree: Split, verdicts: Sequence[Verdict], region: Region) -> Tree:
         """The same decisions with neighbours in the tree's direction that differ in nothing made one bucket."""
-        found = list(parts_along(tree, tree.axes))
-        ends = [edge for edge, _ in found[1:]] + [None]
-        starts: list[int | None] = []
-        parts: list[Tree] = []
-        for (start, part), end in zip(found, ends, strict=True):
-            before = parts[-1] if parts else None
-            if isinstance(before, Leaf) and isinstance(part, Leaf) and before.chain == part.chain:
-                both = region.within(tree.axes, starts[-1], end)
-                inside = [verdict for verdict in verdicts if both.holds(verdict.sizes)]
-                one = self.leaves.build(inside, both, [step.choice for step in part.chain])
-                if isinstance(one, Leaf) and one.chain == part.chain:
-                    parts[-1] = one
-                    continue
-            starts.append(start)
-            parts.append(part)
-        return balanced(tree.axes, [start for start in starts if start is not None], parts)
+
+        def joined(one: Leaf, other: Leaf, both: Region) -> Leaf | None:
+            if one.chain != other.chain:
+                return None
+            inside = [verdict for verdict in verdicts if both.holds(verdict.sizes)]
+            found = self.leaves.build(inside, both, [step.choice for step in one.chain])
+            return found if isinstance(found, Leaf) and found.chain == one.chain else None
+
+        return merged(tree, region, joined)

@@ -1,11 +1,30 @@
-"""The parts of a tree in one direction, and a tree of least depth over such parts."""
+"""The parts of a tree in one direction, those that are alike made one, and a tree of least depth over such parts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from layerzero_tune.compile.form import Split, Tree
-from layerzero_tune.compile.region import Axes
+from layerzero_tune.compile.form import Leaf, Split, Tree
+from layerzero_tune.compile.region import Axes, Region
+
+
+def merged(tree: Split, region: Region, joined: Callable[[Leaf, Leaf, Region], Leaf | None]) -> Tree:
+    """The tree over a region in which neighbours in its direction are one leaf, where `joined` gives one for both and
+    their region."""
+    found = list(parts_along(tree, tree.axes))
+    ends = [edge for edge, _ in found[1:]] + [None]
+    starts: list[int | None] = []
+    parts: list[Tree] = []
+    for (start, part), end in zip(found, ends, strict=True):
+        before = parts[-1] if parts else None
+        if isinstance(before, Leaf) and isinstance(part, Leaf):
+            one = joined(before, part, region.within(tree.axes, starts[-1], end))
+            if one is not None:
+                parts[-1] = one
+                continue
+        starts.append(start)
+        parts.append(part)
+    return balanced(tree.axes, [start for start in starts if start is not None], parts)
 
 
 def parts_along(tree: Tree, axes: Axes, edge: int | None = None) -> Iterator[tuple[int | None, Tree]]:

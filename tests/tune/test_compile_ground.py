@@ -9,7 +9,6 @@ import pytest
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operation import Sizes
-from layerzero_tune.compile.foreseen import Foreseen
 from layerzero_tune.compile.ground import Ground
 from layerzero_tune.compile.judge import Choice
 from layerzero_tune.compile.regret import RegretModel
@@ -29,7 +28,7 @@ def test_what_is_expected_to_be_slower_than_the_default_loses_of_its_doubt_too()
     verdicts = tuple(verdict_at((rows, 1024), {LEAN: ratio}) for rows, ratio in ratios.items())
     model = RegretModel(verdicts, (0,))
     between: tuple[Sizes, ...] = tuple((rows, 1024) for rows in (45, 90, 150, 360, 700))
-    ground = Ground.of(model, verdicts, [DEFAULT, LEAN], Foreseen(between, ()), [], serving, passes)
+    ground = Ground.of(model, verdicts, [DEFAULT, LEAN], between, serving, passes)
     losses = ground.losses[len(verdicts) :] * len(ground.losses)
     cases = set()
     for sizes, (of_default, of_lean) in zip(between, losses.tolist(), strict=True):
