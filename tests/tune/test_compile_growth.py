@@ -27,6 +27,7 @@ from layerzero_tune.compile.region import Region
 from layerzero_tune.compile.regret import RegretModel
 from layerzero_tune.compile.tree import TreeGrower
 from tests.tune.synthetic_results import ALL_KERNELS, DEVICE, norm
+from tests.tune.trees import edges
 
 DEFAULT: Choice = ("torch.rms_norm", "{}")
 LEAN: Choice = ("synthetic.lean", "{}")
@@ -128,6 +129,14 @@ def test_what_no_single_split_parts_is_found_by_looking_one_further(pattern: str
     found = entry({sizes: {LEAN: -0.4 if gains(*sizes) else 0.4} for sizes in lines})
     assert {sizes for sizes in lines if choice_at(found, sizes) == LEAN} == {s for s in lines if gains(*s)}
     assert len(found.leaves()) <= buckets
+
+
+def test_where_one_side_parts_both_as_well_there_is_no_split_between_them() -> None:
+    """A line of rows and one of widths that gain, but not where they cross: one of them is parted alike everywhere."""
+    lines = list(itertools.product((1, 4, 16, 64, 256), (256, 512, 1024, 2048, 4096)))
+    found = entry({sizes: {LEAN: -0.4 if (sizes[0] == 16) != (sizes[1] == 1024) else 0.4} for sizes in lines})
+    assert len({axes for axes, _ in edges(found.tree)}) == 1
+    assert len(found.leaves()) == 3
 
 
 def test_an_edge_takes_no_cell_that_leaves_its_side_unproved() -> None:
