@@ -9,23 +9,24 @@ beside those of a workload, such trees missed at 2.1%; now 0.2% are missed, with
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from layerzero_runtime.operation import Sizes
-from layerzero_tune.compile.arrays import Floats, Mask, Rows
+from layerzero_tune.compile.arrays import Mask, Rows
 from layerzero_tune.compile.foreseen import Foreseen
-from layerzero_tune.compile.form import Leaf, Split, Tree
+from layerzero_tune.compile.form import Leaf, Split, Tree, leaves_of
 from layerzero_tune.compile.region import Axes, Region
 from layerzero_tune.compile.regret import VOUCHED
 from layerzero_tune.compile.tree_parts import merged
+from layerzero_tune.measure.statistics import LOG_RESOLUTION
 
-# What it costs to miss at a cell or to serve a hole, to miss at a foreseen size, and to serve one around a hole; in
-# boxes: to part one cell or hole from all around it takes as many as there are sides.
-_WRONG, _MISSED, _AROUND_HOLE = 10.0, 0.4, 0.1
+# What it costs to miss at a cell or to serve a hole, to miss at a foreseen size, to serve one around a hole, and to
+# have one more box: to part a hole from all around it takes as many of them as there are sides.
+_WRONG, _MISSED, _AROUND_HOLE, _BOX = 100, 4, 1, 10
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ Places = NDArray[np.int64]  # (places, axes)
 
 
 def cover_of(cells: Sequence[Sizes], foreseen: Foreseen, holes: Sequence[Sizes], free: Axes) -> Cover:
-    """The cover that serves these cells and foreseen sizes, and misses at holes and at what lies around them; a box
-    that it serves holds a cell, as far as a box can."""
+    """The cover that serves these cells and misses at the holes, and does so at the foreseen sizes too where they are
+    worth a box; one that it serves holds a cell, as far as a box can."""
     if not holes and not foreseen.missed:
         return Covered(True)
     served = [*cells, *foreseen.served]
@@ -60,7 +61,7 @@ def cover_of(cells: Sequence[Sizes], foreseen: Foreseen, holes: Sequence[Sizes],
     is_served = numbers < len(served)
     if_served = np.where(numbers < len(served) + len(foreseen.missed), _AROUND_HOLE, _WRONG)
     if_missed = np.where(numbers < len(cells), _WRONG, _MISSED)
-    costs = np.stack([np.where(is_served, 0.0, if_served), np.where(is_served, if_missed, 0.0)], axis=1)
+    costs = np.stack([np.where(is_served, 0, if_served), np.where(is_served, if_missed, 0)], axis=1)
     return _Places(sizes, costs, numbers < len(cells), is_served, free).cover(numbers)
 
 
@@ -74,7 +75,7 @@ class _Places:
     """
 
     sizes: Places
-    costs: Floats
+    costs: NDArray[np.int64]
     measured: Mask
     served: Mask
     free: Axes
@@ -82,7 +83,7 @@ class _Places:
     def cover(self, rows: Rows) -> Cover:
         if_served, if_missed = self.costs[rows].sum(axis=0).tolist()
         whole = Covered(if_served <= if_missed)
-        cuts = [] if min(if_served, if_missed) < 1.0 else list(self._cuts(rows))
+        cuts = [] if min(if_served, if_missed) < _BOX else list(self._cuts(rows))
         if not cuts:
             return whole
         _, axis, least, most = min(cuts)
@@ -92,14 +93,14 @@ class _Places:
         # What parts one side may do for both (subtree raising; Quinlan 1993, chapter 4).
         return min((whole, low, high, parted), key=lambda found: self._price(found, rows))
 
-    def _price(self, cover: Cover, rows: Rows) -> float:
+    def _price(self, cover: Cover, rows: Rows) -> int:
         """What the cover costs at these places, and its boxes."""
         if isinstance(cover, Covered):
-            return round(float(self.costs[rows, 0 if cover.is_served else 1].sum()), 9) + 1.0
+            return int(self.costs[rows, 0 if cover.is_served else 1].sum()) + _BOX
         is_low = self.sizes[rows, cover.axis] <= cover.edge
         return self._price(cover.low, rows[is_low]) + self._price(cover.high, rows[~is_low])
 
-    def _cuts(self, rows: Rows) -> Iterator[tuple[tuple[bool, float, float, int], int, int, int]]:
+    def _cuts(self, rows: Rows) -> Iterator[tuple[tuple[bool, int, float, int], int, int, int]]:
         """The best cut on each axis: its rank, the axis, and between which sizes it lies."""
         for axis in self.free:
             order = np.argsort(self.sizes[rows, axis], kind="stable")
@@ -111,7 +112,7 @@ class _Places:
             if not len(cuts):
                 continue
             low_sums = np.cumsum(costs, axis=0)
-            left = _rounded((low_sums.min(axis=1) + (low_sums[-1] - low_sums).min(axis=1))[cuts])
+            left = (low_sums.min(axis=1) + (low_sums[-1] - low_sums).min(axis=1))[cuts].tolist()
             mixed = _mixed(self.served[ordered], cuts)
             uneven = np.abs(2 * (cuts + 1) - len(rows))
             best = min(range(len(cuts)), key=lambda i: (left[i], mixed[i], uneven[i]))
@@ -126,17 +127,28 @@ class _Places:
         return told[:-1]
 
     def _edge(self, rows: Rows, axis: int, least: int, most: int, low: Cover, high: Cover) -> int:
-        """The last size below: beside what is missed as far as a cell vouches, if that is told, else
-        where the last place lies that is known to be served."""
-        beside = [self.sizes[row] for row in rows if self.sizes[row, axis] in (least, most)]
-        cells = self.sizes[self.measured, axis].tolist()
-        if not all(is_served_at(low, sizes) for sizes in beside if sizes[axis] == least):
-            ends = [math.ceil(size / VOUCHED) - 1 for size in cells]
+        """The last size below: beside what is missed as far as the cells vouch that lie near on the other axes, if that
+        is told, else where the last place lies that is known to be served."""
+        if not self._is_served(low, rows[self.sizes[rows, axis] == least]):
+            ends = [math.ceil(size / VOUCHED) - 1 for size in self._vouching(rows, axis, most)]
             return min((edge for edge in ends if least <= edge < most), default=most - 1)
-        if not all(is_served_at(high, sizes) for sizes in beside if sizes[axis] == most):
-            ends = [math.floor(size * VOUCHED) for size in cells]
+        if not self._is_served(high, rows[self.sizes[rows, axis] == most]):
+            ends = [math.floor(size * VOUCHED) for size in self._vouching(rows, axis, least)]
             return max((edge for edge in ends if least <= edge < most), default=least)
         return math.isqrt(least * most)
+
+    def _is_served(self, cover: Cover, rows: Rows) -> bool:
+        return all(is_served_at(cover, sizes) for sizes in self.sizes[rows].tolist())
+
+    def _vouching(self, rows: Rows, axis: int, size: int) -> list[int]:
+        """The sizes on an axis of the cells that, on all others, vouch for a place that should be served at this
+        size."""
+        others = [other for other in self.free if other != axis]
+        beside = rows[(self.sizes[rows, axis] == size) & self.served[rows]]
+        cells, places = (np.log2(self.sizes[kept][:, others]) for kept in (self.measured, beside))
+        near = (np.abs(cells[:, None] - places[None]) <= math.log2(VOUCHED) + LOG_RESOLUTION).all(axis=2).any(axis=1)
+        found: list[int] = self.sizes[self.measured, axis][near].tolist()
+        return found
 
 
 def is_served_at(cover: Cover, sizes: Sequence[int]) -> bool:
@@ -146,36 +158,45 @@ def is_served_at(cover: Cover, sizes: Sequence[int]) -> bool:
     return cover.is_served
 
 
-def cut_out(tree: Tree, cover: Cover, region: Region, places: Places) -> Tree:
-    """The tree over a region with a miss in each box that is not served. Of a bucket that boxes run through there are
-    several leaves with one plan and its evidence: all cells of the bucket.
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts boxes that are not served out of trees. `is_legal` says whether a leaf's chain may serve in its region."""
 
-    `places` are those in the region that are served: a part in which none lies goes with the part beside it.
-    """
-    if isinstance(cover, Covered):
-        return _within(tree, region, places) if cover.is_served else Leaf(region, (), None)
-    low_region, high_region = region.divided((cover.axis,), cover.edge)
-    is_low = places[:, cover.axis] <= cover.edge
-    low = cut_out(tree, cover.low, low_region, places[is_low])
-    high = cut_out(tree, cover.high, high_region, places[~is_low])
-    return merged(Split((cover.axis,), cover.edge, low, high), region, _joined)
+    is_legal: Callable[[Leaf], bool]
 
+    def cut_out(self, tree: Tree, cover: Cover, region: Region, places: Places) -> Tree:
+        """The tree over a region with a miss in each box that is not served. Of a bucket that boxes run through there
+        are several leaves with one chain and its evidence: all cells of the bucket.
 
-def _joined(one: Leaf, other: Leaf, both: Region) -> Leaf | None:
-    return replace(one, region=both) if (one.chain, one.evidence) == (other.chain, other.evidence) else None
+        `places` are those in the region that are served: a part in which none lies goes with the part beside it, if
+        that is legal.
+        """
+        if isinstance(cover, Covered):
+            return self._within(tree, region, places) if cover.is_served else Leaf(region, (), None)
+        low_region, high_region = region.divided((cover.axis,), cover.edge)
+        is_low = places[:, cover.axis] <= cover.edge
+        low = self.cut_out(tree, cover.low, low_region, places[is_low])
+        high = self.cut_out(tree, cover.high, high_region, places[~is_low])
+        return merged(Split((cover.axis,), cover.edge, low, high), region, self._joined)
 
+    def _joined(self, one: Leaf, other: Leaf, both: Region) -> Leaf | None:
+        found = replace(one, region=both)
+        return found if (one.chain, one.evidence) == (other.chain, other.evidence) and self.is_legal(found) else None
 
-def _within(tree: Tree, region: Region, places: Places) -> Tree:
-    if isinstance(tree, Leaf):
-        return replace(tree, region=region)
-    low_region, high_region = region.divided(tree.axes, tree.edge)
-    is_low = places[:, list(tree.axes)].prod(axis=1) <= tree.edge
-    if low_region.is_empty or (not is_low.any() and not high_region.is_empty):
-        return _within(tree.high, region, places)
-    if high_region.is_empty or is_low.all():
-        return _within(tree.low, region, places)
-    low, high = _within(tree.low, low_region, places[is_low]), _within(tree.high, high_region, places[~is_low])
-    return Split(tree.axes, tree.edge, low, high)
+    def _within(self, tree: Tree, region: Region, places: Places) -> Tree:
+        if isinstance(tree, Leaf):
+            return replace(tree, region=region)
+        low_region, high_region = region.divided(tree.axes, tree.edge)
+        if low_region.is_empty or high_region.is_empty:
+            return self._within(tree.high if low_region.is_empty else tree.low, region, places)
+        is_low = places[:, list(tree.axes)].prod(axis=1) <= tree.edge
+        if not is_low.any() or is_low.all():
+            beside = self._within(tree.low if is_low.any() else tree.high, region, places)
+            if all(self.is_legal(leaf) for leaf in leaves_of(beside)):
+                return beside
+        low = self._within(tree.low, low_region, places[is_low])
+        high = self._within(tree.high, high_region, places[~is_low])
+        return Split(tree.axes, tree.edge, low, high)
 
 
 def _mixed(served: Mask, cuts: Rows) -> list[float]:
@@ -185,9 +206,6 @@ def _mixed(served: Mask, cuts: Rows) -> list[float]:
     sums, held = np.cumsum(weights), np.cumsum(np.where(served, weights, 0.0))
     low, in_low = sums[cuts], held[cuts]
     high, in_high = sums[-1] - low, held[-1] - in_low
-    return _rounded(in_low * (1.0 - in_low / low) + in_high * (1.0 - in_high / high))
-
-
-def _rounded(values: Floats) -> list[float]:
-    """Not by numpy, whose rounding depends on the last bits of a product."""
-    return [round(value, 9) for value in values.tolist()]
+    mixed = in_low * (1.0 - in_low / low) + in_high * (1.0 - in_high / high)
+    # Not by numpy, whose rounding depends on the last bits of a product.
+    return [round(value, 9) for value in mixed.tolist()]

@@ -22,7 +22,7 @@ EVEN, AROUND = 400, 1200
 # How far from a cell those around it lie at most, in octaves on every axis. With 0.7 the same loss is 0.0052, with 1
 # 0.0063.
 _NEAR = 0.5
-# Draws for each of them before giving up: small boxes hold few sizes, and beyond the largest product lies nothing.
+# Draws for each of the former before giving up: small boxes hold few sizes, beyond the largest product lies nothing.
 _DRAWS = 10
 _PRIMES = (2, 3, 5, 7)
 # In how many ways the sizes around a cell lie: a prime.
@@ -40,10 +40,11 @@ class Foreseen:
 def foreseen_sizes(
     cells: Sequence[Sizes], holes: Sequence[Sizes], free: Sequence[int], bounds: Box, max_product: int | None
 ) -> Foreseen:
-    """At most `EVEN` sizes evenly over the bounds, and about `AROUND` around the cells. The table misses at those that
-    no cell vouches for where a hole is nearest.
+    """At most `EVEN` sizes evenly over the bounds, and of `AROUND` the same number evenly around each cell, at least
+    one, but for those that coincide or lie outside. The table misses at those that no cell vouches for where a hole is
+    nearest.
 
-    They lie evenly in log space (Halton 1960: a low-discrepancy sequence, so that equal cells give equal sizes), in
+    Evenly is meant in log space (Halton 1960: a low-discrepancy sequence, so that equal cells give equal sizes), in
     multiples of what all measured sizes of an axis are multiples of.
     """
     multiples = [math.gcd(*(cell[axis] for cell in cells)) for axis in free]

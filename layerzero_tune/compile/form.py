@@ -26,10 +26,11 @@ class Evidence:
     """Why a leaf holds its first choice, for `explain`.
 
     Attributes:
-        points: measured sizes inside the leaf.
+        points: measured sizes of the bucket: those inside the leaf, and where misses part a bucket into several leaves
+            with one chain, those inside all of them.
         speedup: geometric mean of the default's time over the choice's, None where the default has no time.
         least_speedup: the lower end of its 95% interval, None also for the default itself.
-        runner_up: the next best choice over the leaf's points and how much slower it is, None without one.
+        runner_up: the next best choice over these points and how much slower it is, None without one.
         rounds: paired rounds behind the choice, over all points.
     """
 

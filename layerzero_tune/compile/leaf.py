@@ -81,6 +81,14 @@ class LeafBuilder:
             chain.append(Step(choice, behind.guards))
         return chain, None
 
+    def is_legal(self, leaf: Leaf) -> bool:
+        """Whether what a leaf gives may serve in all of its region behind the guards that it has."""
+        for step in leaf.chain:
+            found = self._legality(step.choice, leaf.region.box)
+            if found.violated is not None or found.splits or not set(found.guards) <= set(step.guards):
+                return False
+        return True
+
     def limit_within(self, choice: Choice, region: Region, place: Place) -> int | None:
         """The range limit of a choice on the axis of a split between these sizes: up to there it may serve."""
         between = region.within(place.axes, place.low - 1, place.high).box

@@ -12,7 +12,7 @@ from layerzero_runtime.errors import ResultsError
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.operations import operation_named
 from layerzero_tune.compile.cell import Key
-from layerzero_tune.compile.cover import cover_of, cut_out
+from layerzero_tune.compile.cover import Cutter, cover_of
 from layerzero_tune.compile.coverage import bounds_of, max_product_of, unmeasured_cells
 from layerzero_tune.compile.foreseen import foreseen_sizes
 from layerzero_tune.compile.form import Entry, TableForm
@@ -172,5 +172,6 @@ def entry_of(key: Key, model: RegretModel, kernels: Mapping[str, Kernel], device
     )
     region = Region(bounds, model.free)
     tree = TreeGrower(ground, leaves).grow(verdicts, region)
-    tree = cut_out(tree, cover_of(sizes, foreseen, holes, model.free), region, ground.sizes)
+    cover = cover_of(sizes, foreseen, holes, model.free)
+    tree = Cutter(leaves.is_legal).cut_out(tree, cover, region, ground.sizes)
     return Entry(name, static_key, axes, model.free, bounds, max_product, tree)

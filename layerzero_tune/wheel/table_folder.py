@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from layerzero_runtime.errors import TableError
-from layerzero_runtime.tables.table import Table
+from layerzero_runtime.tables.table import MISS, Table
 from layerzero_runtime.tables.table_files import load_table_file
 from layerzero_tune.compile.emit import EVIDENCE_FILE, MODULE_FILE
 from layerzero_tune.evaluate.summary import summary_cells
@@ -108,7 +108,9 @@ def _check_evidence(table: Table, evidence: Mapping[str, Any], path: Path) -> No
                 raise ValueError(f"{operation} {key} has {len(leaves)} buckets, the module {len(entry.leaves)}")
             for number, leaf in enumerate(leaves):
                 for point in leaf["evidence"]["points"] if leaf["evidence"] else ():
-                    if entry.decide(*point) != number:
+                    # Misses part a bucket: then its points lie in several leaves, which have one chain.
+                    found = entry.decide(*point)
+                    if found == MISS or entry.leaves[found] != entry.leaves[number]:
                         raise ValueError(f"{operation} {key} at {point} is in another bucket of the module")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise TableError(f"{path} is not of the module beside it: {error}; compile the results again") from error

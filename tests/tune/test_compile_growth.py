@@ -10,10 +10,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from layerzero_runtime.device import DeviceSpec
+from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.operation import Sizes
 from layerzero_runtime.operations import operation_named
 from layerzero_tune.compile.emit import leaf_at
@@ -53,8 +54,8 @@ def entry(ratios: Mapping[Sizes, Mapping[Choice, float]], half: float = HALF) ->
     return grown([verdict_at(sizes, found, half) for sizes, found in sorted(ratios.items())])
 
 
-def grown(verdicts: Sequence[Verdict]) -> Entry:
-    kernels = {kernel.kernel_id: kernel for kernel in ALL_KERNELS}
+def grown(verdicts: Sequence[Verdict], *changed: Kernel) -> Entry:
+    kernels = {kernel.kernel_id: kernel for kernel in (*ALL_KERNELS, *changed)}
     key = ("norm.rms", ("eager", "float32", 0.0, ()))
     return entry_of(key, RegretModel(tuple(verdicts), (0, 1)), kernels, DeviceSpec.from_dict(DEVICE.to_dict()))
 
@@ -165,6 +166,7 @@ def test_an_edge_takes_no_cell_that_leaves_its_side_unproved() -> None:
     assert plans == [LEAN, LEAN, LEAN, DEFAULT, DEFAULT]
 
 
+SCATTERED = ((2, 4096), (8, 16), (1024, 128), (4096, 8192))
 RATIOS = st.fixed_dictionaries({LEAN: st.floats(-1.0, 1.0), WIDE: st.floats(-1.0, 1.0)})
 LINES = st.lists(st.integers(1, 4096), min_size=1, max_size=6, unique=True)
 
@@ -204,6 +206,27 @@ def test_every_bucket_is_proved_by_its_cells_and_the_buckets_fill_the_box_once(v
     ]
     for sizes in itertools.product(*lines):
         assert [region for region in regions if region.holds(sizes)] == [leaf_at(found.tree, sizes).region]
+
+
+@settings(deadline=None)
+@given(made_up(), st.sampled_from((100, 260, 700)))
+@example([verdict_at(sizes, {LEAN: -0.4} if sizes[1] <= 700 else {}) for sizes in SCATTERED], 700)
+def test_no_bucket_reaches_beyond_a_limit_of_its_plan(verdicts: list[Verdict], widest: int) -> None:
+    (lean,) = (kernel for kernel in ALL_KERNELS if kernel.kernel_id == LEAN[0])
+    narrow = replace(lean, spec=replace(lean.spec, max_hidden_size=widest))
+    able = [
+        replace(each, standings={choice: s for choice, s in each.standings.items() if choice != LEAN})
+        if each.sizes[1] > widest
+        else each
+        for each in verdicts
+    ]
+    kept = [each for each in able if each.best in each.standings and each.acceptable <= each.standings.keys()]
+    if not kept:
+        return
+    found = grown(kept, narrow)
+    for leaf in found.leaves():
+        if leaf.chain and leaf.chain[0].choice == LEAN:
+            assert leaf.region.box[1][1] <= widest
 
 
 @settings(deadline=None)

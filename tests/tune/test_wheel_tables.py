@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import TableError
+from layerzero_runtime.kernels import builtin_kernels
+from layerzero_tune.compile.emit import emit
+from layerzero_tune.compile.pipeline import compile_table
 from layerzero_tune.wheel.table_folder import read_tables
 from tests.tune.command import CommandsHere
 from tests.tune.shipped_tables import OTHER_DEVICE, evaluation_of, write_norm_table
-from tests.tune.synthetic_results import DEVICE
+from tests.tune.synthetic_results import DEVICE, Times, grid, measured, norm
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,6 +104,18 @@ class TestReadTables:
             DEVICE.slug,
         ]
         assert [table.slug for table in read_tables([folder, folder.parent])] == [DEVICE.slug]
+
+    def test_a_bucket_that_a_miss_parts_has_its_points_in_several_leaves(self, tmp_path: Path) -> None:
+        def fastest(context: SelectionContext) -> Times:
+            return {"torch.rms_norm": 2000.0, "torch.rms_norm.fused": 1000.0}
+
+        rows = measured(grid(norm, (1, 4, 256, 4096), (64, 256)), fastest)
+        form = compile_table(rows, builtin_kernels())
+        parted = [leaf for leaf in form.entries[0].leaves() if leaf.chain]
+        assert len(parted) == 2
+        assert parted[0].evidence == parted[1].evidence
+        emit(form).write(tmp_path)
+        assert [table.slug for table in read_tables([tmp_path])] == [DEVICE.slug]
 
     def test_two_tables_of_one_device_are_refused(self, two_tables: Path, folder: Path) -> None:
         with pytest.raises(TableError, match=f"are both tables of {DEVICE.slug}; ship one of them"):
