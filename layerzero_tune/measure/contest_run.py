@@ -35,9 +35,10 @@ from layerzero_tune.measure.work import WIDEST_BYTES, call_elements
 _NOTHING_SETTLED: Mapping[int, JobOutcome] = MappingProxyType({})
 # With the time of the warm-up these are three, of which one may be disturbed.
 _MIN_SCREENINGS = 2
-# A candidate so many times slower than the best is settled by two looks, and out; more would cost as much as all the
-# others.
+# A candidate so many times slower than the best is settled by two looks; more would cost as much as all the others.
 _HOPELESS = 4.0
+# One so many times slower takes no part in the final rounds, however much noise makes the others' times differ.
+_BEYOND_NOISE = 32.0
 
 
 def measure_contest(
@@ -224,10 +225,9 @@ class _ContestRun:
             is not None
         }
         slow = frozenset(index for index, time in call_ns.items() if time > self.policy.max_call_ms * 1e6)
-        settled = slow | self._hopeless(call_ns)
+        settled = slow | self._slower(call_ns, _HOPELESS)
         screened = self._at_full_speed(lambda: self._screen(call_ns, settled))
-        # However much a machine's noise makes the others' times differ.
-        entered = finalists(screened, self.policy.screen_margin) - settled
+        entered = finalists(screened, self.policy.screen_margin) - slow - self._slower(call_ns, _BEYOND_NOISE)
         # The default and the anchors tie contests together, whatever the screening says of them.
         always = frozenset(
             i for i in self.entrants.functions if self.candidates[i].is_default or self.candidates[i].is_anchor
@@ -257,10 +257,10 @@ class _ContestRun:
         """The state of the GPU over all parts that were kept, None for a CPU or where nothing was timed."""
         return GpuConditions.of(self.gpu_states) if self.gpu_states else None
 
-    def _hopeless(self, call_ns: Mapping[int, float]) -> frozenset[int]:
-        """The candidates that were far from the best in their first call and while they warmed up."""
+    def _slower(self, call_ns: Mapping[int, float], times: float) -> frozenset[int]:
+        """The candidates that were so many times slower than the best in their first call and while they warmed up."""
         fastest = {index: min(time, self.first_call_ns[index]) for index, time in call_ns.items()}
-        return frozenset(index for index, time in fastest.items() if time > _HOPELESS * min(fastest.values()))
+        return frozenset(index for index, time in fastest.items() if time > times * min(fastest.values()))
 
     def _screen(self, call_ns: Mapping[int, float], settled: frozenset[int]) -> dict[int, list[float]]:
         """Times per candidate in ns per call: that of the warm-up and, where this is not `settled`, some more.
