@@ -20,9 +20,8 @@ from layerzero_tune.compile.arrays import Mask, Rows
 from layerzero_tune.compile.foreseen import Foreseen
 from layerzero_tune.compile.form import Leaf, Split, Tree, leaves_of
 from layerzero_tune.compile.region import Axes, Region
-from layerzero_tune.compile.regret import VOUCHED
+from layerzero_tune.compile.regret import VOUCHED, vouching
 from layerzero_tune.compile.tree_parts import merged
-from layerzero_tune.measure.statistics import LOG_RESOLUTION
 
 # What it costs to miss at a cell or to serve a hole, to miss at a foreseen size, to serve one around a hole, and to
 # have one more box: to part a hole from all around it takes as many of them as there are sides.
@@ -146,7 +145,7 @@ class _Places:
         others = [other for other in self.free if other != axis]
         beside = rows[(self.sizes[rows, axis] == size) & self.served[rows]]
         cells, places = (np.log2(self.sizes[kept][:, others]) for kept in (self.measured, beside))
-        near = (np.abs(cells[:, None] - places[None]) <= math.log2(VOUCHED) + LOG_RESOLUTION).all(axis=2).any(axis=1)
+        near = vouching(cells[:, None], places).any(axis=1)
         found: list[int] = self.sizes[self.measured, axis][near].tolist()
         return found
 

@@ -311,9 +311,10 @@ def reach_over(free: Sequence[int]) -> float:
     return math.log2(REACH) * math.sqrt(len(free))
 
 
-def vouching(cells: Floats, place: Place | Floats) -> Mask:
-    """Which of the measured cells, (cells, axes), lie within a factor of `VOUCHED` of a place on every axis."""
-    near: Mask = np.abs(cells - np.asarray(place)).max(axis=1) <= math.log2(VOUCHED) + LOG_RESOLUTION
+def vouching(cells: Floats, places: Place | Floats) -> Mask:
+    """Which of the measured cells, (cells, axes), lie within a factor of `VOUCHED` of a place on every axis; of cells,
+    (cells, 1, axes), and places, (places, axes), which of each pair."""
+    near: Mask = (np.abs(cells - np.asarray(places)) <= math.log2(VOUCHED) + LOG_RESOLUTION).all(axis=-1)
     return near
 
 
