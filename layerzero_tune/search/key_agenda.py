@@ -125,6 +125,7 @@ class KeyAgenda:
         self._measured: dict[Sizes, tuple[SelectionContext, CallTimes]] = {}
         self._dtypes: set[str] = set()
         self._since: dict[Sizes, int] = {}
+        self._expected: set[Sizes] = set()
         self._between = PointsBetween(device, operation, regret, self._call_times)
         self._ranking: list[Ranked] | None = None
 
@@ -195,6 +196,7 @@ class KeyAgenda:
 
     def expect(self, sizes: Sizes) -> None:
         """Count a contest as measured without knowing what it gave, and ask for no repeat and no entry there."""
+        self._expected.add(sizes)
         self._last.pop(sizes, None)
         self.regret.expect(sizes)
         if self._searches is not None:
@@ -245,7 +247,7 @@ class KeyAgenda:
 
     def _added(self) -> Iterable[Ranked]:
         for added in self._between.found():
-            if added.sizes not in self._measured:
+            if added.sizes not in self._measured and added.sizes not in self._expected:
                 planned = self._timed("edge" if added.is_edge else "probe", added.contest, added.regret, added.times)
                 worth = self.regret.demanded(added.sizes) * added.regret
                 yield Ranked(_rank(worth, planned, added.sizes, AFTERWARDS), planned, 0)

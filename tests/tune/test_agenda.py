@@ -383,3 +383,16 @@ def test_the_forecast_of_a_run_says_how_far_its_time_goes() -> None:
     part = agenda(device, lines).forecast(half_s)
     assert 3 <= len(part) < len(everything)
     assert math.fsum(planned.seconds for planned in part) <= half_s
+
+
+def test_a_forecast_has_no_contest_twice() -> None:
+    """Nor what is added between points, of which nothing comes in that would end it."""
+    device = LandscapeDevice(crossing)
+    found = agenda(device, [WorkloadLine(norm(rows)) for rows in (1, 1000)], refine=True)
+    for _ in range(2):
+        planned = found.next()
+        assert planned is not None
+        found.learn(planned, device.rows(planned.contest.context))
+    forecast = found.forecast(1000.0)
+    assert {planned.kind for planned in forecast} & {"edge", "probe"}
+    assert len({planned.contest.contest_id for planned in forecast}) == len(forecast)
