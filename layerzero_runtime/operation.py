@@ -58,6 +58,21 @@ class TensorArgument:
 
 
 @dataclass(frozen=True)
+class Matrices:
+    """What kernels of an operation compute apart from each other.
+
+    Attributes:
+        count: the axis that counts them.
+        rows: the axis of the rows that each has.
+        each: how many there are to one of the count, by a call's static features.
+    """
+
+    count: int
+    rows: int
+    each: Callable[[SelectionContext], int]
+
+
+@dataclass(frozen=True)
 class Operation:
     """What a kernel may compute, declared once.
 
@@ -78,8 +93,7 @@ class Operation:
         flops: floating-point operations of one call.
         reference: the same arguments in float64 to results in float64 (a tuple), written apart from every kernel.
         misfit: why the sizes of a context make it another operation, None if they do not.
-        matrices: of a call's static features and sizes, how many matrices kernels compute apart from each other, and
-            the rows of each; None where that says nothing of their times.
+        matrices: what kernels compute apart from each other; None where that says nothing of their times.
         graded: of the static attributes one that is a number: what is measured at one of its values tells of the
             others, the more the closer they are.
     """
@@ -99,7 +113,7 @@ class Operation:
     flops: Callable[[SelectionContext], int]
     reference: Callable[..., tuple[Any, ...]]
     misfit: Callable[[SelectionContext], str | None] = lambda context: None
-    matrices: Callable[[SelectionContext, Sizes], tuple[int, int]] | None = None
+    matrices: Matrices | None = None
     graded: str | None = None
 
     def validate(self, context: SelectionContext) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import ContextError
-from layerzero_runtime.operation import USUAL, Axis, Operation, Sizes, TensorArgument
+from layerzero_runtime.operation import USUAL, Axis, Matrices, Operation, Sizes, TensorArgument
 from layerzero_runtime.tensors import call_features, check_tensors, common_dtype, dtype_is_bool
 
 if TYPE_CHECKING:
@@ -196,15 +196,9 @@ def _declare(name: str, static: tuple[str, ...], axes: tuple[Axis, ...]) -> Oper
         flops=_flops,
         reference=reference,
         misfit=_misfit,
-        matrices=_matrices,
+        matrices=_HEADS,
         graded="gqa_group",
     )
-
-
-def _matrices(context: SelectionContext, sizes: Sizes) -> tuple[int, int]:
-    """The results of all heads, and the queries of each."""
-    batch_kv_heads, seq_len_q, *_ = sizes
-    return batch_kv_heads * (context.gqa_group or 1), seq_len_q
 
 
 def _batch_fields(context: SelectionContext, size: int) -> dict[str, int]:
@@ -216,6 +210,8 @@ def _equal_lengths(context: SelectionContext, size: int) -> dict[str, int]:
 
 
 _BATCH = Axis("batch_kv_heads", fields=_batch_fields)
+# The results of all heads, and the queries of each.
+_HEADS = Matrices(count=0, rows=1, each=lambda context: context.gqa_group or 1)
 CAUSAL = _declare(
     "attention.causal",
     ("causal_geometry",),

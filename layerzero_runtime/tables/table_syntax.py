@@ -6,7 +6,8 @@
     block      = [if condition: block [else: block]]... return result
     result     = integer  |  NAME[bisect_left(NAME, parameter)]
     condition  = comparison  |  condition and condition  |  condition or condition  |  not condition
-    comparison = operand < operand ...  (or <= > >= == !=); operands are integers, parameters and products of parameters
+    comparison = operand < operand ...  (or <= > >= == !=)
+    operand    = integer  |  parameter  |  -operand  |  operand * operand  |  operand // positive integer
 
 A name is defined once; every path through a function returns; keys of dicts and elements of sets are constants or
 tuples of them; what bisect_left searches are ascending integers, and the sequence that its answer indexes is longer, so
@@ -253,18 +254,23 @@ class _FunctionCheck(_Check):
             self.check_condition(node.operand, depth + 1)
         elif isinstance(node, ast.Compare) and all(isinstance(operator, _COMPARISONS) for operator in node.ops):
             for operand in (node.left, *node.comparators):
-                if _integer(operand) is None:
-                    self.check_product(operand, depth + 1)
+                self.check_operand(operand, depth + 1)
         else:
             self.refuse(node, f"the condition {type(node).__name__}")
 
-    def check_product(self, node: ast.expr, depth: int) -> None:
+    def check_operand(self, node: ast.expr, depth: int) -> None:
         self.check_depth(node, depth)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-            self.check_product(node.left, depth + 1)
-            self.check_product(node.right, depth + 1)
-        elif not isinstance(node, ast.Name) or node.id not in self.parameters:
-            self.refuse(node, "comparing anything but integers, parameters and products of parameters")
+            self.check_operand(node.left, depth + 1)
+            self.check_operand(node.right, depth + 1)
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv):
+            self.check_operand(node.left, depth + 1)
+            if (_integer(node.right) or 0) < 1:
+                self.refuse(node, "dividing by anything but a positive integer")
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            self.check_operand(node.operand, depth + 1)
+        elif _integer(node) is None and not (isinstance(node, ast.Name) and node.id in self.parameters):
+            self.refuse(node, "comparing anything but integers, parameters, their products and quotients")
 
 
 def _is_name(node: ast.expr | None, name: str) -> bool:

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.arrays import Mask, Rows
+from layerzero_tune.compile.feature import Axes, features_at
 from layerzero_tune.compile.foreseen import Foreseen
 from layerzero_tune.compile.form import Leaf, Split, Tree, leaves_of
-from layerzero_tune.compile.region import Axes, Region
+from layerzero_tune.compile.region import Region
 from layerzero_tune.compile.regret import VOUCHED, vouching
 from layerzero_tune.compile.tree_parts import merged
 
@@ -185,17 +186,17 @@ class Cutter:
     def _within(self, tree: Tree, region: Region, places: Places) -> Tree:
         if isinstance(tree, Leaf):
             return replace(tree, region=region)
-        low_region, high_region = region.divided(tree.axes, tree.edge)
+        low_region, high_region = region.divided(tree.feature, tree.edge)
         if low_region.is_empty or high_region.is_empty:
             return self._within(tree.high if low_region.is_empty else tree.low, region, places)
-        is_low = places[:, list(tree.axes)].prod(axis=1) <= tree.edge
+        is_low = features_at(places, tree.feature) <= tree.edge
         if not is_low.any() or is_low.all():
             beside = self._within(tree.low if is_low.any() else tree.high, region, places)
             if all(self.is_legal(leaf) for leaf in leaves_of(beside)):
                 return beside
         low = self._within(tree.low, low_region, places[is_low])
         high = self._within(tree.high, high_region, places[~is_low])
-        return Split(tree.axes, tree.edge, low, high)
+        return Split(tree.feature, tree.edge, low, high)
 
 
 def _mixed(served: Mask, cuts: Rows) -> list[float]:

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerzero_tune.compile.arrays import Floats, Rows
+from layerzero_tune.compile.feature import Feature
 from layerzero_tune.compile.ground import Ground
-from layerzero_tune.compile.region import Axes
 from layerzero_tune.compile.split import Place, told_on_both_sides
 
 # How many places on either side of a split tell where its sides meet.
@@ -22,21 +22,21 @@ _BESIDE = 16
 
 @dataclass(frozen=True)
 class Meeting:
-    """The two sides of a split over some places, in the order of their sizes (products over the axes).
+    """The two sides of a split over some places, in the order of a feature of their sizes.
 
     The split lies where the sides together lose least, which need not be where it was first sought: then each side was
     one choice (alternating optimization: Carreira-Perpinan and Tavallali, 2018).
 
     Attributes:
-        sizes: (places,) ascending.
+        values: (places,) the feature's, ascending.
         losses: (2, places), where the side below serves a place, and where the one above does.
         columns: (2, places), the choices that serve there.
         leads: (places,), the log time that is expected to be lost below beside above; NaN where that is not known.
         cuts: the least and the most places that may be below: between them nothing more is lost.
     """
 
-    axes: Axes
-    sizes: NDArray[np.int64]
+    feature: Feature
+    values: NDArray[np.int64]
     losses: Floats
     columns: NDArray[np.intp]
     leads: Floats
@@ -45,45 +45,44 @@ class Meeting:
     @classmethod
     def of(cls, ground: Ground, rows: Rows, place: Place, below: Rows, above: Rows) -> Self:
         """`below` and `above` are the columns of the choices that either side gives at each of these places."""
-        axes = place.axes
-        products = ground.products(rows, axes)
-        order = np.argsort(products, kind="stable")
-        rows, columns, sizes = rows[order], np.stack([below, above])[:, order], products[order]
+        features = ground.features(rows, place.feature)
+        order = np.argsort(features, kind="stable")
+        rows, columns, values = rows[order], np.stack([below, above])[:, order], features[order]
         losses = np.stack([ground.losses[rows, side] for side in columns])
-        allowed = (sizes[1:] > sizes[:-1]) & told_on_both_sides(ground, rows)
+        allowed = (values[1:] > values[:-1]) & told_on_both_sides(ground, rows)
         if_below, if_above = np.cumsum(losses, axis=1)
         totals = (if_below + (if_above[-1] - if_above))[:-1]
         found = [(round(total, 12), cut + 1) for cut, total in enumerate(totals.tolist()) if allowed[cut]]
         least = min(total for total, _ in found)
         cuts = [cut for total, cut in found if total == least]
         leads = ground.expected[rows, columns[0]] - ground.expected[rows, columns[1]]
-        return cls(axes, sizes, losses, columns, leads, (cuts[0], cuts[-1]))
+        return cls(place.feature, values, losses, columns, leads, (cuts[0], cuts[-1]))
 
     def at(self, place: Place) -> Self:
         """The same sides with the split left where it was sought."""
-        cut = int(np.searchsorted(self.sizes, place.low, side="right"))
+        cut = int(np.searchsorted(self.values, place.low, side="right"))
         return replace(self, cuts=(cut, cut))
 
     @property
     def place(self) -> Place:
-        """Between which sizes the edge lies."""
+        """Between which values the edge lies."""
         least, most = self.cuts
-        return Place(self.axes, int(self.sizes[least - 1]), int(self.sizes[most]))
+        return Place(self.feature, int(self.values[least - 1]), int(self.values[most]))
 
     @property
     def beside(self) -> tuple[Sequence[int], Sequence[int]]:
         """The columns of the choices that serve the places next to the edge, below and above it."""
-        low, high = self.sizes == self.place.low, self.sizes == self.place.high
+        low, high = self.values == self.place.low, self.values == self.place.high
         below, above = self.columns[0], self.columns[1]
         return sorted(set(below[low].tolist())), sorted(set(above[high].tolist()))
 
     def loss(self, edge: int) -> float:
         """What is lost in all with this edge."""
-        return round(math.fsum(np.where(self.sizes <= edge, self.losses[0], self.losses[1]).tolist()), 12)
+        return round(math.fsum(np.where(self.values <= edge, self.losses[0], self.losses[1]).tolist()), 12)
 
     def crossing(self) -> int:
-        """The last size at which the side below costs no more than the one above: the root of the regression line of
-        their difference on the log of the size, over the nearest places on either side where they differ, but not
+        """The last value at which the side below costs no more than the one above: the root of the regression line of
+        their difference on the log of the value, over the nearest places on either side where they differ, but not
         beyond the two places; half way between these where it says nothing."""
         place = self.place
         half_way = isqrt(place.low * place.high)
@@ -92,9 +91,9 @@ class Meeting:
         low: list[int] = np.flatnonzero(differ[:middle])[-_BESIDE:].tolist()
         high: list[int] = np.flatnonzero(differ[middle:])[:_BESIDE].tolist()
         near = [*low, *(middle + above for above in high)]
-        sizes = self.sizes[near].tolist()
+        values = self.values[near].tolist()
         leads = self.leads[near].tolist()
-        root = _root([(math.log(size / half_way), lead) for size, lead in zip(sizes, leads, strict=True)])
+        root = _root([(math.log(value / half_way), lead) for value, lead in zip(values, leads, strict=True)])
         if root is None:
             return half_way
         inside = min(max(root, math.log(place.low / half_way)), math.log(place.high / half_way))

@@ -17,9 +17,10 @@ from layerzero_runtime.operation import StaticKey
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.selection.limits import Limit
 from layerzero_runtime.tables.table import MISS, SCHEMA_VERSION
+from layerzero_tune.compile.feature import Range, condition, feature_at, feature_name
 from layerzero_tune.compile.form import Entry, Leaf, Split, TableForm, Tree
 from layerzero_tune.compile.judge import Choice
-from layerzero_tune.compile.region import Axes, Range, Region, product_of
+from layerzero_tune.compile.region import Region
 from layerzero_tune.results.atomic import write_atomically
 
 MODULE_FILE = "__init__.py"
@@ -124,15 +125,16 @@ def _range_check(entry: Entry) -> list[str]:
         f"{low} <= {entry.axes[axis]} <= {high}" for axis in entry.free for low, high in (entry.bounds[axis],)
     ]
     if entry.max_product is not None:
-        conditions.append(f"{_product(entry.free, entry.axes)} <= {entry.max_product}")
+        conditions.append(condition(entry.free, entry.max_product, entry.axes)[0])
     return [f"if not ({' and '.join(conditions)}):", f"    return {MISS}"]
 
 
 def _decision(tree: Tree, axes: Sequence[str], numbers: Mapping[int, int]) -> list[str]:
     if isinstance(tree, Leaf):
         return [f"return {numbers[id(tree)] if tree.chain else MISS}"]
+    text, meaning = condition(tree.feature, tree.edge, axes)
     return [
-        f"if {_product(tree.axes, axes)} <= {tree.edge}:",
+        f"if {text}:{meaning and f'  # {meaning}'}",
         *(f"    {line}" for line in _decision(tree.low, axes, numbers)),
         *_decision(tree.high, axes, numbers),
     ]
@@ -155,13 +157,9 @@ def _comment(entry: Entry, leaf: Leaf) -> str:
 
 
 def _named(entry: Entry, region: Region) -> dict[str, Range]:
-    """The ranges of a region by what they hold for: the name of an axis, or several with " * " between."""
+    """The ranges of a region by what they hold for: the name of an axis, or that of a feature of several."""
     ranges = {entry.axes[axis]: region.box[axis] for axis in entry.free}
-    return ranges | {_product(axes, entry.axes): bounds for axes, bounds in region.products}
-
-
-def _product(axes: Axes, names: Sequence[str]) -> str:
-    return " * ".join(names[axis] for axis in axes)
+    return ranges | {feature_name(feature, entry.axes): bounds for feature, bounds in region.beside}
 
 
 def _operations(entries: Sequence[Entry], names: Sequence[str]) -> list[tuple[str, list[tuple[str, str, str]]]]:
@@ -191,5 +189,5 @@ def _lines(brackets: str, values: Sequence[str]) -> str:
 def leaf_at(tree: Tree, sizes: Sequence[int]) -> Leaf:
     """The leaf of the form that serves these sizes."""
     while isinstance(tree, Split):
-        tree = tree.low if product_of(sizes, tree.axes) <= tree.edge else tree.high
+        tree = tree.low if feature_at(sizes, tree.feature) <= tree.edge else tree.high
     return tree

@@ -9,8 +9,9 @@ from typing import Any
 
 from layerzero_runtime.operation import Sizes, StaticKey
 from layerzero_runtime.selection.limits import Limit
+from layerzero_tune.compile.feature import Axes, Feature
 from layerzero_tune.compile.judge import Choice
-from layerzero_tune.compile.region import Axes, Box, Region
+from layerzero_tune.compile.region import Box, Region
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Split:
-    """`low` serves sizes whose product over the axes, mostly one, is at most the edge, `high` those above."""
+    """`low` serves sizes at which the feature is at most the edge, `high` those above."""
 
-    axes: Axes
+    feature: Feature
     edge: int
     low: Tree
     high: Tree
@@ -79,7 +80,7 @@ class Entry:
     operation: str
     static_key: StaticKey
     axes: tuple[str, ...]
-    free: tuple[int, ...]
+    free: Axes
     bounds: Box
     max_product: int | None
     tree: Tree

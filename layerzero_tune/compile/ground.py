@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.arrays import Floats, Mask, Rows
+from layerzero_tune.compile.feature import Feature, features_at
 from layerzero_tune.compile.judge import MINIMUM_GAIN, Choice, Verdict
-from layerzero_tune.compile.region import Axes
 from layerzero_tune.compile.regret import RegretModel
 
 # Loss, in log time, of a choice that is illegal or has no time at a place.
@@ -100,10 +100,9 @@ class Ground:
             np.array([choice == default or not model.default_is_measured for choice in choices]),
         )
 
-    def products(self, rows: Rows, axes: Axes) -> NDArray[np.int64]:
-        """The products of the sizes of these places over the axes."""
-        found: NDArray[np.int64] = self.sizes[rows][:, list(axes)].prod(axis=1)
-        return found
+    def features(self, rows: Rows, feature: Feature) -> NDArray[np.int64]:
+        """A feature of these places."""
+        return features_at(self.sizes[rows], feature)
 
     def ranking(self, rows: Rows) -> list[tuple[float, Choice]]:
         """What may serve these places, each with the loss that it has there, the least first: the choices that the

@@ -91,8 +91,8 @@ class LeafBuilder:
 
     def limit_within(self, choice: Choice, region: Region, place: Place) -> int | None:
         """The range limit of a choice on the axis of a split between these sizes: up to there it may serve."""
-        between = region.within(place.axes, place.low - 1, place.high).box
-        edges = [edge for axis, edge in self._legality(choice, between).splits if (axis,) == place.axes]
+        between = region.within(place.feature, place.low - 1, place.high).box
+        edges = [edge for axis, edge in self._legality(choice, between).splits if (axis,) == place.feature]
         return edges[0] if edges else None
 
     def serving(self, choices: Sequence[Choice], places: Sequence[Sizes]) -> Sequence[Sequence[Choice | None]]:

@@ -14,6 +14,7 @@ from layerzero_runtime.operations import operation_named
 from layerzero_tune.compile.cell import Key
 from layerzero_tune.compile.cover import Cutter, cover_of
 from layerzero_tune.compile.coverage import bounds_of, max_product_of, unmeasured_cells
+from layerzero_tune.compile.feature import features_over
 from layerzero_tune.compile.foreseen import foreseen_sizes
 from layerzero_tune.compile.form import Entry, TableForm
 from layerzero_tune.compile.ground import Ground
@@ -171,7 +172,8 @@ def entry_of(key: Key, model: RegretModel, kernels: Mapping[str, Kernel], device
         leaves.passes,
     )
     region = Region(bounds, model.free)
-    tree = TreeGrower(ground, leaves).grow(verdicts, region)
+    features = features_over(model.free, None if model.waves is None else model.waves.balance(context))
+    tree = TreeGrower(ground, leaves, features).grow(verdicts, region)
     cover = cover_of(sizes, foreseen, holes, model.free)
     tree = Cutter(leaves.is_legal).cut_out(tree, cover, region, ground.sizes)
     return Entry(name, static_key, axes, model.free, bounds, max_product, tree)

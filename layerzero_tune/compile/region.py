@@ -1,16 +1,16 @@
-"""A region of the key space: a box, and ranges of products of its sizes where edges run across the axes."""
+"""A region of the key space: a box, and ranges of further features where edges run across the axes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from layerzero_runtime.operation import Sizes
+from layerzero_tune.compile.feature import Axes, Feature, Range, feature_at, order_of, span
+from layerzero_tune.compile.wave_balance import WaveBalance
 
-Range = tuple[int, int]  # inclusive
 Box = tuple[Range, ...]  # the range of each axis
-Axes = tuple[int, ...]  # one axis, or those whose sizes are multiplied, ascending
 
 
 @dataclass(frozen=True)
@@ -20,41 +20,37 @@ class Region:
     Attributes:
         box: the smallest box around the region.
         free: axes that are not tied under the static key; a tied one repeats the axis before it.
-        products: ranges of products of sizes that the box alone does not imply, by axes.
+        beside: ranges of features that the box alone does not imply, of products and of the balance of waves.
     """
 
     box: Box
     free: Axes
-    products: tuple[tuple[Axes, Range], ...] = ()
+    beside: tuple[tuple[Feature, Range], ...] = ()
 
     @property
     def is_empty(self) -> bool:
-        ranges = (*self.box, *(bounds for _, bounds in self.products))
+        ranges = (*self.box, *(bounds for _, bounds in self.beside))
         return any(low > high for low, high in ranges)
 
     def holds(self, sizes: Sizes) -> bool:
         inside = all(low <= size <= high for size, (low, high) in zip(sizes, self.box, strict=True))
-        return inside and all(low <= product_of(sizes, axes) <= high for axes, (low, high) in self.products)
+        return inside and all(low <= feature_at(sizes, feature) <= high for feature, (low, high) in self.beside)
 
-    def divided(self, axes: Axes, edge: int) -> tuple[Region, Region]:
-        """Both halves: where the product over the axes is at most the edge, and where it is above."""
-        return self.within(axes, None, edge), self.within(axes, edge, None)
+    def divided(self, feature: Feature, edge: int) -> tuple[Region, Region]:
+        """Both halves: where the feature is at most the edge, and where it is above."""
+        return self.within(feature, None, edge), self.within(feature, edge, None)
 
-    def within(self, axes: Axes, above: int | None, up_to: int | None) -> Region:
-        """The part in which the product over the axes is above the one and at most the other; None is no bound."""
+    def within(self, feature: Feature, above: int | None, up_to: int | None) -> Region:
+        """The part in which the feature is above the one and at most the other; None is no bound."""
         ranges = {axis: self.box[axis] for axis in self.free}
-        products = dict(self.products)
-        low, high = products.get(axes, (1, math.prod(ranges[axis][1] for axis in axes)))
-        products[axes] = (low if above is None else max(low, above + 1), high if up_to is None else min(high, up_to))
-        _tighten(ranges, products)
+        beside = dict(self.beside)
+        low, high = beside.get(feature, span(feature, ranges))
+        beside[feature] = (low if above is None else max(low, above + 1), high if up_to is None else min(high, up_to))
+        _tighten(ranges, {axes: bounds for axes, bounds in beside.items() if not isinstance(axes, WaveBalance)})
         box: list[Range] = []
         for axis in range(len(self.box)):
             box.append(ranges[axis] if axis in ranges else box[-1])
-        return Region(tuple(box), self.free, tuple(_told(ranges, products)))
-
-
-def product_of(sizes: Sequence[int], axes: Axes) -> int:
-    return math.prod(sizes[axis] for axis in axes)
+        return Region(tuple(box), self.free, tuple(_told(ranges, beside)))
 
 
 def _tighten(ranges: dict[int, Range], products: Mapping[Axes, Range]) -> None:
@@ -71,9 +67,9 @@ def _tighten(ranges: dict[int, Range], products: Mapping[Axes, Range]) -> None:
                 ranges[axis] = (max(ranges[axis][0], -(-low // most)), min(ranges[axis][1], high // least))
 
 
-def _told(ranges: Mapping[int, Range], products: Mapping[Axes, Range]) -> Iterator[tuple[Axes, Range]]:
-    """The products whose ranges are not implied by the sizes' own."""
-    for axes, (low, high) in sorted(products.items()):
-        least, most = (math.prod(ranges[axis][side] for axis in axes) for side in (0, 1))
+def _told(ranges: Mapping[int, Range], beside: Mapping[Feature, Range]) -> Iterator[tuple[Feature, Range]]:
+    """The features whose ranges are not implied by the sizes' own."""
+    for feature in sorted(beside, key=order_of):
+        (low, high), (least, most) = beside[feature], span(feature, ranges)
         if low > least or high < most:
-            yield axes, (max(low, least), min(high, most))
+            yield feature, (max(low, least), min(high, most))

@@ -13,11 +13,13 @@ from layerzero_runtime.operation import Sizes
 from layerzero_runtime.tables.table import MISS, Table
 from layerzero_runtime.tables.table_files import load_table_file
 from layerzero_tune.compile.emit import MODULE_FILE, leaf_at
+from layerzero_tune.compile.feature import Axes, Range, feature_at
 from layerzero_tune.compile.form import Entry, TableForm
-from layerzero_tune.compile.region import Axes, Range, Region
+from layerzero_tune.compile.region import Region
+from layerzero_tune.compile.wave_balance import WaveBalance
 from layerzero_tune.identity import canonical_json
 
-# How many sizes of a bucket are looked at for those that come nearest to an edge over a product.
+# How many sizes of a bucket are looked at for those that come nearest to an edge across the axes.
 _TRIED = 128
 
 
@@ -71,7 +73,7 @@ def _expected_chain(entry: Entry, sizes: Sizes) -> tuple[tuple[object, ...], ...
 
 def _probes(entry: Entry) -> set[Sizes]:
     """Measured points, the middle and the corners of each bucket with their neighbours one step outside, the sizes
-    around the largest product, and those of each bucket that come nearest to an edge over a product."""
+    around the largest product, and those of each bucket that come nearest to an edge across the axes."""
     probes: set[Sizes] = set()
     for leaf in entry.leaves():
         if leaf.evidence is not None:
@@ -82,7 +84,7 @@ def _probes(entry: Entry) -> set[Sizes]:
         if entry.max_product is not None:
             found.update(_around_product(found, entry.max_product))
         probes.update(_on_axes(sizes, entry.free, len(entry.axes)) for sizes in found)
-        probes.update(_on_axes(sizes, entry.free, len(entry.axes)) for sizes in _nearest_to_products(leaf.region))
+        probes.update(_on_axes(sizes, entry.free, len(entry.axes)) for sizes in _nearest_to_edges(leaf.region))
     return probes
 
 
@@ -95,21 +97,33 @@ def _around_product(corners: Iterable[Sizes], max_product: int) -> Iterator[Size
                 yield (*corner[:axis], size, *corner[axis + 1 :])
 
 
-def _nearest_to_products(region: Region) -> Iterator[Sizes]:
-    """Of each range of a product the sizes on the free axes with the smallest and the largest product in it, among
-    `_TRIED` combinations of all sizes but one."""
-    for axes, (low, high) in region.products:
-        last = max(axes, key=lambda axis: region.box[axis][1] - region.box[axis][0])
-        others = [axis for axis in region.free if axis != last]
+def _nearest_to_edges(region: Region) -> Iterator[Sizes]:
+    """Of each range of a feature the sizes on the free axes at which it is smallest and largest, among those tried."""
+    for feature, bounds in region.beside:
+        tried = _combinations(region, region.free)
+        if not isinstance(feature, WaveBalance):
+            tried = _with_products(region, feature, bounds)
         found: dict[int, Sizes] = {}
-        for tried in itertools.product(*(_some_of(region.box[axis], len(others)) for axis in others)):
-            sizes = dict(zip(others, tried, strict=True))
-            rest = math.prod(sizes[axis] for axis in axes if axis != last)
-            for size in (-(-low // rest), high // rest):
-                free = tuple({**sizes, last: size}[axis] for axis in region.free)
-                if region.holds(_on_axes(free, region.free, len(region.box))):
-                    found[rest * size] = free
+        for free in tried:
+            sizes = _on_axes(free, region.free, len(region.box))
+            if region.holds(sizes):
+                found[feature_at(sizes, feature)] = free
         yield from (found[bound] for bound in {min(found), max(found)}) if found else ()
+
+
+def _with_products(region: Region, axes: Axes, bounds: Range) -> Iterator[Sizes]:
+    """Combinations of sizes on all free axes but one, with the sizes there whose products come next to the bounds."""
+    last = max(axes, key=lambda axis: region.box[axis][1] - region.box[axis][0])
+    others = tuple(axis for axis in region.free if axis != last)
+    for tried in _combinations(region, others):
+        sizes = dict(zip(others, tried, strict=True))
+        rest = math.prod(sizes[axis] for axis in axes if axis != last)
+        for size in (-(-bounds[0] // rest), bounds[1] // rest):
+            yield tuple({**sizes, last: size}[axis] for axis in region.free)
+
+
+def _combinations(region: Region, axes: Axes) -> Iterator[Sizes]:
+    return itertools.product(*(_some_of(region.box[axis], len(axes)) for axis in axes))
 
 
 def _some_of(bounds: Range, count: int) -> Sequence[int]:

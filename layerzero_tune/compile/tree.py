@@ -14,11 +14,12 @@ import numpy as np
 
 from layerzero_tune.compile.arrays import Rows
 from layerzero_tune.compile.edge import Meeting
+from layerzero_tune.compile.feature import Feature, factors_of, feature_at
 from layerzero_tune.compile.form import Leaf, Split, Tree
 from layerzero_tune.compile.ground import Ground
 from layerzero_tune.compile.judge import Choice, Verdict
 from layerzero_tune.compile.leaf import LeafBuilder
-from layerzero_tune.compile.region import Axes, Region, product_of
+from layerzero_tune.compile.region import Region
 from layerzero_tune.compile.split import BUCKET_PRICE, best_place
 from layerzero_tune.compile.tree_parts import merged
 
@@ -30,15 +31,16 @@ class _Part:
     loss: float
     buckets: int
     choice: Choice
-    split: tuple[Axes, int, _Part, _Part] | None = None
+    split: tuple[Feature, int, _Part, _Part] | None = None
 
 
 @dataclass(frozen=True)
 class TreeGrower:
-    """Grows a tree over a ground; the leaves are made by the builder."""
+    """Grows a tree over a ground; the leaves are made by the builder. `features` are what its splits may compare."""
 
     ground: Ground
     leaves: LeafBuilder
+    features: Sequence[Feature]
 
     def grow(self, verdicts: Sequence[Verdict], region: Region) -> Tree:
         """The tree over a region that holds the ground's places; `verdicts` are those of its measured cells."""
@@ -50,19 +52,19 @@ class TreeGrower:
         single = _Part(loss, 1, choice)
         if loss < BUCKET_PRICE:
             return single
-        place = best_place(self.ground, rows, region.free)
+        place = best_place(self.ground, rows, self.features)
         if place is None:
             return single
-        is_low = self.ground.products(rows, place.axes) <= place.low
-        low_region, high_region = region.divided(place.axes, place.low)
+        is_low = self.ground.features(rows, place.feature) <= place.low
+        low_region, high_region = region.divided(place.feature, place.low)
         low, high = self._part(rows[is_low], low_region), self._part(rows[~is_low], high_region)
         meeting = Meeting.of(self.ground, rows, place, self._served(low, rows), self._served(high, rows))
         edge = self._edge(meeting, region)
-        is_low = self.ground.products(rows, place.axes) <= edge
+        is_low = self.ground.features(rows, place.feature) <= edge
         if not (self._is_proved(low, rows[is_low]) and self._is_proved(high, rows[~is_low])):
             meeting = meeting.at(place)
             edge = self._edge(meeting, region)
-        split = _Part(meeting.loss(edge), low.buckets + high.buckets, choice, (place.axes, edge, low, high))
+        split = _Part(meeting.loss(edge), low.buckets + high.buckets, choice, (place.feature, edge, low, high))
         # What parts one side may do for both (subtree raising; Quinlan 1993, chapter 4).
         raised = [self._over(side, rows) for side in (low, high) if self._is_proved(side, rows)]
         return min((single, *raised, split), key=lambda part: round(part.loss + BUCKET_PRICE * part.buckets, 12))
@@ -76,16 +78,16 @@ class TreeGrower:
         """Whether the measured cells among these places prove each choice of the part where it serves."""
         if part.split is None:
             return self.ground.proves(part.choice, rows)
-        axes, edge, low, high = part.split
-        is_low = self.ground.products(rows, axes) <= edge
+        feature, edge, low, high = part.split
+        is_low = self.ground.features(rows, feature) <= edge
         return self._is_proved(low, rows[is_low]) and self._is_proved(high, rows[~is_low])
 
     def _served(self, part: _Part, rows: Rows) -> Rows:
         """The columns of the choices that the part gives at these places."""
         if part.split is None:
             return np.full(len(rows), self.ground.choices.index(part.choice), dtype=np.intp)
-        axes, edge, low, high = part.split
-        is_low = self.ground.products(rows, axes) <= edge
+        feature, edge, low, high = part.split
+        is_low = self.ground.features(rows, feature) <= edge
         served = np.empty(len(rows), dtype=np.intp)
         served[is_low], served[~is_low] = self._served(low, rows[is_low]), self._served(high, rows[~is_low])
         return served
@@ -94,7 +96,7 @@ class TreeGrower:
         """The last size below: at a range limit of a choice, else where both sides cost the same."""
         place = meeting.place
         below, above = ([self.ground.choices[column] for column in found] for found in meeting.beside)
-        if len(place.axes) == 1:
+        if factors_of(place.feature) == 1:
             for choice in dict.fromkeys((*below, *above, *self.ground.choices)):
                 limit = self.leaves.limit_within(choice, region, place)
                 if limit is not None:
@@ -106,14 +108,14 @@ class TreeGrower:
             # Edges around it may have been moved since: what serves there now decides.
             ranking = [choice for _, choice in self.ground.ranking(rows)] if len(rows) else [part.choice]
             return self.leaves.build(verdicts, region, ranking)
-        axes, edge, below, above = part.split
-        low_region, high_region = region.divided(axes, edge)
+        feature, edge, below, above = part.split
+        low_region, high_region = region.divided(feature, edge)
         if low_region.is_empty or high_region.is_empty:  # an edge around this one was moved past it
             side, inside = (above, high_region) if low_region.is_empty else (below, low_region)
             return self._built(side, rows, verdicts, inside)
-        is_low = self.ground.products(rows, axes) <= edge
-        low_verdicts = [verdict for verdict in verdicts if product_of(verdict.sizes, axes) <= edge]
-        high_verdicts = [verdict for verdict in verdicts if product_of(verdict.sizes, axes) > edge]
+        is_low = self.ground.features(rows, feature) <= edge
+        low_verdicts = [verdict for verdict in verdicts if feature_at(verdict.sizes, feature) <= edge]
+        high_verdicts = [verdict for verdict in verdicts if feature_at(verdict.sizes, feature) > edge]
         # A side without a cell proves nothing: what serves on the other one serves there too.
         if high_verdicts and not low_verdicts:
             return self._built(above, rows, verdicts, region)
@@ -121,7 +123,7 @@ class TreeGrower:
             return self._built(below, rows, verdicts, region)
         low = self._built(below, rows[is_low], low_verdicts, low_region)
         high = self._built(above, rows[~is_low], high_verdicts, high_region)
-        return self._merged(Split(axes, edge, low, high), verdicts, region)
+        return self._merged(Split(feature, edge, low, high), verdicts, region)
 
     def _merged(self, tree: Split, verdicts: Sequence[Verdict], region: Region) -> Tree:
         """The same decisions with neighbours in the tree's direction that differ in nothing made one bucket."""

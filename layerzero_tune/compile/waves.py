@@ -10,7 +10,7 @@ on an H100, what is expected to be fastest loses 0.017 (log time) without this a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -18,13 +18,9 @@ import numpy as np
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec
-from layerzero_runtime.operation import Operation, Sizes
+from layerzero_runtime.operation import Matrices, Operation, Sizes
 from layerzero_tune.compile.arrays import Floats
-
-# Rows of the tiles of attention kernels on Hopper: of FlashAttention-2, cuDNN and FlashAttention-4, and of the latter
-# with head_dim 64 (flash_attn/cute/interface.py). Of cells of an H100 that were left out, what is expected to be
-# fastest loses 0.0107 without 192 in place of 0.0094, and 0.0112 and 0.0120 with 64 or 256 beside them.
-TILES = (128, 192)
+from layerzero_tune.compile.wave_balance import TILES, WaveBalance, waves_of
 
 
 @dataclass(frozen=True)
@@ -32,11 +28,11 @@ class Waves:
     """What a GPU's kernels of an operation share out among its multiprocessors.
 
     Attributes:
-        matrices: `Operation.matrices`.
+        matrices: those of the operation.
         multiprocessors: how many work at once.
     """
 
-    matrices: Callable[[SelectionContext, Sizes], tuple[int, int]]
+    matrices: Matrices
     multiprocessors: int
 
     @classmethod
@@ -56,15 +52,19 @@ class Waves:
         matrices, as those of a larger group of query heads do."""
         found = []
         for context, sizes, octaves in calls:
-            matrices, rows = self.matrices(context, sizes)
-            found.append(self._idle(round(matrices * 2.0**octaves), rows))
+            count = sizes[self.matrices.count] * self.matrices.each(context)
+            found.append(self._idle(round(count * 2.0**octaves), sizes[self.matrices.rows]))
         return np.array(found).reshape(-1, len(TILES))
+
+    def balance(self, context: SelectionContext) -> WaveBalance:
+        """What trees of a static key may split by: the waves of its calls."""
+        return WaveBalance(self.matrices.count, self.matrices.rows, self.matrices.each(context), self.multiprocessors)
 
     def _idle(self, matrices: int, rows: int) -> list[float]:
         found = []
         for tile_rows in TILES:
             tiles = matrices * -(-rows // tile_rows)
-            waves = -(-tiles // self.multiprocessors)
+            waves = waves_of(matrices, rows, tile_rows, self.multiprocessors)
             # Not numpy's logarithm, whose last bits depend on the machine.
             found.append(math.log2(waves * self.multiprocessors / max(tiles, self.multiprocessors)))
         return found

@@ -1,20 +1,25 @@
-"""Ranges of sizes by what they hold for, named as in the evidence: an axis, or a product ("rows * hidden_size")."""
+"""Ranges of sizes by what they hold for, named as in the evidence: an axis, a product ("rows * hidden_size"), or a
+balance of waves ("wave_balance(batch_kv_heads, seq_len_q, 132)")."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 
+from layerzero_tune.compile.wave_balance import LEAST, MOST, NamedWaveBalance
+
 Ranges = Mapping[str, tuple[int, int]]  # inclusive, axes in the order of the operation's
 
 
 def axes_of(name: str) -> list[str]:
-    return name.split(" * ")
+    balance = NamedWaveBalance.parse(name)
+    return name.split(" * ") if balance is None else [balance.count, balance.rows]
 
 
-def size_of(name: str, sizes: Mapping[str, int]) -> int:
-    """The size of an axis, or the product of several."""
-    return math.prod(sizes[axis] for axis in axes_of(name))
+def feature_of(name: str, sizes: Mapping[str, int]) -> int:
+    """The size of an axis, the product of several, or the balance."""
+    balance = NamedWaveBalance.parse(name)
+    return math.prod(sizes[axis] for axis in axes_of(name)) if balance is None else balance.of(sizes)
 
 
 def box_of(ranges: Ranges) -> Ranges:
@@ -23,7 +28,7 @@ def box_of(ranges: Ranges) -> Ranges:
 
 
 def holds(ranges: Ranges, sizes: Mapping[str, int]) -> bool:
-    return all(low <= size_of(name, sizes) <= high for name, (low, high) in ranges.items())
+    return all(low <= feature_of(name, sizes) <= high for name, (low, high) in ranges.items())
 
 
 def common(first: Ranges, second: Ranges) -> Ranges | None:
@@ -39,25 +44,25 @@ def common(first: Ranges, second: Ranges) -> Ranges | None:
 
 
 def _reaches(ranges: Ranges, name: str, bounds: tuple[int, int]) -> bool:
-    """Whether some sizes of the axes' ranges have a product in these bounds."""
-    low, high = (math.prod(ranges[axis][side] for axis in axes_of(name)) for side in (0, 1))
+    """Whether some sizes of the axes' ranges may have a feature in these bounds."""
+    low, high = _span(name, ranges)
     return max(low, bounds[0]) <= min(high, bounds[1])
 
 
+def _span(name: str, ranges: Ranges) -> tuple[int, int]:
+    """The bounds of a feature where each axis has sizes in its range."""
+    if NamedWaveBalance.parse(name) is not None:
+        return LEAST, MOST
+    return math.prod(ranges[axis][0] for axis in axes_of(name)), math.prod(ranges[axis][1] for axis in axes_of(name))
+
+
 def complete(ranges: Ranges, names: Iterable[str]) -> Ranges:
-    """The same sizes with a range for each of these products too."""
-    return dict(ranges) | {
-        name: (
-            math.prod(ranges[axis][0] for axis in axes_of(name)),
-            math.prod(ranges[axis][1] for axis in axes_of(name)),
-        )
-        for name in names
-        if name not in ranges
-    }
+    """The same sizes with a range for each of these features too."""
+    return dict(ranges) | {name: _span(name, ranges) for name in names if name not in ranges}
 
 
 def concise(ranges: Ranges) -> Ranges:
-    """The same sizes without the products that the axes' ranges imply."""
+    """The same sizes without the features that the axes' ranges imply."""
     implied = complete(box_of(ranges), ranges)
     return {name: bounds for name, bounds in ranges.items() if name in box_of(ranges) or bounds != implied[name]}
 

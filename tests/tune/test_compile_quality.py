@@ -20,6 +20,7 @@ from layerzero_runtime.operation import Sizes
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.selection.limits import rejections
 from layerzero_runtime.tables.table import MISS, Table
+from layerzero_tune.compile.feature import feature_name
 from layerzero_tune.compile.judge import judge
 from layerzero_tune.compile.region import Region
 from tests.tune.recordings import BOTH_DTYPES, recorded_rows
@@ -82,8 +83,8 @@ def test_an_edge_lies_within_ten_percent_of_a_steep_crossing(crossing: int, seed
     (entry,) = compiled(measured(preset_points(norm(1)), model, NOISE, repeat=seed)).entries
     found = edges(entry.tree)
     assert found
-    for axes, edge in found:
-        if [entry.axes[axis] for axis in axes] == ["rows"]:
+    for feature, edge in found:
+        if feature_name(feature, entry.axes) == "rows":
             assert abs(math.log((edge + 0.5) / crossing)) <= math.log(1.1)
 
 

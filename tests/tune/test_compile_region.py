@@ -8,7 +8,8 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerzero_tune.compile.region import Axes, Region, product_of
+from layerzero_tune.compile.feature import Axes, factors_of, feature_at, span
+from layerzero_tune.compile.region import Region
 
 AXES = st.sampled_from([(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
 SPLITS = st.lists(st.tuples(AXES, st.floats(0.0, 1.0), st.booleans()), max_size=5)
@@ -28,7 +29,7 @@ def test_a_region_holds_the_sizes_that_its_splits_leave(splits: list[tuple[Axes,
     for axes, share, takes_low in splits:
         edge = edge_in(region, axes, share)
         region = region.divided(axes, edge)[not takes_low]
-        left = {sizes for sizes in left if (product_of(sizes, axes) <= edge) == takes_low}
+        left = {sizes for sizes in left if (feature_at(sizes, axes) <= edge) == takes_low}
         assert {sizes for sizes in ALL_SIZES if region.holds(sizes)} == left
         if region.is_empty:
             assert not left
@@ -42,9 +43,9 @@ def test_what_is_said_of_products_is_not_said_by_the_box(splits: list[tuple[Axes
         region = region.divided(axes, edge_in(region, axes, share))[not takes_low]
         if region.is_empty:
             return
-    for axes, (low, high) in region.products:
-        assert len(axes) > 1
-        least, most = (math.prod(region.box[axis][side] for axis in axes) for side in (0, 1))
+    for feature, (low, high) in region.beside:
+        assert factors_of(feature) > 1
+        least, most = span(feature, dict(enumerate(region.box)))
         assert least <= low <= high <= most
         assert (low, high) != (least, most)
 
@@ -57,8 +58,8 @@ def test_a_region_without_a_product_left_is_empty() -> None:
 def test_a_product_narrows_the_box_on_both_sides() -> None:
     region = Region(((1, 1024), (64, 4096)), (0, 1))
     low, high = region.divided((0, 1), 8192)
-    assert (low.box, low.products) == (((1, 128), (64, 4096)), (((0, 1), (64, 8192)),))
-    assert (high.box, high.products) == (((3, 1024), (64, 4096)), (((0, 1), (8193, 1024 * 4096)),))
+    assert (low.box, low.beside) == (((1, 128), (64, 4096)), (((0, 1), (64, 8192)),))
+    assert (high.box, high.beside) == (((3, 1024), (64, 4096)), (((0, 1), (8193, 1024 * 4096)),))
     wide, _ = high.divided((1,), 512)
     assert wide.box == ((17, 1024), (64, 512))
     assert not high.divided((0,), 2)[1].is_empty

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.errors import TableError
 from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.emit import emit, leaf_at
+from layerzero_tune.compile.feature import span
 from layerzero_tune.compile.form import Entry, Leaf, Split, Step, TableForm, Tree
 from layerzero_tune.compile.judge import Choice
 from layerzero_tune.compile.self_check import check_emitted
@@ -62,7 +62,7 @@ def decisions(tree: Tree) -> object:
     """What a tree answers, apart from its boxes and evidence."""
     if isinstance(tree, Leaf):
         return tree.chain
-    return (tree.axes, tree.edge, decisions(tree.low), decisions(tree.high))
+    return (tree.feature, tree.edge, decisions(tree.low), decisions(tree.high))
 
 
 def with_change(tree: Tree, target: Tree, change: Change) -> Tree:
@@ -140,8 +140,7 @@ def test_a_moved_edge_is_named(data: st.DataObject) -> None:
     index = data.draw(entry_indices())
     split = data.draw(st.sampled_from([node for node in trees(form().entries[index].tree) if isinstance(node, Split)]))
     assume(decisions(split.low) != decisions(split.high))  # between equal sides no edge can be wrong
-    bounds = [form().entries[index].bounds[axis] for axis in split.axes]
-    low, high = (math.prod(found) for found in zip(*bounds, strict=True))
+    low, high = span(split.feature, dict(enumerate(form().entries[index].bounds)))
     edge = data.draw(st.integers(low, high - 1).filter(lambda edge: edge != split.edge))
     assert_named(with_node(index, split, lambda node: replace(split, edge=edge)))
 

@@ -9,6 +9,7 @@ import pytest
 
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operations import operation_named
+from layerzero_tune.compile.feature import feature_name
 from layerzero_tune.compile.form import Entry
 from layerzero_tune.compile.judge import Choice
 from layerzero_tune.results.measurement import Measurement
@@ -66,8 +67,8 @@ def test_axes_that_decide_nothing_disappear() -> None:
     contexts = grid(cross, (8, 32, 128), (1, 16), (64, 256, 1024, 4096))
     rows = measured(contexts, wins_above(500, "seq_len_k", rival="synthetic.fused", default="torch.sdpa"), 0.01)
     entry = entry_of(rows)
-    (((axis,), edge),) = edges(entry.tree)
-    assert entry.axes[axis] == "seq_len_k"
+    ((feature, edge),) = edges(entry.tree)
+    assert feature_name(feature, entry.axes) == "seq_len_k"
     assert edge == pytest.approx(500, rel=0.05)
 
 
@@ -87,8 +88,8 @@ def test_of_three_axes_those_are_multiplied_that_decide(fields: tuple[str, ...])
     crossing = {2: 7000.0, 3: 50000.0}[len(fields)]
     model = wins_above(crossing, *fields, rival="synthetic.fused", default="torch.sdpa")
     entry = entry_of(measured(contexts, model, 0.01))
-    ((axes, edge),) = edges(entry.tree)
-    assert [entry.axes[axis] for axis in axes] == list(fields)
+    ((feature, edge),) = edges(entry.tree)
+    assert feature_name(feature, entry.axes) == " * ".join(fields)
     assert edge == pytest.approx(crossing, rel=0.05)
 
 

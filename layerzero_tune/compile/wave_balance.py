@@ -1,0 +1,107 @@
+"""Wave balance: which of two heights of tiles the waves of a call fit better, as one number that a table can split by.
+
+A tall tile does the work of a call with fewer instructions for each row, but leaves more idle where it begins a wave
+more: which kernel is fastest changes back and forth as the sizes grow, and neither a size nor a product of sizes parts
+that in few buckets. Of cells of full attention in graphs on an H100 that were left out (2 of 4 folds) tables lose
+0.0197 (log time) without it and 0.0086 with it, over all attention 0.0195 and 0.0180.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Rows of the tiles of attention kernels on Hopper: of FlashAttention-2, cuDNN and FlashAttention-4, and of the latter
+# with head_dim 64 (flash_attn/cute/interface.py). Of cells of an H100 that were left out, what is expected to be
+# fastest loses 0.0107 without 192 in place of 0.0094, and 0.0112 and 0.0120 with 64 or 256 beside them.
+TILES: Final = (128, 192)
+# The balance where both heights work off equally many rows one after the other.
+EVEN: Final = 1024
+# The bounds of all balances: tall tiles are at most as many as short ones, and at least half as many.
+LEAST: Final = EVEN * TILES[1] // (2 * TILES[0])
+MOST: Final = EVEN * TILES[1] // TILES[0]
+
+_NAME = re.compile(r"wave_balance\((?:(\d+) \* )?(\w+), (\w+), (\d+)\)")
+
+Count = TypeVar("Count", int, NDArray[np.int64])
+
+
+def waves_of(matrices: Count, rows: Count, tile_rows: int, multiprocessors: int) -> Count:
+    """In how many waves so many multiprocessors work off the tiles of this height of some matrices."""
+    return -(-matrices * -(-rows // tile_rows) // multiprocessors)
+
+
+def balance_of(matrices: Count, rows: Count, multiprocessors: int) -> Count:
+    """Rows that a multiprocessor works off one after the other in tall tiles, in `EVEN`-ths of those in short ones."""
+    short, tall = (waves_of(matrices, rows, tile_rows, multiprocessors) for tile_rows in TILES)
+    return MOST * tall // short
+
+
+@dataclass(frozen=True)
+class WaveBalance:
+    """The balance of a static key's calls, of their sizes.
+
+    Attributes:
+        count: the axis that counts matrices.
+        rows: the axis of the rows of each.
+        each: how many matrices there are to one of the count.
+        multiprocessors: of the device.
+    """
+
+    count: int
+    rows: int
+    each: int
+    multiprocessors: int
+
+    def of(self, sizes: Sequence[int]) -> int:
+        return balance_of(self.each * sizes[self.count], sizes[self.rows], self.multiprocessors)
+
+    def of_all(self, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of sizes (places, axes), those of each place."""
+        return balance_of(self.each * sizes[:, self.count], sizes[:, self.rows], self.multiprocessors)
+
+    def named(self, axes: Sequence[str]) -> NamedWaveBalance:
+        """The same by the names of all axes."""
+        return NamedWaveBalance(axes[self.count], axes[self.rows], self.each, self.multiprocessors)
+
+
+@dataclass(frozen=True)
+class NamedWaveBalance:
+    """The balance of calls whose sizes are given by name; as a text what evidence calls it."""
+
+    count: str
+    rows: str
+    each: int
+    multiprocessors: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """The inverse of `str`, None for another text."""
+        found = _NAME.fullmatch(text)
+        if found is None:
+            return None
+        each, count, rows, multiprocessors = found.groups()
+        return cls(count, rows, int(each or 1), int(multiprocessors))
+
+    def __str__(self) -> str:
+        matrices = self.count if self.each == 1 else f"{self.each} * {self.count}"
+        return f"wave_balance({matrices}, {self.rows}, {self.multiprocessors})"
+
+    def condition(self, edge: int) -> str:
+        """That the balance is at most an edge, in the syntax of generated tables: the waves of both sides multiplied,
+        so that nothing is divided by a size."""
+        short, tall = (self._waves(tile_rows) for tile_rows in TILES)
+        return f"{MOST} * {tall} < {edge + 1} * {short}"
+
+    def _waves(self, tile_rows: int) -> str:
+        """`waves_of`."""
+        count = self.count if self.each == 1 else f"{self.each} * {self.count}"
+        return f"-(-{count} * -(-{self.rows} // {tile_rows}) // {self.multiprocessors})"
+
+    def of(self, sizes: Mapping[str, int]) -> int:
+        return balance_of(self.each * sizes[self.count], sizes[self.rows], self.multiprocessors)
