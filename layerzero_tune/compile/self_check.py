@@ -21,6 +21,8 @@ from layerzero_tune.identity import canonical_json
 
 # How many sizes of a bucket are looked at for those that come nearest to an edge across the axes.
 _TRIED = 128
+# The same for an edge over a balance of waves, which lies anywhere.
+_SPREAD = 1024
 
 
 def check_emitted(form: TableForm, folder: Path) -> int:
@@ -100,9 +102,7 @@ def _around_product(corners: Iterable[Sizes], max_product: int) -> Iterator[Size
 def _nearest_to_edges(region: Region) -> Iterator[Sizes]:
     """Of each range of a feature the sizes on the free axes at which it is smallest and largest, among those tried."""
     for feature, bounds in region.beside:
-        tried = _combinations(region, region.free)
-        if not isinstance(feature, WaveBalance):
-            tried = _with_products(region, feature, bounds)
+        tried = _spread(region) if isinstance(feature, WaveBalance) else _with_products(region, feature, bounds)
         found: dict[int, Sizes] = {}
         for free in tried:
             sizes = _on_axes(free, region.free, len(region.box))
@@ -115,15 +115,19 @@ def _with_products(region: Region, axes: Axes, bounds: Range) -> Iterator[Sizes]
     """Combinations of sizes on all free axes but one, with the sizes there whose products come next to the bounds."""
     last = max(axes, key=lambda axis: region.box[axis][1] - region.box[axis][0])
     others = tuple(axis for axis in region.free if axis != last)
-    for tried in _combinations(region, others):
+    for tried in itertools.product(*(_some_of(region.box[axis], len(others)) for axis in others)):
         sizes = dict(zip(others, tried, strict=True))
         rest = math.prod(sizes[axis] for axis in axes if axis != last)
         for size in (-(-bounds[0] // rest), bounds[1] // rest):
             yield tuple({**sizes, last: size}[axis] for axis in region.free)
 
 
-def _combinations(region: Region, axes: Axes) -> Iterator[Sizes]:
-    return itertools.product(*(_some_of(region.box[axis], len(axes)) for axis in axes))
+def _spread(region: Region) -> Iterator[Sizes]:
+    """Combinations of sizes on all free axes that lie evenly, in log space, over the box."""
+    steps = round(_SPREAD ** (1.0 / len(region.free))) - 1
+    boxes = (region.box[axis] for axis in region.free)
+    lines = ({round(low * (high / low) ** (step / steps)) for step in range(steps + 1)} for low, high in boxes)
+    return itertools.product(*map(sorted, lines))
 
 
 def _some_of(bounds: Range, count: int) -> Sequence[int]:

@@ -34,6 +34,8 @@ def decide_0(batch_kv_heads: int, seq_len_q: int, seq_len_k: int) -> int:
         return -1
     if batch_kv_heads * seq_len_q * seq_len_k <= 123456 and seq_len_k != 7:
         return 1
+    if 3 * -(-2 * batch_kv_heads * -(-seq_len_q // 192) // 132) < -seq_len_k * 5 // 7:
+        return 4
     elif seq_len_q < 8:
         return 2
     else:
