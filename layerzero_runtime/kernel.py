@@ -227,6 +227,10 @@ def _unrestricted(configuration: Configuration, context: SelectionContext) -> bo
     return True
 
 
+def _one_regime(configuration: Configuration, context: SelectionContext) -> Scalar:
+    return None
+
+
 @dataclass(frozen=True, eq=False)
 class ConfigurationSpace:
     """The configurations of a kernel that are worth measuring; `{}`, the kernel's own choice, always is and is none of
@@ -239,6 +243,8 @@ class ConfigurationSpace:
     Attributes:
         parameters: by name the values to choose from, JSON scalars.
         is_valid: the kernel's own restrictions: whether the configuration may be measured at the context.
+        regime: in which of several ways a configuration works at the context, where sizes decide that, as whether a
+            block holds a whole row: measured in one, it is not expected to serve in another.
 
     Raises:
         SpecError: no parameters, a name that is no identifier, or values that are no tuple, empty, no JSON scalars or
@@ -247,6 +253,7 @@ class ConfigurationSpace:
 
     parameters: Mapping[str, tuple[Scalar, ...]]
     is_valid: Restriction = _unrestricted
+    regime: Callable[[Configuration, SelectionContext], Scalar] = _one_regime
 
     def __post_init__(self) -> None:
         if not self.parameters:

@@ -129,7 +129,9 @@ ROW_PARAMETERS: Mapping[str, tuple[int, ...]] = {
     "num_stages": (1, 2, 3, 4),
     "programs_per_multiprocessor": (0, 1, 2, 4, 8, 16),
 }
-ROW_SPACE = ConfigurationSpace(ROW_PARAMETERS, _fits)
+ROW_SPACE = ConfigurationSpace(
+    ROW_PARAMETERS, _fits, lambda configuration, context: configuration["block_width"] >= (context.hidden_size or 0)
+)
 # Whole rows of 8 to 32 values per thread, with as little of the block idle as powers of two allow (on an H100 norms of
 # 1,280 columns in blocks of 4,096, and of 5,120 in 16,384, took twice the time of the best kernel; 2026-11-26); longer
 # ones by blocks.

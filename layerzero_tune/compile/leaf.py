@@ -14,6 +14,7 @@ from layerzero_tune.compile.judge import Choice, Verdict
 from layerzero_tune.compile.leaf_evidence import evidence_of, is_proved
 from layerzero_tune.compile.legality import RANGES, Legality, legality, size_limits
 from layerzero_tune.compile.region import Box, Region
+from layerzero_tune.compile.scope import Scope, scope_of
 from layerzero_tune.compile.split import Place
 
 
@@ -22,7 +23,7 @@ class LeafBuilder:
     """Leaves of one static key.
 
     `context` has the key's static features and the table's device. `default_is_measured` says whether the default has a
-    time in any cell of the key.
+    time in any cell of the key; `tried` are the verdicts of all cells that say something of it.
     """
 
     operation: Operation
@@ -30,6 +31,7 @@ class LeafBuilder:
     kernels: Mapping[str, Kernel]
     default: Choice
     default_is_measured: bool
+    tried: Sequence[Verdict]
 
     def build(self, verdicts: Sequence[Verdict], region: Region, ranking: Sequence[Choice]) -> Tree:
         """A leaf that gives the first choice of a ranking that may serve in a region that holds these verdicts, with
@@ -97,11 +99,16 @@ class LeafBuilder:
 
     def serving(self, choices: Sequence[Choice], places: Sequence[Sizes]) -> Sequence[Sequence[Choice | None]]:
         """What serves at each of these sizes in a bucket that gives each of the choices: the choice itself, where its
-        limits allow that as far as sizes determine it; the default, where a guard turns it away; else nothing."""
+        limits allow that as far as sizes determine it, and where its configuration is expected to serve; the default,
+        where a guard turns it away; else nothing."""
         limits = {choice: size_limits(self.kernels[choice[0]], self.operation) for choice in choices}
-        asked = any(limits.values())
+        scopes = {choice: scope_of(self.kernels[choice[0]], choice, self.tried) for choice in choices}
+        asked = any(limits.values()) or any(scopes.values())
         contexts = [self.operation.with_sizes(self.context, sizes) if asked else self.context for sizes in places]
-        return [[self._serving(choice, limits[choice], context) for choice in choices] for context in contexts]
+        return [
+            [self._serving(choice, limits[choice], scopes[choice], context) for choice in choices]
+            for context in contexts
+        ]
 
     def passes(self, choice: Choice, context: SelectionContext) -> bool:
         """Whether a choice's limits allow a call as far as its sizes do not tell."""
@@ -109,10 +116,12 @@ class LeafBuilder:
         told = size_limits(kernel, self.operation)
         return all(limit in told or limit.reject(context) is None for limit in kernel.spec.limits)
 
-    def _serving(self, choice: Choice, limits: Sequence[Limit], context: SelectionContext) -> Choice | None:
+    def _serving(
+        self, choice: Choice, limits: Sequence[Limit], scope: Scope | None, context: SelectionContext
+    ) -> Choice | None:
         violated = next((limit for limit in limits if limit.reject(context) is not None), None)
         if violated is None:
-            return choice
+            return choice if scope is None or scope.holds(context) else None
         return None if violated.kind in RANGES else self.default
 
     def _legality(self, choice: Choice, box: Box) -> Legality:

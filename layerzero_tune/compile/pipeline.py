@@ -160,7 +160,8 @@ def entry_of(key: Key, model: RegretModel, kernels: Mapping[str, Kernel], device
     verdicts = witnesses(model, bounds)
     sizes = [verdict.sizes for verdict in verdicts]
     max_product = max_product_of(sizes, model.free)
-    leaves = LeafBuilder(operation, context, kernels, model.verdicts[0].default, model.default_is_measured)
+    default, tried = model.verdicts[0].default, (*model.verdicts, *model.beside)
+    leaves = LeafBuilder(operation, context, kernels, default, model.default_is_measured, tried)
     holes = unmeasured_cells(sizes, model.free, max_product)
     foreseen = foreseen_sizes(sizes, holes, model.free, bounds, max_product)
     ground = Ground.of(

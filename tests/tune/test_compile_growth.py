@@ -160,7 +160,7 @@ def test_an_edge_takes_no_cell_that_leaves_its_side_unproved() -> None:
     )
     verdicts = [verdict_at((size, 1024), {LEAN: ratio}) for size, ratio in measured.items()]
     kernels = {kernel.kernel_id: kernel for kernel in ALL_KERNELS}
-    leaves = LeafBuilder(operation_named("norm.rms"), norm(1).with_device(DEVICE), kernels, DEFAULT, True)
+    leaves = LeafBuilder(operation_named("norm.rms"), norm(1).with_device(DEVICE), kernels, DEFAULT, True, verdicts)
     tree = TreeGrower(ground, leaves, ((0,),)).grow(verdicts, Region(((8, 40), (1024, 1024)), (0,)))
     plans = [leaf_at(tree, (size, 1024)).chain[0].choice for size in (8, 10, 14, 20, 40)]
     assert plans == [LEAN, LEAN, LEAN, DEFAULT, DEFAULT]
