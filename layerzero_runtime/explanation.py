@@ -22,8 +22,9 @@ class Explanation:
     """Why a plan is what it is.
 
     Attributes:
-        bucket: inclusive ranges of the sizes that the entry serves, by axis or product of axes ("rows * hidden_size");
-            empty on a miss.
+        bucket: inclusive ranges of the sizes that the entry serves, by axis, product of axes ("rows * hidden_size") or
+            balance of waves ("wave_balance(batch_kv_heads, seq_len_q, 132)": rows that each of so many multiprocessors
+            works off one after the other in tiles of 192 rows, in 1024ths of those in tiles of 128); empty on a miss.
         evidence: what speaks for the entry: measured points, speedup over the default, runner-up with its margin,
             rounds and time of measurement; None without a hit or without the evidence file.
         provenance: results hash, versions and dates of the table, empty without one.
