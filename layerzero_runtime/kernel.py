@@ -242,7 +242,8 @@ class ConfigurationSpace:
 
     Attributes:
         parameters: by name the values to choose from, JSON scalars.
-        is_valid: the kernel's own restrictions: whether the configuration may be measured at the context.
+        is_valid: the kernel's own restrictions: whether the configuration may be measured at the context, and is
+            expected to serve there; the context has the device.
         regime: in which of several ways a configuration works at the context, where sizes decide that, as whether a
             block holds a whole row: measured in one, it is not expected to serve in another.
 

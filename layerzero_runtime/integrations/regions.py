@@ -121,7 +121,8 @@ class _OpenError(Exception):
 
 
 class _Size:
-    """Stands for a symbolic size in a decision function, which compares it and multiplies it with others."""
+    """Stands for a symbolic size in a decision function, which compares operands of sizes and integers, made by `*`,
+    unary `-` and `//` (`tables.table_syntax`)."""
 
     __slots__ = ("_outcome", "value")
 
@@ -136,6 +137,12 @@ class _Size:
         return _Size(self.value * (other.value if isinstance(other, _Size) else other), self._outcome)
 
     __rmul__ = __mul__
+
+    def __neg__(self) -> _Size:
+        return _Size(-self.value, self._outcome)
+
+    def __floordiv__(self, divisor: int) -> _Size:
+        return _Size(self.value // divisor, self._outcome)
 
     def __lt__(self, other: Any) -> bool:
         return self._compared(operator.lt, other)

@@ -130,6 +130,9 @@ def _without(key: StaticKey, places: Sequence[int]) -> StaticKey:
 
 
 def _gap(name: str, bounds: Sequence[int], sizes: Mapping[str, int]) -> float:
-    """Octaves by which a size, or the product of several ("rows * hidden_size"), lies outside a bucket's range."""
+    """Octaves by which a size, or the product of several ("rows * hidden_size"), lies outside a bucket's range.
+
+    A balance of waves is not asked for: beside a bucket there are calls on either side of it.
+    """
     size = math.prod(sizes[axis] for axis in name.split(" * "))
     return max(0.0, math.log2(bounds[0] / size), math.log2(size / bounds[1]))

@@ -9,6 +9,8 @@
     comparison = operand < operand ...  (or <= > >= == !=)
     operand    = integer  |  parameter  |  -operand  |  operand * operand  |  operand // positive integer
 
+Integers that are compared have 64 bits at most: one of a million digits is divided for seconds.
+
 A name is defined once; every path through a function returns; keys of dicts and elements of sets are constants or
 tuples of them; what bisect_left searches are ascending integers, and the sequence that its answer indexes is longer, so
 that no decision can fail. Import this module where a table is checked, not before: it needs `ast`.
@@ -26,6 +28,7 @@ from layerzero_runtime.errors import TableError
 # Far above what is generated: a table of 10 000 leaves has about 1 MB and 20 levels.
 MAX_CHARACTERS = 4 * 2**20
 MAX_NESTING = 80
+_BEYOND_64_BITS = 2**64
 
 _ADVICE = "a generated table holds literals and decisions only; compile the results again"
 _IMPORTS = (("__future__", "annotations"), ("bisect", "bisect_left"))
@@ -265,11 +268,14 @@ class _FunctionCheck(_Check):
             self.check_operand(node.right, depth + 1)
         elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv):
             self.check_operand(node.left, depth + 1)
-            if (_integer(node.right) or 0) < 1:
-                self.refuse(node, "dividing by anything but a positive integer")
+            if not 0 < (_integer(node.right) or 0) < _BEYOND_64_BITS:
+                self.refuse(node, "dividing by anything but a positive integer of 64 bits")
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             self.check_operand(node.operand, depth + 1)
-        elif _integer(node) is None and not (isinstance(node, ast.Name) and node.id in self.parameters):
+        elif (value := _integer(node)) is not None:
+            if abs(value) >= _BEYOND_64_BITS:
+                self.refuse(node, "comparing an integer of more than 64 bits")
+        elif not (isinstance(node, ast.Name) and node.id in self.parameters):
             self.refuse(node, "comparing anything but integers, parameters, their products and quotients")
 
 

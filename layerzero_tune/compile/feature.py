@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from layerzero_tune.compile.wave_balance import LEAST, MOST, WaveBalance
+from layerzero_tune.compile.wave_balance import WaveBalance
 
 Range = tuple[int, int]  # inclusive
 Axes = tuple[int, ...]  # one axis, or those whose sizes are multiplied, ascending
@@ -40,13 +40,18 @@ def features_at(sizes: NDArray[np.int64], feature: Feature) -> NDArray[np.int64]
 def span(feature: Feature, ranges: Mapping[int, Range]) -> Range:
     """The bounds of the feature where each axis has sizes in its range."""
     if isinstance(feature, WaveBalance):
-        return LEAST, MOST
+        return feature.span(ranges)
     return math.prod(ranges[axis][0] for axis in feature), math.prod(ranges[axis][1] for axis in feature)
 
 
 def factors_of(feature: Feature) -> int:
     """How many sizes it multiplies; 1 where none."""
     return 1 if isinstance(feature, WaveBalance) else len(feature)
+
+
+def is_axis(feature: Feature) -> bool:
+    """Whether it is the size of a single axis."""
+    return not isinstance(feature, WaveBalance) and len(feature) == 1
 
 
 def order_of(feature: Feature) -> tuple[bool, Axes]:

@@ -102,7 +102,9 @@ class LeafBuilder:
         limits allow that as far as sizes determine it, and where its configuration is expected to serve; the default,
         where a guard turns it away; else nothing."""
         limits = {choice: size_limits(self.kernels[choice[0]], self.operation) for choice in choices}
-        scopes = {choice: scope_of(self.kernels[choice[0]], choice, self.tried) for choice in choices}
+        scopes = {
+            choice: scope_of(self.kernels[choice[0]], choice, self.tried, self.context.device) for choice in choices
+        }
         asked = any(limits.values()) or any(scopes.values())
         contexts = [self.operation.with_sizes(self.context, sizes) if asked else self.context for sizes in places]
         return [

@@ -46,7 +46,7 @@ class Region:
         beside = dict(self.beside)
         low, high = beside.get(feature, span(feature, ranges))
         beside[feature] = (low if above is None else max(low, above + 1), high if up_to is None else min(high, up_to))
-        _tighten(ranges, {axes: bounds for axes, bounds in beside.items() if not isinstance(axes, WaveBalance)})
+        _tighten(ranges, {each: bounds for each, bounds in beside.items() if not isinstance(each, WaveBalance)})
         box: list[Range] = []
         for axis in range(len(self.box)):
             box.append(ranges[axis] if axis in ranges else box[-1])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.kernel import Configuration, ConfigurationSpace, Kernel, Scalar
 from layerzero_tune.compile.judge import Choice, Verdict
 
@@ -25,19 +26,28 @@ class Scope:
     regimes: frozenset[Scalar]
 
     def holds(self, context: SelectionContext) -> bool:
-        return self.space.is_valid(self.configuration, context) and self._regime(context) in self.regimes
+        """`context` has the device."""
+        return (
+            _is_of(self.space, self.configuration)
+            and self.space.is_valid(self.configuration, context)
+            and self.space.regime(self.configuration, context) in self.regimes
+        )
 
-    def _regime(self, context: SelectionContext) -> Scalar:
-        return self.space.regime(self.configuration, context)
 
-
-def scope_of(kernel: Kernel, choice: Choice, verdicts: Sequence[Verdict]) -> Scope | None:
-    """That of a choice that was measured at some of these cells; None for a kernel's own choice, which has no bounds
-    but the kernel's limits, and where the kernel has no space any more."""
+def scope_of(kernel: Kernel, choice: Choice, verdicts: Sequence[Verdict], device: DeviceSpec | None) -> Scope | None:
+    """That of a choice that was measured at some of these cells on a device; None for a kernel's own choice, which has
+    no bounds but the kernel's limits, and where the kernel has no space any more. One with other parameters than the
+    space has now holds nowhere."""
     configuration: Configuration = json.loads(choice[1])
-    if not configuration or kernel.space is None:
+    space = kernel.space
+    if not configuration or space is None:
         return None
+    if not _is_of(space, configuration):
+        return Scope(space, configuration, frozenset())
     found = (verdict.context for verdict in verdicts if choice in verdict.standings)
-    return Scope(
-        kernel.space, configuration, frozenset(kernel.space.regime(configuration, context) for context in found)
-    )
+    described = (context if device is None else context.with_device(device) for context in found)
+    return Scope(space, configuration, frozenset(space.regime(configuration, context) for context in described))
+
+
+def _is_of(space: ConfigurationSpace, configuration: Configuration) -> bool:
+    return configuration.keys() == space.parameters.keys()

@@ -56,8 +56,8 @@ class _Cut:
 
     @property
     def rank(self) -> tuple[float, int, int, tuple[bool, Axes]]:
-        """Of places that cost the same the one on the fewest axes and with the most even sides, so that the tree stays
-        shallow."""
+        """Of places that cost the same the one over the fewest factors and with the most even sides, so that the tree
+        stays shallow."""
         feature = self.place.feature
         return (self.loss, factors_of(feature), self.uneven, order_of(feature))
 

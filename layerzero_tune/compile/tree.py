@@ -14,7 +14,7 @@ import numpy as np
 
 from layerzero_tune.compile.arrays import Rows
 from layerzero_tune.compile.edge import Meeting
-from layerzero_tune.compile.feature import Feature, factors_of, feature_at
+from layerzero_tune.compile.feature import Feature, feature_at, is_axis
 from layerzero_tune.compile.form import Leaf, Split, Tree
 from layerzero_tune.compile.ground import Ground
 from layerzero_tune.compile.judge import Choice, Verdict
@@ -96,7 +96,7 @@ class TreeGrower:
         """The last size below: at a range limit of a choice, else where both sides cost the same."""
         place = meeting.place
         below, above = ([self.ground.choices[column] for column in found] for found in meeting.beside)
-        if factors_of(place.feature) == 1:
+        if is_axis(place.feature):
             for choice in dict.fromkeys((*below, *above, *self.ground.choices)):
                 limit = self.leaves.limit_within(choice, region, place)
                 if limit is not None:

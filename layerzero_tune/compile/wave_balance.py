@@ -26,7 +26,7 @@ EVEN: Final = 1024
 LEAST: Final = EVEN * TILES[1] // (2 * TILES[0])
 MOST: Final = EVEN * TILES[1] // TILES[0]
 
-_NAME = re.compile(r"wave_balance\((?:(\d+) \* )?(\w+), (\w+), (\d+)\)")
+_NAME = re.compile(r"wave_balance\((?:([1-9]\d*) \* )?(\w+), (\w+), ([1-9]\d*)\)")
 
 Count = TypeVar("Count", int, NDArray[np.int64])
 
@@ -40,6 +40,18 @@ def balance_of(matrices: Count, rows: Count, multiprocessors: int) -> Count:
     """Rows that a multiprocessor works off one after the other in tall tiles, in `EVEN`-ths of those in short ones."""
     short, tall = (waves_of(matrices, rows, tile_rows, multiprocessors) for tile_rows in TILES)
     return MOST * tall // short
+
+
+def balances_between(matrices: tuple[int, int], rows: tuple[int, int], multiprocessors: int) -> tuple[int, int]:
+    """Bounds of the balance where there are so many matrices of so many rows, both inclusive: waves grow with either.
+    Not all between them need occur; those of all calls where there are none."""
+    if matrices[0] > matrices[1] or rows[0] > rows[1]:
+        return LEAST, MOST
+    short, tall = (
+        [waves_of(*largest, tile_rows, multiprocessors) for largest in zip(matrices, rows, strict=True)]
+        for tile_rows in TILES
+    )
+    return max(LEAST, MOST * tall[0] // short[1]), min(MOST, MOST * tall[1] // short[0])
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,11 @@ class WaveBalance:
     def of_all(self, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Of sizes (places, axes), those of each place."""
         return balance_of(self.each * sizes[:, self.count], sizes[:, self.rows], self.multiprocessors)
+
+    def span(self, ranges: Mapping[int, tuple[int, int]]) -> tuple[int, int]:
+        """`balances_between` of sizes in these ranges, by axis."""
+        least, most = ranges[self.count]
+        return balances_between((self.each * least, self.each * most), ranges[self.rows], self.multiprocessors)
 
     def named(self, axes: Sequence[str]) -> NamedWaveBalance:
         """The same by the names of all axes."""
@@ -105,3 +122,8 @@ class NamedWaveBalance:
 
     def of(self, sizes: Mapping[str, int]) -> int:
         return balance_of(self.each * sizes[self.count], sizes[self.rows], self.multiprocessors)
+
+    def span(self, ranges: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+        """`balances_between` of sizes in these ranges, by name."""
+        least, most = ranges[self.count]
+        return balances_between((self.each * least, self.each * most), ranges[self.rows], self.multiprocessors)

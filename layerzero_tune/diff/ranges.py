@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from layerzero_tune.compile.wave_balance import LEAST, MOST, NamedWaveBalance
+from layerzero_tune.compile.wave_balance import NamedWaveBalance
 
 Ranges = Mapping[str, tuple[int, int]]  # inclusive, axes in the order of the operation's
 
@@ -51,8 +51,9 @@ def _reaches(ranges: Ranges, name: str, bounds: tuple[int, int]) -> bool:
 
 def _span(name: str, ranges: Ranges) -> tuple[int, int]:
     """The bounds of a feature where each axis has sizes in its range."""
-    if NamedWaveBalance.parse(name) is not None:
-        return LEAST, MOST
+    balance = NamedWaveBalance.parse(name)
+    if balance is not None:
+        return balance.span(ranges)
     return math.prod(ranges[axis][0] for axis in axes_of(name)), math.prod(ranges[axis][1] for axis in axes_of(name))
 
 

@@ -60,7 +60,7 @@ def _is_served(ranges: Ranges, entry: SideEntry) -> bool:
 
 
 def _joined(parts: Sequence[Ranges]) -> Sequence[Ranges]:
-    """The same sizes in fewer parts: those that meet on one axis, or in one product, and agree on all else become
+    """The same sizes in fewer parts: those that meet on one axis, or in one feature, and agree on all else become
     one."""
     names = sorted({name for part in parts for name in part})
     joined: Sequence[Ranges] = tuple(complete(part, names) for part in parts)

@@ -18,15 +18,25 @@ from layerzero_runtime.integrations.regions import guard_region
 
 Sizes = tuple[int, ...]
 COMPARISONS = (operator.le, operator.lt, operator.ge, operator.gt, operator.eq, operator.ne)
-# Of three sizes, what a decision compares: one of them, or a product of all.
+# Of three sizes, what a decision compares: one of them, a product of all, or how many waves tiles take.
 OPERANDS: tuple[Callable[..., Any], ...] = (
     lambda batch, rows, columns: batch,
     lambda batch, rows, columns: rows,
     lambda batch, rows, columns: columns,
     lambda batch, rows, columns: batch * rows * columns,
+    lambda batch, rows, columns: 3 * -(-batch * -(-rows // 6) // 5),
 )
 # Dynamo keeps sizes from 2 on symbolic.
 POINTS = st.tuples(*[st.integers(2, 40)] * 3)
+
+
+def _waves(batch: Any, rows: Any, columns: Any) -> Any:
+    """Of shorter tiles than those in `OPERANDS`."""
+    return 2 * -(-batch * -(-rows // 4) // 5)
+
+
+def _constant(value: int) -> Callable[..., int]:
+    return lambda *sizes: value
 
 
 @st.composite
@@ -36,9 +46,9 @@ def decisions(draw: st.DrawFn, depth: int = 4) -> Callable[..., int]:
         leaf = draw(st.integers(-1, 3))
         return lambda *sizes: leaf
     compare, operand = draw(st.sampled_from(COMPARISONS)), draw(st.sampled_from(OPERANDS))
-    bound = draw(st.integers(3, 30))
+    bound = draw(st.integers(3, 30).map(_constant) | st.just(_waves))
     yes, no = draw(decisions(depth - 1)), draw(decisions(depth - 1))
-    return lambda *sizes: (yes if compare(operand(*sizes), bound) else no)(*sizes)
+    return lambda *sizes: (yes if compare(operand(*sizes), bound(*sizes)) else no)(*sizes)
 
 
 def symbolic(point: Sizes) -> tuple[ShapeEnv, list[torch.SymInt]]:

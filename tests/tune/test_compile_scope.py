@@ -71,10 +71,27 @@ def test_without_bounds_it_serves_beside_where_it_was_measured(space: Configurat
 
 def test_a_kernels_own_choice_has_the_limits_of_the_kernel_alone() -> None:
     kernel = next(kernel for kernel in ALL_KERNELS if kernel.kernel_id == OWN[0])
-    assert scope_of(replace(kernel, space=REGIMES), OWN, ()) is None
-    scope = scope_of(replace(kernel, space=REGIMES), TILED, ())
+    assert scope_of(replace(kernel, space=REGIMES), OWN, (), None) is None
+    scope = scope_of(replace(kernel, space=REGIMES), TILED, (), None)
     assert scope is not None
     assert not scope.holds(norm(8, 1024))
+
+
+def test_a_configuration_of_parameters_that_the_space_has_no_more_serves_nowhere() -> None:
+    def wants_stages(configuration: Configuration, context: SelectionContext) -> bool:
+        return bool(configuration["stages"])
+
+    space = ConfigurationSpace({"block": (BLOCK,), "stages": (1, 2)}, wants_stages, wants_stages)
+    assert set(given(space).values()) == {OWN}
+
+
+def test_regimes_may_depend_on_the_device() -> None:
+    def width(configuration: Configuration, context: SelectionContext) -> str:
+        assert context.device is not None
+        return context.device.slug
+
+    found = given(ConfigurationSpace({"block": (1024, BLOCK)}, regime=width))
+    assert {found[width] for width in TRIED} == {TILED}
 
 
 def test_rows_of_triton_kernels_lie_whole_in_a_block_or_not() -> None:
