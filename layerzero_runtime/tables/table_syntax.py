@@ -263,17 +263,15 @@ class _FunctionCheck(_Check):
 
     def check_operand(self, node: ast.expr, depth: int) -> None:
         self.check_depth(node, depth)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult | ast.FloorDiv):
             self.check_operand(node.left, depth + 1)
             self.check_operand(node.right, depth + 1)
-        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv):
-            self.check_operand(node.left, depth + 1)
-            if not 0 < (_integer(node.right) or 0) < _BEYOND_64_BITS:
-                self.refuse(node, "dividing by anything but a positive integer of 64 bits")
+            if isinstance(node.op, ast.FloorDiv) and (_integer(node.right) or 0) < 1:
+                self.refuse(node, "dividing by anything but a positive integer")
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             self.check_operand(node.operand, depth + 1)
         elif (value := _integer(node)) is not None:
-            if abs(value) >= _BEYOND_64_BITS:
+            if value >= _BEYOND_64_BITS:
                 self.refuse(node, "comparing an integer of more than 64 bits")
         elif not (isinstance(node, ast.Name) and node.id in self.parameters):
             self.refuse(node, "comparing anything but integers, parameters, their products and quotients")

@@ -125,16 +125,17 @@ def _range_check(entry: Entry) -> list[str]:
         f"{low} <= {entry.axes[axis]} <= {high}" for axis in entry.free for low, high in (entry.bounds[axis],)
     ]
     if entry.max_product is not None:
-        conditions.append(condition(entry.free, entry.max_product, entry.axes)[0])
+        conditions.append(condition(entry.free, entry.max_product, entry.axes))
     return [f"if not ({' and '.join(conditions)}):", f"    return {MISS}"]
 
 
 def _decision(tree: Tree, axes: Sequence[str], numbers: Mapping[int, int]) -> list[str]:
     if isinstance(tree, Leaf):
         return [f"return {numbers[id(tree)] if tree.chain else MISS}"]
-    text, meaning = condition(tree.feature, tree.edge, axes)
+    text, meaning = condition(tree.feature, tree.edge, axes), f"{feature_name(tree.feature, axes)} <= {tree.edge}"
+    comment = "" if text == meaning else f"  # {meaning}"
     return [
-        f"if {text}:{meaning and f'  # {meaning}'}",
+        f"if {text}:{comment}",
         *(f"    {line}" for line in _decision(tree.low, axes, numbers)),
         *_decision(tree.high, axes, numbers),
     ]

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from layerzero_tune.compile.wave_balance import WaveBalance
+from layerzero_tune.compile.wave_balance import Axis, ByAxis, WaveBalance
 
 Range = tuple[int, int]  # inclusive
 Axes = tuple[int, ...]  # one axis, or those whose sizes are multiplied, ascending
-Feature = Axes | WaveBalance
+Feature = Axes | WaveBalance[int]
+NamedFeature = tuple[str, ...] | WaveBalance[str]  # by the names of axes, as evidence has it
 
 
-def features_over(free: Axes, balance: WaveBalance | None) -> tuple[Feature, ...]:
+def features_over(free: Axes, balance: WaveBalance[int] | None) -> tuple[Feature, ...]:
     """All that splits of a static key may compare."""
     products = (axes for count in range(1, len(free) + 1) for axes in combinations(free, count))
     return (*products, *(() if balance is None else (balance,)))
 
 
-def feature_at(sizes: Sequence[int], feature: Feature) -> int:
+def feature_at(sizes: ByAxis[Axis, int], feature: tuple[Axis, ...] | WaveBalance[Axis]) -> int:
     """The feature of a call of these sizes."""
     if isinstance(feature, WaveBalance):
         return feature.of(sizes)
@@ -37,7 +38,7 @@ def features_at(sizes: NDArray[np.int64], feature: Feature) -> NDArray[np.int64]
     return found
 
 
-def span(feature: Feature, ranges: Mapping[int, Range]) -> Range:
+def span(feature: tuple[Axis, ...] | WaveBalance[Axis], ranges: ByAxis[Axis, Range]) -> Range:
     """The bounds of the feature where each axis has sizes in its range."""
     if isinstance(feature, WaveBalance):
         return feature.span(ranges)
@@ -66,8 +67,8 @@ def feature_name(feature: Feature, axes: Sequence[str]) -> str:
     return " * ".join(axes[axis] for axis in feature)
 
 
-def condition(feature: Feature, edge: int, axes: Sequence[str]) -> tuple[str, str]:
-    """That the feature is at most the edge, in the syntax of generated tables; and the same as evidence would say it,
-    empty where that is no shorter."""
-    short = f"{feature_name(feature, axes)} <= {edge}"
-    return (feature.named(axes).condition(edge), short) if isinstance(feature, WaveBalance) else (short, "")
+def condition(feature: Feature, edge: int, axes: Sequence[str]) -> str:
+    """That the feature is at most the edge, in the syntax of generated tables."""
+    if isinstance(feature, WaveBalance):
+        return feature.named(axes).condition(edge)
+    return f"{feature_name(feature, axes)} <= {edge}"

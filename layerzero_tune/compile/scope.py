@@ -28,7 +28,7 @@ class Scope:
     def holds(self, context: SelectionContext) -> bool:
         """`context` has the device."""
         return (
-            _is_of(self.space, self.configuration)
+            bool(self.regimes)
             and self.space.is_valid(self.configuration, context)
             and self.space.regime(self.configuration, context) in self.regimes
         )
@@ -42,12 +42,8 @@ def scope_of(kernel: Kernel, choice: Choice, verdicts: Sequence[Verdict], device
     space = kernel.space
     if not configuration or space is None:
         return None
-    if not _is_of(space, configuration):
+    if configuration.keys() != space.parameters.keys():
         return Scope(space, configuration, frozenset())
     found = (verdict.context for verdict in verdicts if choice in verdict.standings)
     described = (context if device is None else context.with_device(device) for context in found)
     return Scope(space, configuration, frozenset(space.regime(configuration, context) for context in described))
-
-
-def _is_of(space: ConfigurationSpace, configuration: Configuration) -> bool:
-    return configuration.keys() == space.parameters.keys()

@@ -9,9 +9,9 @@ that in few buckets. Of cells of full attention in graphs on an H100 that were l
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Self, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,15 @@ MOST: Final = EVEN * TILES[1] // TILES[0]
 _NAME = re.compile(r"wave_balance\((?:([1-9]\d*) \* )?(\w+), (\w+), ([1-9]\d*)\)")
 
 Count = TypeVar("Count", int, NDArray[np.int64])
+Axis = TypeVar("Axis", int, str)
+_Axis = TypeVar("_Axis", int, str, contravariant=True)
+_Value = TypeVar("_Value", covariant=True)
+
+
+class ByAxis(Protocol[_Axis, _Value]):
+    """Something of each axis: in their order, or by their names."""
+
+    def __getitem__(self, axis: _Axis, /) -> _Value: ...
 
 
 def waves_of(matrices: Count, rows: Count, tile_rows: int, multiprocessors: int) -> Count:
@@ -55,8 +64,8 @@ def balances_between(matrices: tuple[int, int], rows: tuple[int, int], multiproc
 
 
 @dataclass(frozen=True)
-class WaveBalance:
-    """The balance of a static key's calls, of their sizes.
+class WaveBalance(Generic[Axis]):
+    """The balance of a static key's calls, of their sizes by axis: by its number, or by its name.
 
     Attributes:
         count: the axis that counts matrices.
@@ -65,65 +74,48 @@ class WaveBalance:
         multiprocessors: of the device.
     """
 
-    count: int
-    rows: int
+    count: Axis
+    rows: Axis
     each: int
     multiprocessors: int
 
-    def of(self, sizes: Sequence[int]) -> int:
+    def of(self, sizes: ByAxis[Axis, int]) -> int:
         return balance_of(self.each * sizes[self.count], sizes[self.rows], self.multiprocessors)
 
-    def of_all(self, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    def of_all(self: WaveBalance[int], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Of sizes (places, axes), those of each place."""
         return balance_of(self.each * sizes[:, self.count], sizes[:, self.rows], self.multiprocessors)
 
-    def span(self, ranges: Mapping[int, tuple[int, int]]) -> tuple[int, int]:
-        """`balances_between` of sizes in these ranges, by axis."""
+    def span(self, ranges: ByAxis[Axis, tuple[int, int]]) -> tuple[int, int]:
+        """`balances_between` of sizes in these ranges."""
         least, most = ranges[self.count]
         return balances_between((self.each * least, self.each * most), ranges[self.rows], self.multiprocessors)
 
-    def named(self, axes: Sequence[str]) -> NamedWaveBalance:
+    def named(self: WaveBalance[int], axes: Sequence[str]) -> WaveBalance[str]:
         """The same by the names of all axes."""
-        return NamedWaveBalance(axes[self.count], axes[self.rows], self.each, self.multiprocessors)
+        return WaveBalance(axes[self.count], axes[self.rows], self.each, self.multiprocessors)
 
-
-@dataclass(frozen=True)
-class NamedWaveBalance:
-    """The balance of calls whose sizes are given by name; as a text what evidence calls it."""
-
-    count: str
-    rows: str
-    each: int
-    multiprocessors: int
-
-    @classmethod
-    def parse(cls, text: str) -> Self | None:
-        """The inverse of `str`, None for another text."""
-        found = _NAME.fullmatch(text)
-        if found is None:
-            return None
-        each, count, rows, multiprocessors = found.groups()
-        return cls(count, rows, int(each or 1), int(multiprocessors))
-
-    def __str__(self) -> str:
-        matrices = self.count if self.each == 1 else f"{self.each} * {self.count}"
-        return f"wave_balance({matrices}, {self.rows}, {self.multiprocessors})"
-
-    def condition(self, edge: int) -> str:
+    def condition(self: WaveBalance[str], edge: int) -> str:
         """That the balance is at most an edge, in the syntax of generated tables: the waves of both sides multiplied,
         so that nothing is divided by a size."""
-        short, tall = (self._waves(tile_rows) for tile_rows in TILES)
+        short, tall = (
+            f"-(-{self._matrices} * -(-{self.rows} // {tile_rows}) // {self.multiprocessors})" for tile_rows in TILES
+        )
         return f"{MOST} * {tall} < {edge + 1} * {short}"
 
-    def _waves(self, tile_rows: int) -> str:
-        """`waves_of`."""
-        count = self.count if self.each == 1 else f"{self.each} * {self.count}"
-        return f"-(-{count} * -(-{self.rows} // {tile_rows}) // {self.multiprocessors})"
+    def __str__(self) -> str:
+        """What evidence calls it."""
+        return f"wave_balance({self._matrices}, {self.rows}, {self.multiprocessors})"
 
-    def of(self, sizes: Mapping[str, int]) -> int:
-        return balance_of(self.each * sizes[self.count], sizes[self.rows], self.multiprocessors)
+    @property
+    def _matrices(self) -> str:
+        return str(self.count) if self.each == 1 else f"{self.each} * {self.count}"
 
-    def span(self, ranges: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
-        """`balances_between` of sizes in these ranges, by name."""
-        least, most = ranges[self.count]
-        return balances_between((self.each * least, self.each * most), ranges[self.rows], self.multiprocessors)
+
+def parse_balance(text: str) -> WaveBalance[str] | None:
+    """The inverse of `str` of a balance of named axes, None for another text."""
+    found = _NAME.fullmatch(text)
+    if found is None:
+        return None
+    each, count, rows, multiprocessors = found.groups()
+    return WaveBalance(count, rows, int(each or 1), int(multiprocessors))

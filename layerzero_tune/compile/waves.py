@@ -56,7 +56,7 @@ class Waves:
             found.append(self._idle(round(count * 2.0**octaves), sizes[self.matrices.rows]))
         return np.array(found).reshape(-1, len(TILES))
 
-    def balance(self, context: SelectionContext) -> WaveBalance:
+    def balance(self, context: SelectionContext) -> WaveBalance[int]:
         """What trees of a static key may split by: the waves of its calls."""
         return WaveBalance(self.matrices.count, self.matrices.rows, self.matrices.each(context), self.multiprocessors)
 

@@ -3,23 +3,23 @@ balance of waves ("wave_balance(batch_kv_heads, seq_len_q, 132)")."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
-from layerzero_tune.compile.wave_balance import NamedWaveBalance
+from layerzero_tune.compile.feature import NamedFeature, feature_at, span
+from layerzero_tune.compile.wave_balance import WaveBalance, parse_balance
 
 Ranges = Mapping[str, tuple[int, int]]  # inclusive, axes in the order of the operation's
 
 
-def axes_of(name: str) -> list[str]:
-    balance = NamedWaveBalance.parse(name)
-    return name.split(" * ") if balance is None else [balance.count, balance.rows]
+@lru_cache(maxsize=1024)
+def _feature(name: str) -> NamedFeature:
+    return parse_balance(name) or tuple(name.split(" * "))
 
 
-def feature_of(name: str, sizes: Mapping[str, int]) -> int:
-    """The size of an axis, the product of several, or the balance."""
-    balance = NamedWaveBalance.parse(name)
-    return math.prod(sizes[axis] for axis in axes_of(name)) if balance is None else balance.of(sizes)
+def axes_of(name: str) -> Sequence[str]:
+    feature = _feature(name)
+    return (feature.count, feature.rows) if isinstance(feature, WaveBalance) else feature
 
 
 def box_of(ranges: Ranges) -> Ranges:
@@ -28,7 +28,7 @@ def box_of(ranges: Ranges) -> Ranges:
 
 
 def holds(ranges: Ranges, sizes: Mapping[str, int]) -> bool:
-    return all(low <= feature_of(name, sizes) <= high for name, (low, high) in ranges.items())
+    return all(low <= feature_at(sizes, _feature(name)) <= high for name, (low, high) in ranges.items())
 
 
 def common(first: Ranges, second: Ranges) -> Ranges | None:
@@ -45,21 +45,13 @@ def common(first: Ranges, second: Ranges) -> Ranges | None:
 
 def _reaches(ranges: Ranges, name: str, bounds: tuple[int, int]) -> bool:
     """Whether some sizes of the axes' ranges may have a feature in these bounds."""
-    low, high = _span(name, ranges)
+    low, high = span(_feature(name), ranges)
     return max(low, bounds[0]) <= min(high, bounds[1])
-
-
-def _span(name: str, ranges: Ranges) -> tuple[int, int]:
-    """The bounds of a feature where each axis has sizes in its range."""
-    balance = NamedWaveBalance.parse(name)
-    if balance is not None:
-        return balance.span(ranges)
-    return math.prod(ranges[axis][0] for axis in axes_of(name)), math.prod(ranges[axis][1] for axis in axes_of(name))
 
 
 def complete(ranges: Ranges, names: Iterable[str]) -> Ranges:
     """The same sizes with a range for each of these features too."""
-    return dict(ranges) | {name: _span(name, ranges) for name in names if name not in ranges}
+    return dict(ranges) | {name: span(_feature(name), ranges) for name in names if name not in ranges}
 
 
 def concise(ranges: Ranges) -> Ranges:

@@ -18,7 +18,7 @@ from layerzero_tune.compile.feature import features_over
 from layerzero_tune.compile.form import Leaf, Split, Step, TableForm
 from layerzero_tune.compile.region import Region
 from layerzero_tune.compile.self_check import check_emitted
-from layerzero_tune.compile.wave_balance import EVEN, LEAST, MOST, NamedWaveBalance, WaveBalance
+from layerzero_tune.compile.wave_balance import EVEN, LEAST, MOST, WaveBalance, parse_balance
 from layerzero_tune.diff.ranges import Ranges, common, complete, concise, holds
 from layerzero_tune.diff.reading import read_sides
 from layerzero_tune.diff.regions import changed_regions
@@ -68,14 +68,14 @@ def test_a_condition_of_a_table_says_what_the_balance_is(
     least, most = balance.span({0: (heads, heads + beside % 5), 1: (max(1, length - beside % 7), length)})
     assert LEAST <= least <= found <= most <= MOST
     assert eval(named.condition(found + beside), sizes) == (beside >= 0)
-    assert NamedWaveBalance.parse(str(named)) == named
+    assert parse_balance(str(named)) == named
 
 
 @pytest.mark.parametrize(
     "text", ["rows", "rows * hidden_size", "wave_balance(a, b)", "wave_balance(a * b, c, 132)", "wave_balance(a, b, 0)"]
 )
 def test_other_names_are_no_balance(text: str) -> None:
-    assert NamedWaveBalance.parse(text) is None
+    assert parse_balance(text) is None
 
 
 def test_the_balance_is_of_all_heads() -> None:
