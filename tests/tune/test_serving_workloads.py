@@ -239,7 +239,7 @@ def test_the_committed_workloads_are_those_that_the_script_makes(command: Comman
     }.items():
         script = script.replace(variable, value)
     commands = [shlex.split(line) for line in script.splitlines() if line.startswith("layerzero-tune ")]
-    assert len(commands) == 8
+    assert len(commands) == 10
     for _, *arguments in commands:
         assert command(*arguments).status == 0
     for path in COMMITTED.values():
