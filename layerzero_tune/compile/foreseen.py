@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -38,21 +39,27 @@ class Foreseen:
 
 
 def foreseen_sizes(
-    cells: Sequence[Sizes], holes: Sequence[Sizes], free: Sequence[int], bounds: Box, max_product: int | None
+    cells: Sequence[Sizes],
+    holes: Sequence[Sizes],
+    free: Sequence[int],
+    bounds: Box,
+    max_product: int | None,
+    tiles: Mapping[int, int] = MappingProxyType({}),
 ) -> Foreseen:
     """At most `EVEN` sizes evenly over the bounds, and of `AROUND` the same number evenly around each cell, at least
     one, but for those that coincide or lie outside. The table misses at those that no cell vouches for where a hole is
     nearest.
 
     Evenly is meant in log space (Halton 1960: a low-discrepancy sequence, so that equal cells give equal sizes), in
-    multiples of what all measured sizes of an axis are multiples of.
+    multiples of what all measured sizes of an axis are multiples of. `tiles` says into how many each a size of an axis
+    is cut: around a cell whose own fills all of its tiles, the others do so too.
     """
     multiples = [math.gcd(*(cell[axis] for cell in cells)) for axis in free]
     places = np.array([place_of(cell, free) for cell in (*cells, *holes)])
     seen = set(cells)
     found: dict[bool, list[Sizes]] = {True: [], False: []}
 
-    def take(drawn: Iterable[float]) -> None:
+    def take(drawn: Iterable[float], multiples: Sequence[int]) -> None:
         sizes = [max(m, round(size / m) * m) for size, m in zip(drawn, multiples, strict=True)]
         tied = with_tied(sizes, cells[0], free)
         within = all(bounds[axis][0] <= size <= bounds[axis][1] for axis, size in zip(free, sizes, strict=True))
@@ -64,14 +71,18 @@ def foreseen_sizes(
     for number in range(1, _DRAWS * EVEN):
         if len(seen) == len(cells) + EVEN:
             break
-        take(_drawn(number, lines))
+        take(_drawn(number, lines), multiples)
     each = max(1, AROUND // len(cells))
     for cell, place in zip(cells, places.tolist(), strict=False):
         around = [(max(low, at - _NEAR), min(high, at + _NEAR)) for at, (low, high) in zip(place, lines, strict=True)]
         # By the cell alone: so those of the others stay where they are when a cell comes in.
         start = math.prod(cell) % _STARTS
+        filled = [
+            math.lcm(m, tiles[axis]) if axis in tiles and cell[axis] % tiles[axis] == 0 else m
+            for axis, m in zip(free, multiples, strict=True)
+        ]
         for number in range(start + 1, start + each + 1):
-            take(_drawn(number, around))
+            take(_drawn(number, around), filled)
     return Foreseen(tuple(found[True]), tuple(found[False]))
 
 

@@ -163,7 +163,8 @@ def entry_of(key: Key, model: RegretModel, kernels: Mapping[str, Kernel], device
     default, tried = model.verdicts[0].default, (*model.verdicts, *model.beside)
     leaves = LeafBuilder(operation, context, kernels, default, model.default_is_measured, tried)
     holes = unmeasured_cells(sizes, model.free, max_product)
-    foreseen = foreseen_sizes(sizes, holes, model.free, bounds, max_product)
+    tiles = {} if model.waves is None else model.waves.tiles
+    foreseen = foreseen_sizes(sizes, holes, model.free, bounds, max_product, tiles)
     ground = Ground.of(
         model,
         verdicts,

@@ -10,7 +10,7 @@ on an H100, what is expected to be fastest loses 0.017 (log time) without this a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -59,6 +59,12 @@ class Waves:
     def balance(self, context: SelectionContext) -> WaveBalance[int]:
         """What trees of a static key may split by: the waves of its calls."""
         return WaveBalance(self.matrices.count, self.matrices.rows, self.matrices.each(context), self.multiprocessors)
+
+    @property
+    def tiles(self) -> Mapping[int, int]:
+        """By axis, into how many rows each its sizes are cut at most often: a kernel spends the time of whole tiles,
+        and often a mask more, on rows that do not fill them."""
+        return {self.matrices.rows: TILES[0]}
 
     def _idle(self, matrices: int, rows: int) -> list[float]:
         found = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.operations import operation_named
+from layerzero_tune.compile.foreseen import foreseen_sizes
 from layerzero_tune.compile.judge import Choice, Standing, Verdict
 from layerzero_tune.compile.pipeline import compile_rows
 from layerzero_tune.compile.regret import RegretModel
@@ -133,3 +135,16 @@ def error(waves: Waves | None) -> float:
 
 def test_waves_that_begin_between_measured_sizes_are_foreseen() -> None:
     assert error(waves()) < 0.6 * error(None)
+
+
+def test_sizes_around_calls_that_fill_their_tiles_fill_theirs() -> None:
+    """Calls of encoders have the lengths of their models: what a mask costs on rows that fill no tile is not theirs."""
+    cells, bounds = [(64, 1024), (31, 4096), (57, 1001), (29, 3503)], ((16, 128), (500, 8000))
+
+    def found(tiles: Mapping[int, int]) -> tuple[int, int]:
+        served = foreseen_sizes(cells, (), (0, 1), bounds, None, tiles).served
+        return sum(length % 128 == 0 for _, length in served), len(served)
+
+    assert found(waves().tiles)[0] > 300
+    filling, count = found({})
+    assert filling < 0.03 * count
