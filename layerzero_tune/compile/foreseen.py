@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 
 import numpy as np
@@ -101,6 +102,7 @@ def _is_served(places: Floats, cells: int, place: Place) -> bool:
     return int(sum_of(list((offsets * offsets).T)).argmin()) < cells
 
 
+@cache
 def _radical_inverse(number: int, base: int) -> float:
     """The digits of the number in this base behind the point, in reverse order."""
     return math.fsum(digit * float(base) ** -(place + 1) for place, digit in enumerate(_digits(number, base)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -65,15 +65,13 @@ def _graph(shapes: Sequence[HeldOut]) -> Iterator[Condition]:
     yield Condition.at_least("graph, attention: efficiency", geometric_mean(efficiencies), 0.985)
     yield Condition.at_least("graph, attention: efficiency, 10th percentile", percentile(efficiencies, 10), 0.96)
     yield Condition.at_least("graph, attention: least efficiency", min(efficiencies), 0.85)
-    yield Condition.at_least(
-        f"graph, {', '.join(ATTENTION)} in equal parts: speedup", _in_equal_parts(shapes, ATTENTION), 1.25
-    )
-    yield Condition.at_least(f"graph, {BOTTOM_RIGHT}: speedup", _speedup(_of(shapes, BOTTOM_RIGHT)), 3.0)
+    yield _faster(f"graph, {', '.join(ATTENTION)} in equal parts", [_of(shapes, kind) for kind in ATTENTION], 1.25)
+    yield _faster(f"graph, {BOTTOM_RIGHT}", [_of(shapes, BOTTOM_RIGHT)], 3.0)
     for name, bound in GRAPH_SPEEDUPS.items():
         found = _of(shapes, name)
         efficiency = geometric_mean([shape.efficiency for shape in found])
         yield Condition.at_least(f"graph, {name}: efficiency", efficiency, 0.98)
-        yield Condition.at_least(f"graph, {name}: speedup", _speedup(found), bound)
+        yield _faster(f"graph, {name}", [found], bound)
 
 
 def _eager(shapes: Sequence[HeldOut]) -> Iterator[Condition]:
@@ -82,9 +80,7 @@ def _eager(shapes: Sequence[HeldOut]) -> Iterator[Condition]:
         yield Condition.at_least(f"eager, {name}: hit rate", _hit_rate(found), 0.95)
         efficiency = geometric_mean([shape.efficiency for shape in found])
         yield Condition.at_least(f"eager, {name}: efficiency", efficiency, 0.97)
-    yield Condition.at_least(
-        f"eager, {', '.join(ATTENTION)} in equal parts: speedup", _in_equal_parts(shapes, ATTENTION), 1.06
-    )
+    yield _faster(f"eager, {', '.join(ATTENTION)} in equal parts", [_of(shapes, kind) for kind in ATTENTION], 1.06)
     end_to_end = [shape.end_to_end for shape in _of(shapes, *ATTENTION) if shape.end_to_end is not None]
     yield Condition.at_least("eager, the same through lz.attention, all shapes", geometric_mean(end_to_end), 1.0)
 
@@ -97,9 +93,13 @@ def _hit_rate(shapes: Sequence[HeldOut]) -> float:
     return sum(shape.hit for shape in shapes) / len(shapes)
 
 
-def _speedup(shapes: Sequence[HeldOut]) -> float:
-    return geometric_mean([shape.speedup for shape in shapes])
+def _faster(what: str, parts: Sequence[Sequence[HeldOut]], bound: float) -> Condition:
+    """On the speedup over the default over some parts, each of which counts as much, beside what the best kernel of
+    each shape would give: no table gives more."""
 
+    def mean(of: Callable[[HeldOut], float]) -> float:
+        return geometric_mean([geometric_mean([of(shape) for shape in part]) for part in parts])
 
-def _in_equal_parts(shapes: Sequence[HeldOut], kinds: Sequence[str]) -> float:
-    return geometric_mean([_speedup(_of(shapes, kind)) for kind in kinds])
+    most = mean(lambda shape: shape.speedup / shape.efficiency)
+    what = f"{what}: speedup (the best kernel of each shape has {most:.4g})"
+    return Condition.at_least(what, mean(lambda shape: shape.speedup), bound)
