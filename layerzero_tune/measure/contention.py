@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from layerzero_runtime.devices.cpu import usable_processors
+from layerzero_tune.measure.process_tree import processes_below
 
 # Kernels that run on every core wait for the slowest of their threads: a neighbour that takes a twentieth of the
 # machine can cost them many times that.
@@ -92,21 +92,12 @@ def _siblings_s(run: int) -> float:
     """Seconds of a process and all below it but this one; also of those that have ended, once they are waited for:
     proc(5), /proc/PID/stat. 0 where the system does not tell."""
     own, ticks = os.getpid(), 0
-    for process in _processes_of(run):
+    for process in (run, *processes_below(run)):
         with suppress(OSError):  # it has ended
             fields = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()
             user, system, waited_user, waited_system = map(int, fields[11:15])
             ticks += waited_user + waited_system + (0 if process == own else user + system)
     return ticks / _ticks_per_s()
-
-
-def _processes_of(root: int) -> Iterator[int]:
-    """A process and all below it: proc(5), /proc/PID/task/TID/children."""
-    yield root
-    for listed in Path(f"/proc/{root}/task").glob("*/children"):
-        with suppress(OSError):  # the thread has ended
-            for child in listed.read_text().split():
-                yield from _processes_of(int(child))
 
 
 def _ticks_per_s() -> float:

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import IO, Any
 
+from layerzero_tune.measure.process_tree import processes_below
 from layerzero_tune.worker.library_compilers import KEPT_ON_DISK
 
 
@@ -54,14 +56,24 @@ class Child:
         return cls(process, here, lifeline_here)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process and those that it started (its group); one that has ended gets none."""
+        """Send a signal to the process and all that it started, those in groups of their own included: ninja has each
+        compiler in one. What has ended gets none."""
+        below = processes_below(self.process.pid)
+        # Who is stopped before being asked for those that it has started starts nobody more.
+        if number == signal.SIGKILL:
+            self.signal(signal.SIGSTOP)
+        if number != signal.SIGSTOP:
+            below = iter(list(below))
         try:
             os.killpg(self.process.pid, number)
         except ProcessLookupError:  # all of them have ended
             self.process.poll()
+        for process in below:
+            with suppress(ProcessLookupError):
+                os.kill(process, number)
 
     def kill(self) -> None:
-        """End the process and those that it started."""
+        """End the process and all that it started."""
         self.signal(signal.SIGKILL)
         self.process.wait()
         self.connection.close()

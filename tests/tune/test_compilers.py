@@ -149,18 +149,29 @@ def test_what_a_contest_needs_goes_before_what_is_expected() -> None:
         assert compiling.notes("raises") == []
 
 
-def test_while_they_are_paused_nothing_is_compiled_and_no_time_counts(compilers: Compilers) -> None:
-    with Compilers(MODULES, 1, limit_s=5.0) as one:
-        one.expect([job("takes_its_time", steps=150)])
+@pytest.mark.parametrize("name", ["takes_its_time", "has_it_done"])
+def test_while_they_are_paused_nothing_is_compiled_and_no_time_counts(name: str) -> None:
+    with Compilers(MODULES, 1, limit_s=10.0) as one:
+        one.expect([job(name, steps=150)])
         wait_for(lambda: bool(compiling.notes("step")))
         with one.paused():
             time.sleep(0.3)
             before = len(compiling.notes("step"))
-            time.sleep(5.0)
+            time.sleep(10.0)
             assert len(compiling.notes("step")) == before
             assert all(state == "T" for state in processes())
-        assert one.finish([job("takes_its_time", steps=150)]) == {}
+        assert one.finish([job(name, steps=150)]) == {}
         assert len(compiling.notes("step")) == 150
+
+
+def test_what_a_compiler_has_started_ends_with_it() -> None:
+    with Compilers(MODULES, 1) as one:
+        one.expect([job("has_it_done", steps=10_000)])
+        wait_for(lambda: bool(compiling.notes("step")))
+    time.sleep(0.3)
+    before = len(compiling.notes("step"))
+    time.sleep(0.5)
+    assert len(compiling.notes("step")) == before
 
 
 def test_a_process_that_starts_meanwhile_is_paused_too() -> None:
