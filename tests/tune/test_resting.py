@@ -1,16 +1,24 @@
-"""Searches rest while their configurations are compiled, and what compilers do not disturb is measured meanwhile."""
+"""What waits for compilers rests, and what these do not disturb is measured meanwhile."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from layerzero_runtime.context import SelectionContext
 from layerzero_tune.measure.contest import Contest, ContestOutcome
 from layerzero_tune.results.measurement import Measurement
 from layerzero_tune.results.store import ResultsStore
+from layerzero_tune.search import tuning
+from layerzero_tune.search.budget import Deadline
 from tests.tune.clocked_device import ClockedDevice, run
 from tests.tune.configured_kernels import PASSES
 from tests.tune.synthetic_results import norm
+from tests.tune.tuning_runs import run_at
 
 DEFAULT = "torch.rms_norm"
 GRAPHS = [replace(norm(2**power), mode="graph") for power in range(14)]
@@ -76,3 +84,60 @@ def test_a_device_that_compiles_nothing_ahead_goes_on_with_a_search_at_once(tmp_
     searched = [contest.context for contest in measured if contest.is_search]
     runs = [context for place, context in enumerate(searched) if place == 0 or searched[place - 1] != context]
     assert len(runs) == len(set(runs))
+
+
+class CompilingPoints(ClockedDevice):
+    """What some points need is compiled while so many contests are measured."""
+
+    def __init__(self, contexts: Collection[SelectionContext], contests: float) -> None:
+        super().__init__([DEFAULT, "torch.rms_norm.fused"])
+        self._contexts, self._contests = contexts, contests
+
+    def is_compiling(self, contest: Contest) -> bool:
+        return contest.context in self._contexts and self.clock < self._contests
+
+
+def test_points_rest_as_well_and_are_measured_as_soon_as_they_can(tmp_path: Path) -> None:
+    resting = GRAPHS[:3]
+    measured = run(CompilingPoints(resting, 6), ResultsStore(tmp_path), *GRAPHS)
+    assert {contest.context for contest in measured} == set(GRAPHS)
+    assert next(place for place, contest in enumerate(measured) if contest.context in resting) == 6
+
+
+def test_where_all_points_rest_one_waits_for_its_compilers(tmp_path: Path) -> None:
+    measured = run(CompilingPoints(GRAPHS, math.inf), ResultsStore(tmp_path), *GRAPHS)
+    assert {contest.context for contest in measured} == set(GRAPHS)
+
+
+def test_not_all_points_rest_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_MOST_RESTING", 3)
+    measured = run(CompilingPoints(GRAPHS[4:], math.inf), ResultsStore(tmp_path), *GRAPHS)
+    compiled = [place for place, contest in enumerate(measured) if contest.context in GRAPHS[:4]]
+    assert {contest.context for contest in measured} == set(GRAPHS)
+    # The most valuable points are the bounds.
+    assert max(compiled) > 3
+
+
+def test_what_rests_when_the_time_is_over_is_named_as_skipped(tmp_path: Path) -> None:
+    device = CompilingPoints(GRAPHS[:3], math.inf)
+    end = run_at(device, GRAPHS, tmp_path, deadline=Deadline.after(0.0))
+    assert {planned.contest.context for planned in end.skipped} == set(GRAPHS)
+
+
+def test_nothing_that_rests_begins_after_the_time_is_over(tmp_path: Path) -> None:
+    """The deadline comes while the last contest before it is measured."""
+    now = 0.0
+
+    class Timed(CompilingPoints):
+        def measure(self, contest: Contest) -> tuple[tuple[Measurement, ...], ContestOutcome]:
+            nonlocal now
+            now += 1e3
+            return super().measure(contest)
+
+    class Passing(Deadline):
+        def left_s(self) -> float:
+            return self.at - now
+
+    device = Timed(GRAPHS[:3], math.inf)
+    end = run_at(device, GRAPHS, tmp_path, deadline=Passing(4.5e3))
+    assert {planned.contest.context for planned in end.skipped} > set(GRAPHS[:3])
