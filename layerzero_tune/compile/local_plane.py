@@ -28,9 +28,13 @@ def local_planes(
     level = total(weights * values[:, None])
     steps = [offset - middle for offset, middle in zip(offsets, center, strict=True)]
     heights = values[:, None] - level
+    # The same on either side of the diagonal, to the last bit.
+    products = {
+        (row, column): total(weights * (steps[row] * steps[column])) for row in axes for column in axes[: row + 1]
+    }
     equations = [
         [
-            *(total(weights * (steps[row] * steps[column])) + ridge * (row == column) for column in axes),
+            *(products[max(row, column), min(row, column)] + ridge * (row == column) for column in axes),
             total(weights * (steps[row] * heights)),
         ]
         for row in axes
