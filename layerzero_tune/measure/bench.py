@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 from layerzero_runtime.device import DeviceSpec, detect_device
@@ -12,7 +12,7 @@ from layerzero_runtime.errors import ContextError
 from layerzero_tune.measure.clock import Clock, WallClock
 from layerzero_tune.measure.contention import ProcessorTime
 from layerzero_tune.measure.cuda_clock import EagerClock, GraphClock
-from layerzero_tune.measure.full_speed import Speed
+from layerzero_tune.measure.full_speed import Patience, Speed
 from layerzero_tune.measure.gpu_state import GpuWatch
 from layerzero_tune.measure.parallel_speed import ParallelSpeed, parallel_loop
 
@@ -31,6 +31,7 @@ class Bench:
         tuner: the process that has others beside this one measure, where they may have the cores that a contest leaves
             free: the host's part of a GPU's calls takes one core, kernels of a CPU take all.
         gpu: the watch over the state of a GPU, None for a CPU.
+        patience: how long a contest waits for the speed; that of a CPU remembers what waiting was worth.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Bench:
     is_shared: bool = True
     tuner: int | None = None
     gpu: GpuWatch | None = None
+    patience: Patience = field(default_factory=Patience)
 
     @classmethod
     def of(cls, device: str, mode: str, tuner: int | None = None) -> Bench:
@@ -59,7 +61,7 @@ class Bench:
             return cls(name, spec, EagerClock(index), watch, tuner=tuner, gpu=watch)
         if mode != "eager":
             raise ContextError(f"mode is {mode!r}: CPUs have 'eager' only; measure graphs on a CUDA device")
-        return cls("cpu", spec, WallClock(), _parallel_speed())
+        return cls("cpu", spec, WallClock(), _parallel_speed(), patience=_patience_with_cores())
 
     def now(self) -> ProcessorTime:
         """The processor time until now."""
@@ -86,6 +88,11 @@ class Bench:
 @cache
 def _parallel_speed() -> ParallelSpeed:
     return ParallelSpeed(parallel_loop())
+
+
+@cache
+def _patience_with_cores() -> Patience:
+    return Patience()
 
 
 @cache

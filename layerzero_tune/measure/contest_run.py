@@ -198,7 +198,8 @@ class _ContestRun:
             self.entrants.outcomes.update(dict.fromkeys(self.entrants.functions, sets))
             return
         for _ in range(MAX_ATTEMPTS):
-            self.full_speed = FullSpeed(self.bench.speed, lambda: self.progress(None, "waiting for the machine"))
+            waiting = partial(self.progress, None, "waiting for the machine")
+            self.full_speed = FullSpeed(self.bench.speed, waiting, self.bench.patience)
             start = self.bench.now()
             self.full_speed.wait()
             self.gpu_states.clear()

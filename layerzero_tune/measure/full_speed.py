@@ -4,6 +4,7 @@ device down."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from time import perf_counter, sleep
 from typing import Protocol, TypeVar
 
@@ -39,8 +40,24 @@ class Speed(Protocol):
         """Whether what was missing at the last look is missing for the power that the device draws."""
 
 
+@dataclass
+class Patience:
+    """How long each contest of a device waits for its speed: half as long after each that waited in vain, until the
+    speed is back. A virtual machine whose cores stayed apart had a run wait most of its time.
+
+    Attributes:
+        in_vain: how many contests have waited in vain since the speed was last seen.
+    """
+
+    in_vain: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return PATIENCE_S / 2.0**self.in_vain
+
+
 class FullSpeed:
-    """Takes the parts of one contest while its device is at full speed.
+    """Takes the parts of one contest while its device is at full speed, with the patience that it has left.
 
     Attributes:
         lost: the largest share of the speed that was missing in a part that was kept, because the contest had no
@@ -49,18 +66,20 @@ class FullSpeed:
             takes does not count as lost then, and is not taken again.
     """
 
-    def __init__(self, speed: Speed, waiting: Callable[[], None]) -> None:
+    def __init__(self, speed: Speed, waiting: Callable[[], None], patience: Patience) -> None:
         self.lost = 0.0
         self.is_own_load = False
         self._speed = speed
         self._waiting = waiting
-        self._patience_s = PATIENCE_S
+        self._patience = patience
+        self._patience_s = patience.seconds
         self._is_full = False  # at the last look
+        self._was_full = False  # at any
 
     def wait(self) -> None:
         """Wait for the speed, as long as the patience lasts, unless other processes are what takes it."""
         while self._patience_s > 0.0:
-            self._is_full = not self._speed.lost()
+            self._look()
             if self._is_full:
                 return
             self._waiting()
@@ -69,6 +88,17 @@ class FullSpeed:
             sleep(self._speed.look_s)
             if self._speed.is_of_processors and others_share(start, ProcessorTime.now()) > MAX_SHARE:
                 self._patience_s = 0.0
+                return
+        self._patience.in_vain += not self._was_full
+
+    def _look(self) -> float:
+        """The share of the speed that is missing now."""
+        lost = self._speed.lost()
+        self._is_full = not lost
+        if self._is_full:
+            self._was_full = True
+            self._patience.in_vain = 0
+        return lost
 
     def take(self, part: Callable[[], Part]) -> Part:
         """What the part gives, taken again where the speed was lost meanwhile, as long as the patience lasts and unless
@@ -78,8 +108,7 @@ class FullSpeed:
             start = perf_counter()
             found = part()
             taken_s = perf_counter() - start
-            was_full, lost = self._is_full, self._speed.lost()
-            self._is_full = not lost
+            was_full, lost = self._is_full, self._look()
             if not lost:
                 return found
             is_of_load = self._speed.is_of_load()

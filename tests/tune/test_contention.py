@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from layerzero_runtime.device import DeviceSpec, detect_device
 from layerzero_tune.measure import bench, contention, contest_run, full_speed
 from layerzero_tune.measure.contention import MAX_ATTEMPTS, ProcessorTime, others_share
-from layerzero_tune.measure.full_speed import PATIENCE_S, FullSpeed
+from layerzero_tune.measure.full_speed import PATIENCE_S, FullSpeed, Patience
 from layerzero_tune.measure.gpu_state import GpuWatch
 from layerzero_tune.measure.parallel_speed import WINDOW_S, ParallelSpeed, parallel_loop
 from layerzero_tune.worker.kernels import load_kernels
@@ -207,11 +207,11 @@ def test_a_speed_that_stays_is_the_machines_own() -> None:
     assert lost[-1] == 0.0
 
 
-def parts_of(machine: Machine, count: int) -> tuple[list[int], FullSpeed]:
+def parts_of(machine: Machine, count: int, patience: Patience | None = None) -> tuple[list[int], FullSpeed]:
     """How often each of so many parts of a contest was taken, on a machine whose best speed is known."""
     machine.speed.lost()
     taken = [0] * count
-    speed = FullSpeed(machine.speed, lambda: None)
+    speed = FullSpeed(machine.speed, lambda: None, patience or Patience())
     speed.wait()
     for part in range(count):
 
@@ -250,6 +250,24 @@ def test_where_the_speed_stays_away_the_contest_goes_on_and_says_so() -> None:
     taken, speed = parts_of(Machine([8.0, *[10.0] * looks, 10.0, 16.0, 8.0]), 3)
     assert taken == [1, 1, 1]
     assert speed.lost == pytest.approx(0.5)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_contest_waits_half_as_long_as_one_that_waited_in_vain_until_the_speed_is_back() -> None:
+    patience = Patience()
+    for looks in (40, 20, 10):
+        assert patience.seconds == 0.25 * looks
+        parts_of(Machine([8.0, *[10.0] * looks, 10.0]), 1, patience)
+    parts_of(Machine([8.0, 10.0, 8.0, 8.0]), 1, patience)
+    assert patience.seconds == PATIENCE_S
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_part_that_was_taken_again_in_vain_costs_no_patience_of_the_next_contest() -> None:
+    """The speed was there, and went again and again."""
+    patience, parts = Patience(), int(PATIENCE_S / 0.25)
+    parts_of(Machine([8.0, 8.0, *[10.0, 8.0] * (parts - 1), 10.0, 10.0]), 1, patience)
+    assert patience.seconds == PATIENCE_S
 
 
 @pytest.mark.usefixtures("quiet")
