@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from layerzero_runtime.context import SelectionContext
@@ -100,6 +100,6 @@ def _faster(what: str, parts: Sequence[Sequence[HeldOut]], bound: float) -> Cond
     def mean(of: Callable[[HeldOut], float]) -> float:
         return geometric_mean([geometric_mean([of(shape) for shape in part]) for part in parts])
 
+    found = Condition.at_least(f"{what}: speedup", mean(lambda shape: shape.speedup), bound)
     most = mean(lambda shape: shape.speedup / shape.efficiency)
-    what = f"{what}: speedup (the best kernel of each shape has {most:.4g})"
-    return Condition.at_least(what, mean(lambda shape: shape.speedup), bound)
+    return replace(found, text=f"{found.text} (the best kernel of each shape has {most:.4g})")
