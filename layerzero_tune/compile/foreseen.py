@@ -52,8 +52,8 @@ def foreseen_sizes(
     nearest.
 
     Evenly is meant in log space (Halton 1960: a low-discrepancy sequence, so that equal cells give equal sizes), in
-    multiples of what all measured sizes of an axis are multiples of. `tiles` says into how many each a size of an axis
-    is cut: around a cell whose own fills all of its tiles, the others do so too.
+    multiples of what all measured sizes of an axis are multiples of. `tiles` gives the height of the tiles into which
+    sizes of an axis are cut: around a cell whose own size fills its tiles, the others do so too.
     """
     multiples = [math.gcd(*(cell[axis] for cell in cells)) for axis in free]
     places = np.array([place_of(cell, free) for cell in (*cells, *holes)])

@@ -53,7 +53,7 @@ class Patience:
 
     @property
     def seconds(self) -> float:
-        return PATIENCE_S / 2.0**self.in_vain
+        return PATIENCE_S * 0.5**self.in_vain
 
 
 class FullSpeed:

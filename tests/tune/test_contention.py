@@ -263,6 +263,14 @@ def test_a_contest_waits_half_as_long_as_one_that_waited_in_vain_until_the_speed
 
 
 @pytest.mark.usefixtures("quiet")
+def test_after_thousands_of_contests_in_vain_the_speed_is_still_seen() -> None:
+    patience = Patience(in_vain=5000)
+    assert patience.seconds == 0.0
+    parts_of(Machine([8.0, 8.0]), 1, patience)
+    assert patience.seconds == PATIENCE_S
+
+
+@pytest.mark.usefixtures("quiet")
 def test_a_part_that_was_taken_again_in_vain_costs_no_patience_of_the_next_contest() -> None:
     """The speed was there, and went again and again."""
     patience, parts = Patience(), int(PATIENCE_S / 0.25)
