@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.arrays import Floats, Mask, Rows
+from layerzero_tune.compile.chains import Chains
 from layerzero_tune.compile.feature import Feature, features_at
 from layerzero_tune.compile.judge import MINIMUM_GAIN, Choice, Verdict
 from layerzero_tune.compile.regret import RegretModel
@@ -40,16 +41,18 @@ class Ground:
     Attributes:
         sizes: (places, axes).
         choices: what may serve.
-        losses: (places, choices), log time beside the best safe choice, in shares of all places: summed over these they
+        chains: how, each in a column: alone, or with another behind its guards.
+        losses: (places, chains), log time beside the best safe chain, in shares of all places: summed over these they
             give a mean.
-        expected: (places, choices), log ratios to the model's reference; NaN for a choice that cannot serve.
+        expected: (places, chains), log ratios to the model's reference; NaN for a chain that cannot serve.
         measured: which places are measured cells.
         ratios, variances: (places, choices), of the gain on the default by contests; NaN where there is none.
-        exempt: the choices whose gain needs no proof.
+        exempt: (choices,), those whose gain needs no proof.
     """
 
     sizes: NDArray[np.int64]
     choices: tuple[Choice, ...]
+    chains: Chains
     losses: Floats
     expected: Floats
     measured: Mask
@@ -78,20 +81,27 @@ class Ground:
         cells = [verdict.sizes for verdict in verdicts]
         served = [*cells, *foreseen]
         columns: dict[Choice | None, int] = {choice: column for column, choice in enumerate(choices)}
-        column_of = np.array([[columns.get(choice, -1) for choice in line] for line in serving(choices, served)])
-        expected, safe, doubts = _expected(model, choices, served, column_of == np.arange(len(choices)))
-        own = _losses(*_own(verdicts, choices, expected[: len(cells)], safe[: len(cells)], passes))
-        share = np.array([[0.0 if verdict.away else _OWN_SHARE] for verdict in verdicts])
+        serves = np.array([[columns.get(choice, -1) for choice in line] for line in serving(choices, served)])
         taken = _shares_taken(model, choices, served, passes)
-        expected = expected * taken
-        doubted = np.where(~safe & (expected > 0.0), _DOUBTED * doubts * taken, 0.0)
-        losses = np.minimum(_losses(expected, safe) + doubted, _UNKNOWN)
+        chains = Chains.of(
+            [c != default and bool(shares.min() < 1.0) for c, shares in zip(choices, taken.T, strict=True)]
+        )
+        expected, safe, doubts = _expected(model, choices, served, serves == np.arange(len(choices)))
+        own, own_safe, takes = _own(verdicts, choices, expected[: len(cells)], safe[: len(cells)], passes)
+        own = _losses(chains.mixed(own, takes), chains.all_of(own_safe, takes))
+        share = np.array([[0.0 if verdict.away else _OWN_SHARE] for verdict in verdicts])
+        doubted = np.where(~safe & (expected > 0.0), _DOUBTED * doubts, 0.0)
+        expected = chains.mixed(expected, taken)
+        losses = _losses(expected, chains.all_of(safe, taken)) + chains.mixed(doubted, taken)
+        losses = np.minimum(losses, _UNKNOWN)
         losses[: len(cells)] = (1.0 - share) * losses[: len(cells)] + share * own
+        column_of = chains.serving(serves)
         losses = np.where(column_of >= 0, np.take_along_axis(losses, np.maximum(column_of, 0), axis=1), losses)
         ratios, variances = _contests(verdicts, choices, len(served))
         return cls(
             np.array(served, dtype=np.int64),
             choices,
+            chains,
             losses / len(served),
             expected,
             np.arange(len(served)) < len(cells),
@@ -104,21 +114,25 @@ class Ground:
         """A feature of these places."""
         return features_at(self.sizes[rows], feature)
 
-    def ranking(self, rows: Rows) -> list[tuple[float, Choice]]:
-        """What may serve these places, each with the loss that it has there, the least first: the choices that the
-        contests among them prove to gain on the default (`leaf_evidence.is_proved`), and those that need no proof."""
+    def ranking(self, rows: Rows) -> list[tuple[float, int]]:
+        """What may serve these places, each with the loss that it has there, the least first: the chains whose choices
+        the contests among them prove to gain on the default (`leaf_evidence.is_proved`), or that need no proof."""
         losses = self.losses[rows].sum(axis=0).tolist()
         proved = self._proved(rows).tolist()
-        found = [(round(losses[column], 12), column) for column in range(len(losses)) if proved[column]]
-        return [(loss, self.choices[column]) for loss, column in sorted(found)]
+        return sorted((round(losses[column], 12), column) for column in range(len(losses)) if proved[column])
 
-    def cheapest(self, rows: Rows) -> tuple[float, Choice]:
+    def cheapest(self, rows: Rows) -> tuple[float, int]:
         """The first of the ranking, which is never empty: the default needs no proof, or where it has no time none."""
         return self.ranking(rows)[0]
 
-    def proves(self, choice: Choice, rows: Rows) -> bool:
-        """Whether the contests at these places prove that a choice gains on the default, or it needs no proof."""
-        return bool(self._proved(rows)[self.choices.index(choice)])
+    def proves(self, column: int, rows: Rows) -> bool:
+        """Whether the contests at these places prove that a chain gains on the default, or it needs no proof."""
+        return bool(self._proved(rows)[column])
+
+    def plan(self, column: int) -> tuple[Choice, ...]:
+        """The choices of a chain."""
+        head, behind = self.chains.heads[column], self.chains.behinds[column]
+        return (self.choices[head],) if head == behind else (self.choices[head], self.choices[behind])
 
     def _proved(self, rows: Rows) -> Mask:
         held = rows[self.measured[rows]]
@@ -128,7 +142,7 @@ class Ground:
         halves = np.sqrt(np.where(known, self.variances[held], 0.0).sum(axis=0)) / np.maximum(counts, 1)
         gains = (counts > 0) & (-(means + halves) > math.log1p(MINIMUM_GAIN))
         proved: Mask = gains | self.exempt
-        return proved
+        return proved[self.chains.heads] & proved[self.chains.behinds]
 
 
 def _expected(
@@ -154,10 +168,10 @@ def _shares_taken(
     places: Sequence[Sizes],
     passes: Callable[[Choice, SelectionContext], bool],
 ) -> Floats:
-    """(places, choices) or (1, 1), the shares of the cells around whose calls a choice takes: where its guards turn
-    away a part of them, as those of a kernel for a single sequence do, the default stands in for as many."""
+    """(places, choices), the shares of the cells around whose calls a choice takes: guards may turn away a part of
+    them, as those of a kernel for a single sequence do."""
     if not model.default_is_measured:
-        return np.ones((1, 1))
+        return np.ones((len(places), len(choices)))
 
     def takes(choice: Choice, cell: Verdict) -> bool:
         return choice[0] in _running(cell) or passes(choice, cell.context)
@@ -176,13 +190,15 @@ def _own(
     expected: Floats,
     safe: Mask,
     passes: Callable[[Choice, SelectionContext], bool],
-) -> tuple[Floats, Mask]:
-    """The same by the contests of each cell: of the choices that are safe there, those that they say are.
+) -> tuple[Floats, Mask, Floats]:
+    """The log ratios by the contests of each cell; of the choices that are safe there, those that they say are; and
+    whose calls a choice takes, as shares.
 
-    A choice without a time there counts as expected if its kernel has one in another configuration, and as the default
-    if its guards turn the cell's calls away; else it failed.
+    A choice without a time there counts as expected if its kernel has one in another configuration. If its guards turn
+    the cell's calls away it takes none of them; else it failed.
     """
     ratios = np.array([[_log_ratio(verdict, choice) for choice in choices] for verdict in verdicts])
+    takes = np.ones(ratios.shape)
     for row, verdict in enumerate(verdicts):
         running = _running(verdict)
         for column, choice in enumerate(choices):
@@ -191,16 +207,16 @@ def _own(
             if choice[0] in running:
                 ratios[row, column] = expected[row, column]
             elif not passes(choice, verdict.context):
-                ratios[row, column] = _log_ratio(verdict, verdict.default)
+                takes[row, column] = 0.0
     gains = [
         [choice in verdict.acceptable or choice == verdict.default or verdict.gains(choice) for choice in choices]
         for verdict in verdicts
     ]
-    return ratios, ~np.isnan(ratios) & safe & np.array(gains)
+    return ratios, ~np.isnan(ratios) & safe & np.array(gains), takes
 
 
 def _losses(ratios: Floats, safe: Mask) -> Floats:
-    """Beside the best safe choice of each place; a faster one that is not safe loses and gains nothing."""
+    """Beside the best safe chain of each place; a faster one that is not safe loses and gains nothing."""
     known = ~np.isnan(ratios)
     best = np.where(safe, ratios, math.inf).min(axis=1, keepdims=True)
     best = np.where(np.isfinite(best), best, 0.0)

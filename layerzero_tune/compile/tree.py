@@ -17,7 +17,7 @@ from layerzero_tune.compile.edge import Meeting
 from layerzero_tune.compile.feature import Feature, feature_at, is_axis
 from layerzero_tune.compile.form import Leaf, Split, Tree
 from layerzero_tune.compile.ground import Ground
-from layerzero_tune.compile.judge import Choice, Verdict
+from layerzero_tune.compile.judge import Verdict
 from layerzero_tune.compile.leaf import LeafBuilder
 from layerzero_tune.compile.region import Region
 from layerzero_tune.compile.split import BUCKET_PRICE, best_place
@@ -26,11 +26,11 @@ from layerzero_tune.compile.tree_parts import merged
 
 @dataclass(frozen=True)
 class _Part:
-    """What becomes of some places: one choice, or a split in two."""
+    """What becomes of some places: one chain, by its column in the ground, or a split in two."""
 
     loss: float
     buckets: int
-    choice: Choice
+    chain: int
     split: tuple[Feature, int, _Part, _Part] | None = None
 
 
@@ -48,8 +48,8 @@ class TreeGrower:
         return self._built(self._part(rows, region), rows, verdicts, region)
 
     def _part(self, rows: Rows, region: Region) -> _Part:
-        loss, choice = self.ground.cheapest(rows)
-        single = _Part(loss, 1, choice)
+        loss, chain = self.ground.cheapest(rows)
+        single = _Part(loss, 1, chain)
         if loss < BUCKET_PRICE:
             return single
         place = best_place(self.ground, rows, self.features)
@@ -64,7 +64,7 @@ class TreeGrower:
         if not (self._is_proved(low, rows[is_low]) and self._is_proved(high, rows[~is_low])):
             meeting = meeting.at(place)
             edge = self._edge(meeting, region)
-        split = _Part(meeting.loss(edge), low.buckets + high.buckets, choice, (place.feature, edge, low, high))
+        split = _Part(meeting.loss(edge), low.buckets + high.buckets, chain, (place.feature, edge, low, high))
         # What parts one side may do for both (subtree raising; Quinlan 1993, chapter 4).
         raised = [self._over(side, rows) for side in (low, high) if self._is_proved(side, rows)]
         return min((single, *raised, split), key=lambda part: round(part.loss + BUCKET_PRICE * part.buckets, 12))
@@ -77,15 +77,15 @@ class TreeGrower:
     def _is_proved(self, part: _Part, rows: Rows) -> bool:
         """Whether the measured cells among these places prove each choice of the part where it serves."""
         if part.split is None:
-            return self.ground.proves(part.choice, rows)
+            return self.ground.proves(part.chain, rows)
         feature, edge, low, high = part.split
         is_low = self.ground.features(rows, feature) <= edge
         return self._is_proved(low, rows[is_low]) and self._is_proved(high, rows[~is_low])
 
     def _served(self, part: _Part, rows: Rows) -> Rows:
-        """The columns of the choices that the part gives at these places."""
+        """The columns of the chains that the part gives at these places."""
         if part.split is None:
-            return np.full(len(rows), self.ground.choices.index(part.choice), dtype=np.intp)
+            return np.full(len(rows), part.chain, dtype=np.intp)
         feature, edge, low, high = part.split
         is_low = self.ground.features(rows, feature) <= edge
         served = np.empty(len(rows), dtype=np.intp)
@@ -95,7 +95,7 @@ class TreeGrower:
     def _edge(self, meeting: Meeting, region: Region) -> int:
         """The last size below: at a range limit of a choice, else where both sides cost the same."""
         place = meeting.place
-        below, above = ([self.ground.choices[column] for column in found] for found in meeting.beside)
+        below, above = ([c for column in found for c in self.ground.plan(column)] for found in meeting.beside)
         if is_axis(place.feature):
             for choice in dict.fromkeys((*below, *above, *self.ground.choices)):
                 limit = self.leaves.limit_within(choice, region, place)
@@ -106,8 +106,9 @@ class TreeGrower:
     def _built(self, part: _Part, rows: Rows, verdicts: Sequence[Verdict], region: Region) -> Tree:
         if part.split is None:
             # Edges around it may have been moved since: what serves there now decides.
-            ranking = [choice for _, choice in self.ground.ranking(rows)] if len(rows) else [part.choice]
-            return self.leaves.build(verdicts, region, ranking)
+            columns = [column for _, column in self.ground.ranking(rows)] if len(rows) else [part.chain]
+            ranking = dict.fromkeys(choice for column in columns for choice in self.ground.plan(column))
+            return self.leaves.build(verdicts, region, list(ranking))
         feature, edge, below, above = part.split
         low_region, high_region = region.divided(feature, edge)
         if low_region.is_empty or high_region.is_empty:  # an edge around this one was moved past it

@@ -17,6 +17,7 @@ from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.kernel import Kernel
 from layerzero_runtime.operation import Sizes
 from layerzero_runtime.operations import operation_named
+from layerzero_tune.compile.chains import Chains
 from layerzero_tune.compile.emit import leaf_at
 from layerzero_tune.compile.form import Entry
 from layerzero_tune.compile.ground import Ground
@@ -151,6 +152,7 @@ def test_an_edge_takes_no_cell_that_leaves_its_side_unproved() -> None:
     ground = Ground(
         sizes=np.array([(size, 1024) for size in rows]),
         choices=(DEFAULT, LEAN),
+        chains=Chains.of([False, False]),
         losses=np.array([default, lean]).T,
         expected=np.array([[0.0, -0.4 if size <= 24 else 0.4] for size in rows]),
         measured=np.array([size in measured for size in rows]),

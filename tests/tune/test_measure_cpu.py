@@ -8,6 +8,7 @@ import re
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from time import sleep
 from typing import Any
 
 import pytest
@@ -349,6 +350,32 @@ def test_the_clock_counts_calls_and_restores_the_garbage_collector() -> None:
     assert warm_up(timed, 0.0) > 0
     assert len(seen) == 15
     assert gc.isenabled()
+
+
+def test_a_first_call_that_stalls_is_not_what_the_warm_up_says() -> None:
+    called: list[int] = []
+
+    def timed(calls: int) -> float:
+        called.append(calls)
+        if len(called) > 1:
+            return 1e3
+        sleep(0.021)
+        return 21e6
+
+    assert warm_up(timed, 20.0) == 1e3
+    assert called[:3] == [1, 1, 1]
+
+
+def test_calls_that_take_many_times_the_warm_up_are_made_once() -> None:
+    called: list[int] = []
+
+    def timed(calls: int) -> float:
+        called.append(calls)
+        sleep(0.011)
+        return 11e6
+
+    assert warm_up(timed, 1.0) == 11e6
+    assert called == [1]
 
 
 def test_screening_keeps_ties_and_drops_plain_losers() -> None:

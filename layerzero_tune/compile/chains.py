@@ -1,0 +1,59 @@
+"""Chains: a choice, or one whose guards turn calls away with what serves those calls behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from layerzero_tune.compile.arrays import Floats, Mask
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Columns of chains over columns of choices.
+
+    Attributes:
+        heads, behinds: (chains,), the columns of the first choice and of the one behind its guards; the same twice for
+            a choice that takes all calls.
+    """
+
+    heads: NDArray[np.intp]
+    behinds: NDArray[np.intp]
+
+    @classmethod
+    def of(cls, guarded: Sequence[bool]) -> Self:
+        """Each choice that takes all calls alone, and in turn behind each of those that do not; these alone where there
+        is nothing else."""
+        behinds = [column for column, is_guarded in enumerate(guarded) if not is_guarded]
+        found = [(column, column) for column in behinds or range(len(guarded))]
+        found += [(head, behind) for head, is_guarded in enumerate(guarded) if is_guarded for behind in behinds]
+        return cls(*np.array(found, dtype=np.intp).T)
+
+    def mixed(self, values: Floats, shares: Floats) -> Floats:
+        """(places, chains) of values (places, choices), where the first choice of each takes these shares of calls."""
+        first, second, share = values[:, self.heads], values[:, self.behinds], shares[:, self.heads]
+        between = share * first + (1.0 - share) * second
+        found: Floats = np.where(share == 1.0, first, np.where(share == 0.0, second, between))
+        return found
+
+    def all_of(self, holds: Mask, shares: Floats) -> Mask:
+        """(places, chains), whether something holds of all that serve calls there."""
+        share = shares[:, self.heads]
+        found: Mask = (holds[:, self.heads] | (share == 0.0)) & (holds[:, self.behinds] | (share == 1.0))
+        return found
+
+    def serving(self, serves: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(places, chains), the chain that serves where the sizes of a place turn away the first choice of a chain, -1
+        where nothing does; of the same for choices."""
+        alone = {int(head): chain for chain, head in enumerate(self.heads) if head == self.behinds[chain]}
+        found = np.empty((len(serves), len(self.heads)), dtype=np.int64)
+        for chain, (head, behind) in enumerate(zip(self.heads.tolist(), self.behinds.tolist(), strict=True)):
+            column = serves[:, head]
+            instead = column if head == behind else np.where(column == -1, -1, serves[:, behind])
+            single = np.array([alone.get(int(each), -1) for each in instead])
+            found[:, chain] = np.where(column == head, chain, single)
+        return found
