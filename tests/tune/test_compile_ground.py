@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from layerzero_runtime.context import SelectionContext
+from layerzero_runtime.device import DeviceSpec
 from layerzero_runtime.operation import Sizes
 from layerzero_tune.compile.ground import Ground
 from layerzero_tune.compile.judge import Choice
 from layerzero_tune.compile.regret import RegretModel
-from tests.tune.test_compile_growth import DEFAULT, LEAN, verdict_at
+from layerzero_tune.compile.waves import Waves
+from tests.tune.test_compile_growth import DEFAULT, LEAN, WIDE, verdict_at
+from tests.tune.test_compile_waves import FULL, GPU, call
 
 
 def serving(choices: Sequence[Choice], places: Sequence[Sizes]) -> Sequence[Sequence[Choice | None]]:
@@ -42,3 +46,40 @@ def test_what_is_expected_to_be_slower_than_the_default_loses_of_its_doubt_too()
             assert of_default == pytest.approx(-found.log_ratio if found.upper < 0.0 else 0.0)
     assert cases == {(True, False), (False, False), (False, True)}
     assert not np.isnan(ground.losses).any()
+
+
+def test_a_choice_that_turns_calls_away_is_judged_with_what_serves_them() -> None:
+    """`lean` takes every other cell's calls and `wide` all of them: a chain of both gains more than either alone or
+    than `lean` before the default."""
+    ratios = {32: -0.3, 64: -0.3, 128: -0.3, 256: -0.3}
+    cells = [
+        verdict_at((rows, 1024), {LEAN: ratio, WIDE: -0.1} if number % 2 else {WIDE: -0.1})
+        for number, (rows, ratio) in enumerate(ratios.items())
+    ]
+    model = RegretModel(tuple(cells), (0,))
+
+    def only_odd(choice: Choice, context: SelectionContext) -> bool:
+        return choice != LEAN or context.rows in (64, 256)
+
+    ground = Ground.of(model, cells, [DEFAULT, LEAN, WIDE], ((90, 1024),), serving, only_odd)
+    _, column = ground.cheapest(np.arange(len(ground.sizes)))
+    assert ground.plan(column) == (LEAN, WIDE)
+    alone = {ground.plan(each): loss for loss, each in ground.ranking(np.arange(len(ground.sizes)))}
+    assert set(alone) == {(DEFAULT,), (WIDE,), (LEAN, DEFAULT), (LEAN, WIDE)}
+    assert alone[LEAN, WIDE] == 0.0 < alone[WIDE,]
+
+
+@pytest.mark.parametrize(("device", "times"), [(GPU, 1 + 10), (replace(GPU, multiprocessors=None), 1)])
+def test_what_is_measured_to_be_slower_than_the_default_loses_more_than_it_takes(
+    device: DeviceSpec, times: int
+) -> None:
+    """Of calls in waves; half of what contests say, and nothing of what is expected."""
+    cells = [
+        replace(verdict_at((1, 1), {LEAN: ratio}), context=call(heads, 128)[0], sizes=(heads, 128))
+        for heads, ratio in {20: -0.3, 24: 0.05, 28: 0.01}.items()
+    ]
+    model = RegretModel(tuple(cells), (0,), waves=Waves.of(FULL, device))
+    ground = Ground.of(model, cells, [DEFAULT, LEAN], (), serving, passes)
+    losses = ground.losses[:, 1] * len(ground.losses)
+    assert losses[1] == pytest.approx(0.5 * times * 0.05)
+    assert 0.5 * 0.01 <= losses[2] < 0.5 * 11 * 0.01
