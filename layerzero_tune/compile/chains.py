@@ -40,6 +40,11 @@ class Chains:
         found: Floats = np.where(share == 1.0, first, np.where(share == 0.0, second, between))
         return found
 
+    def largest(self, values: Floats) -> Floats:
+        """(places, chains) of values (places, choices), the larger one of what serves a part of the calls each."""
+        found: Floats = np.maximum(values[:, self.heads], values[:, self.behinds])
+        return found
+
     def all_of(self, holds: Mask, shares: Floats) -> Mask:
         """(places, chains), whether something holds of all that serve calls there."""
         share = shares[:, self.heads]

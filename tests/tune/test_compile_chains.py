@@ -34,6 +34,11 @@ def test_something_holds_of_a_chain_where_it_does_of_all_that_serve_calls() -> N
     assert CHAINS.all_of(holds, shares).tolist() == expected
 
 
+def test_the_larger_value_of_what_serves_a_part_of_the_calls_each() -> None:
+    assert CHAINS.largest(np.array([[0.0, 0.3, 0.1]])).tolist() == [[0.0, 0.1, 0.3, 0.3]]
+    assert CHAINS.largest(np.array([[0.2, 0.1, 0.0]])).tolist() == [[0.2, 0.0, 0.2, 0.1]]
+
+
 def test_where_sizes_turn_the_first_away_the_second_serves_and_nothing_where_it_is_illegal() -> None:
     # At the first place all serve, at the second the default 0 stands in for 1, at the third 1 is illegal.
     serves = np.array([[0, 1, 2], [0, 0, 2], [0, -1, 2]])

@@ -69,7 +69,7 @@ def test_a_choice_that_turns_calls_away_is_judged_with_what_serves_them() -> Non
     assert alone[LEAN, WIDE] == 0.0 < alone[WIDE,]
 
 
-@pytest.mark.parametrize(("device", "times"), [(GPU, 1 + 10), (replace(GPU, multiprocessors=None), 1)])
+@pytest.mark.parametrize(("device", "times"), [(GPU, 1 + 15), (replace(GPU, multiprocessors=None), 1)])
 def test_what_is_measured_to_be_slower_than_the_default_loses_more_than_it_takes(
     device: DeviceSpec, times: int
 ) -> None:
@@ -82,4 +82,4 @@ def test_what_is_measured_to_be_slower_than_the_default_loses_more_than_it_takes
     ground = Ground.of(model, cells, [DEFAULT, LEAN], (), serving, passes)
     losses = ground.losses[:, 1] * len(ground.losses)
     assert losses[1] == pytest.approx(0.5 * times * 0.05)
-    assert 0.5 * 0.01 <= losses[2] < 0.5 * 11 * 0.01
+    assert 0.5 * 0.01 <= losses[2] < 0.5 * 16 * 0.01
