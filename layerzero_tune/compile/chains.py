@@ -54,11 +54,11 @@ class Chains:
     def serving(self, serves: NDArray[np.int64]) -> NDArray[np.int64]:
         """(places, chains), the chain that serves where the sizes of a place turn away the first choice of a chain, -1
         where nothing does; of the same for choices."""
-        alone = {int(head): chain for chain, head in enumerate(self.heads) if head == self.behinds[chain]}
-        found = np.empty((len(serves), len(self.heads)), dtype=np.int64)
-        for chain, (head, behind) in enumerate(zip(self.heads.tolist(), self.behinds.tolist(), strict=True)):
-            column = serves[:, head]
-            instead = column if head == behind else np.where(column == -1, -1, serves[:, behind])
-            single = np.array([alone.get(int(each), -1) for each in instead])
-            found[:, chain] = np.where(column == head, chain, single)
+        is_alone = self.heads == self.behinds
+        # The column behind all choices' is that of -1.
+        alone = np.full(serves.shape[1] + 1, -1)
+        alone[self.heads[is_alone]] = np.flatnonzero(is_alone)
+        first = serves[:, self.heads]
+        instead = np.where(is_alone | (first == -1), first, serves[:, self.behinds])
+        found: NDArray[np.int64] = np.where(first == self.heads, np.arange(len(self.heads)), alone[instead])
         return found

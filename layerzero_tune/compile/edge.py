@@ -30,7 +30,7 @@ class Meeting:
     Attributes:
         values: (places,) the feature's, ascending.
         losses: (2, places), where the side below serves a place, and where the one above does.
-        columns: (2, places), the choices that serve there.
+        columns: (2, places), those of the ground's chains that serve there.
         leads: (places,), the log time that is expected to be lost below beside above; NaN where that is not known.
         cuts: the least and the most places that may be below: between them nothing more is lost.
     """
@@ -44,7 +44,7 @@ class Meeting:
 
     @classmethod
     def of(cls, ground: Ground, rows: Rows, place: Place, below: Rows, above: Rows) -> Self:
-        """`below` and `above` are the columns of the choices that either side gives at each of these places."""
+        """`below` and `above` are the columns of the chains that either side gives at each of these places."""
         features = ground.features(rows, place.feature)
         order = np.argsort(features, kind="stable")
         rows, columns, values = rows[order], np.stack([below, above])[:, order], features[order]
@@ -71,7 +71,7 @@ class Meeting:
 
     @property
     def beside(self) -> tuple[Sequence[int], Sequence[int]]:
-        """The columns of the choices that serve the places next to the edge, below and above it."""
+        """The columns of the chains that serve the places next to the edge, below and above it."""
         low, high = self.values == self.place.low, self.values == self.place.high
         below, above = self.columns[0], self.columns[1]
         return sorted(set(below[low].tolist())), sorted(set(above[high].tolist()))

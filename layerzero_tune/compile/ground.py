@@ -139,8 +139,8 @@ class Ground:
         """Whether the contests at these places prove that a chain gains on the default, or it needs no proof."""
         return bool(self._proved(rows)[column])
 
-    def plan(self, column: int) -> tuple[Choice, ...]:
-        """The choices of a chain."""
+    def chain(self, column: int) -> tuple[Choice, ...]:
+        """The choices of a chain, by its column."""
         head, behind = self.chains.heads[column], self.chains.behinds[column]
         return (self.choices[head],) if head == behind else (self.choices[head], self.choices[behind])
 
@@ -183,10 +183,12 @@ def _shares_taken(
     if not model.default_is_measured:
         return np.ones((len(places), len(choices)))
 
-    def takes(choice: Choice, cell: Verdict) -> bool:
-        return choice[0] in _running(cell) or passes(choice, cell.context)
+    return model.shares_around([partial(_takes, choice, passes) for choice in choices], places)
 
-    return model.shares_around([partial(takes, choice) for choice in choices], places)
+
+def _takes(choice: Choice, passes: Callable[[Choice, SelectionContext], bool], cell: Verdict) -> bool:
+    """Whether a choice takes the calls of a cell, as far as its sizes do not tell: its kernel ran there, or may."""
+    return choice[0] in _running(cell) or passes(choice, cell.context)
 
 
 def _running(verdict: Verdict) -> frozenset[str]:
@@ -208,16 +210,12 @@ def _own(
     the cell's calls away it takes none of them; else it failed.
     """
     ratios = np.array([[_log_ratio(verdict, choice) for choice in choices] for verdict in verdicts])
-    takes = np.ones(ratios.shape)
+    takes = np.array([[float(_takes(choice, passes, verdict)) for choice in choices] for verdict in verdicts])
     for row, verdict in enumerate(verdicts):
         running = _running(verdict)
         for column, choice in enumerate(choices):
-            if choice in verdict.standings:
-                continue
-            if choice[0] in running:
+            if choice not in verdict.standings and choice[0] in running:
                 ratios[row, column] = expected[row, column]
-            elif not passes(choice, verdict.context):
-                takes[row, column] = 0.0
     gains = [
         [choice in verdict.acceptable or choice == verdict.default or verdict.gains(choice) for choice in choices]
         for verdict in verdicts
@@ -227,8 +225,8 @@ def _own(
 
 def _slowness(ratios: Floats) -> Floats:
     """How much slower than the default choices are, in log time; 0 below `SLOWER_THRESHOLD`."""
-    slower = np.where(np.isnan(ratios), 0.0, np.where(ratios > math.log(SLOWER_THRESHOLD), ratios, 0.0))
-    return np.minimum(slower, _SLOWER_AT_MOST)
+    found: Floats = np.where(ratios > math.log(SLOWER_THRESHOLD), np.minimum(ratios, _SLOWER_AT_MOST), 0.0)
+    return found
 
 
 def _losses(ratios: Floats, safe: Mask) -> Floats:

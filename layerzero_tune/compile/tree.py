@@ -95,7 +95,7 @@ class TreeGrower:
     def _edge(self, meeting: Meeting, region: Region) -> int:
         """The last size below: at a range limit of a choice, else where both sides cost the same."""
         place = meeting.place
-        below, above = ([c for column in found for c in self.ground.plan(column)] for found in meeting.beside)
+        below, above = ([c for column in found for c in self.ground.chain(column)] for found in meeting.beside)
         if is_axis(place.feature):
             for choice in dict.fromkeys((*below, *above, *self.ground.choices)):
                 limit = self.leaves.limit_within(choice, region, place)
@@ -107,7 +107,7 @@ class TreeGrower:
         if part.split is None:
             # Edges around it may have been moved since: what serves there now decides.
             columns = [column for _, column in self.ground.ranking(rows)] if len(rows) else [part.chain]
-            ranking = dict.fromkeys(choice for column in columns for choice in self.ground.plan(column))
+            ranking = dict.fromkeys(choice for column in columns for choice in self.ground.chain(column))
             return self.leaves.build(verdicts, region, list(ranking))
         feature, edge, below, above = part.split
         low_region, high_region = region.divided(feature, edge)

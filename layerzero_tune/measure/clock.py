@@ -85,8 +85,8 @@ def warm_up(timed: TimedCalls, duration_ms: float) -> float:
     the later half of the calls in ns."""
     times: list[float] = []
     elapsed = 0.0
-    enough, at_most = duration_ms * 1e6, _STALL * duration_ms * 1e6
-    while not times or elapsed < enough or (len(times) < _WARM_UP_CALLS and elapsed < at_most):
+    enough = duration_ms * 1e6
+    while not times or elapsed < enough or (len(times) < _WARM_UP_CALLS and elapsed < _STALL * enough):
         start = perf_counter_ns()
         times.append(timed(1))
         elapsed += perf_counter_ns() - start

@@ -63,8 +63,8 @@ def test_a_choice_that_turns_calls_away_is_judged_with_what_serves_them() -> Non
 
     ground = Ground.of(model, cells, [DEFAULT, LEAN, WIDE], ((90, 1024),), serving, only_odd)
     _, column = ground.cheapest(np.arange(len(ground.sizes)))
-    assert ground.plan(column) == (LEAN, WIDE)
-    alone = {ground.plan(each): loss for loss, each in ground.ranking(np.arange(len(ground.sizes)))}
+    assert ground.chain(column) == (LEAN, WIDE)
+    alone = {ground.chain(each): loss for loss, each in ground.ranking(np.arange(len(ground.sizes)))}
     assert set(alone) == {(DEFAULT,), (WIDE,), (LEAN, DEFAULT), (LEAN, WIDE)}
     assert alone[LEAN, WIDE] == 0.0 < alone[WIDE,]
 
