@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerzero_runtime.device import DeviceSpec, detect_device
+from layerzero_runtime.errors import ContextError
 from layerzero_tune.measure import bench, contention, contest_run, full_speed
 from layerzero_tune.measure.contention import MAX_ATTEMPTS, ProcessorTime, others_share
-from layerzero_tune.measure.full_speed import PATIENCE_S, FullSpeed, Patience
+from layerzero_tune.measure.full_speed import PATIENCE_S, PATIENCE_VARIABLE, FullSpeed, Patience
 from layerzero_tune.measure.gpu_state import GpuWatch
 from layerzero_tune.measure.parallel_speed import WINDOW_S, ParallelSpeed, parallel_loop
 from layerzero_tune.worker.kernels import load_kernels
@@ -260,6 +261,25 @@ def test_a_contest_waits_half_as_long_as_one_that_waited_in_vain_until_the_speed
         parts_of(Machine([8.0, *[10.0] * looks, 10.0]), 1, patience)
     parts_of(Machine([8.0, 10.0, 8.0, 8.0]), 1, patience)
     assert patience.seconds == PATIENCE_S
+
+
+@pytest.mark.usefixtures("quiet")
+def test_the_environment_says_how_long_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PATIENCE_VARIABLE, "0.5")
+    patience = Patience()
+    parts_of(Machine([8.0, 10.0, 10.0, 10.0]), 1, patience)
+    assert patience.seconds == 0.25
+    monkeypatch.setenv(PATIENCE_VARIABLE, "0")
+    taken, speed = parts_of(Machine([8.0, 10.0]), 1)
+    assert taken == [1]
+    assert speed.lost == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("text", ["long", "-1", "inf", "nan"])
+def test_a_patience_that_is_no_number_of_seconds_is_named(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(PATIENCE_VARIABLE, text)
+    with pytest.raises(ContextError, match=f"LAYERZERO_PATIENCE is '{text}', required a number of seconds"):
+        assert Patience().seconds
 
 
 @pytest.mark.usefixtures("quiet")

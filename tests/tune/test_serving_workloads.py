@@ -284,10 +284,11 @@ def test_a_sample_keeps_so_many_lines_of_each_operation_and_mode_in_their_order(
     lines = read_workload(COMMITTED["tuned"])
     kept = sample_lines(lines, at_most, seed=3)
     assert kept == sample_lines(lines, at_most, seed=3)
-    assert [line for line in lines if line in set(kept)] == list(kept)
+    found = set(kept)
+    assert [line for line in lines if line in found] == list(kept)
     whole, rest = (Counter((line.context.operation, line.context.mode) for line in each) for each in (lines, kept))
     assert rest == {group: min(at_most, number) for group, number in whole.items()}
-    assert set(kept) <= set(sample_lines(lines, at_most + 3, seed=3))
+    assert found <= set(sample_lines(lines, at_most + 3, seed=3))
 
 
 def test_more_draws_are_the_same_points_and_others() -> None:
