@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lookup_bench.report import readme_section
 
@@ -21,6 +22,13 @@ def measured_section() -> str:
     return "\n".join(_table(path) for path in sorted((ROOT / "tables").glob("*/evaluation.json")))
 
 
+def _days(evaluation: Mapping[str, Any]) -> str:
+    """Of a table that was mended, what serves as before was measured before."""
+    last = evaluation["measured_to"][:10]
+    first = evaluation.get("measured_from", last)[:10]
+    return last if first == last else f"{first} to {last}"
+
+
 def _table(path: Path) -> str:
     evaluation = json.loads(path.read_text(encoding="utf-8"))
     device, versions = evaluation["device"], evaluation["provenance"]["versions"]
@@ -29,7 +37,7 @@ def _table(path: Path) -> str:
     )
     lines = [
         f"{device['name']} ({traits}); {', '.join(f'{name} {version}' for name, version in versions.items())}; "
-        f"{len(evaluation['shapes'])} held-out shapes, measured {evaluation['measured_to'][:10]}; "
+        f"{len(evaluation['shapes'])} held-out shapes, measured {_days(evaluation)}; "
         f"from `{path.relative_to(ROOT)}`.",
         "",
         _line(SUMMARY_COLUMNS),

@@ -68,7 +68,6 @@ def evaluate_command(
     spec = live_device(str(rows[0].device["platform"]))
     others = [_Other.of(folder, spec) for folder in beside or ()]
     table = use_tables(tables, spec)
-    table_id = _table_id(table)
     check_writable(out)
     start = perf_counter()
     modules = (public_calls.__name__,)
@@ -84,7 +83,6 @@ def evaluate_command(
             snapshot_of(table),
             contexts,
             ResultsStore(out),
-            table_id,
             [other.snapshot for other in others],
             lambda _: bar.advance(task),
         )
@@ -96,8 +94,9 @@ def evaluate_command(
         print_json(
             {
                 "device": spec.to_dict(),
-                "table": table_id,
+                "table": _table_id(table),
                 "provenance": dict(table.provenance),
+                "measured_from": found.measured_from,
                 "measured_to": found.measured_to,
                 "measuring_s": measuring_s,
                 "preparing_s": found.preparation_s,

@@ -10,6 +10,7 @@ from layerzero_runtime.errors import ResultsError
 from layerzero_runtime.kernel import Configuration
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.plan import ExecutionPlan
+from layerzero_runtime.selection.limits import Limit
 from layerzero_runtime.snapshot import Snapshot
 from layerzero_tune.compile.judge import describe_choice
 from layerzero_tune.evaluate.public_calls import PUBLIC_CALL
@@ -43,7 +44,7 @@ class Evaluation:
         scores: of the table, in the order of the shapes, without the unscored ones.
         beside: of each other table on the same shapes, by the same contests.
         slower: those of the table's scores that a remeasurement confirmed to be slower than the default.
-        measured_to: the latest contest's time, UTC.
+        measured_from, measured_to: the earliest and the latest contest's time, UTC.
         preparation_s: seconds that loading and compiling kernels took, of contests measured in this call.
     """
 
@@ -51,6 +52,7 @@ class Evaluation:
     beside: tuple[tuple[Score, ...], ...]
     unscored: tuple[Unscored, ...]
     slower: frozenset[Score]
+    measured_from: str
     measured_to: str
     preparation_s: float
 
@@ -60,15 +62,14 @@ def evaluate(
     snapshot: Snapshot,
     contexts: Sequence[SelectionContext],
     store: ResultsStore,
-    table_id: str,
     beside: Sequence[Snapshot] = (),
     progress: Callable[[SelectionContext], None] = lambda context: None,
 ) -> Evaluation:
     """Measure every legal kernel, with the configurations that the table ships, and the public call on each shape, and
     score what the snapshot selects; what the others select meets in the same contests.
 
-    Contests that the store holds already are not measured again. `table_id` is a hash of the table's content: the
-    public call through another table is another job.
+    Contests that the store holds already are not measured again: of a table that was mended only those are in which
+    another plan serves or other configurations take part.
 
     Raises:
         ResultsError: the store cannot be written.
@@ -100,7 +101,7 @@ def evaluate(
             preparation_s += outcome.preparation_s
         return held[contest.contest_id]
 
-    shapes = _in_order(_shape(device, context, (snapshot, *beside), table_id) for context in contexts)
+    shapes = _in_order(_shape(device, context, (snapshot, *beside)) for context in contexts)
     scores: dict[SelectionContext, tuple[Score, ...]] = {}
     unscored = []
     for number, shape in enumerate(shapes, 1):
@@ -123,10 +124,11 @@ def evaluate(
         and confirms_slower(measured(replace(contests[found.context], repeat=1), [found.chosen]), found.chosen)
     )
     store.compact()
-    measured_to = max((row.measured_at for row in used), default="")
+    times = [row.measured_at for row in used]
+    measured_from, measured_to = min(times, default=""), max(times, default="")
     # The public calls went through the first table.
     others = tuple(tuple(replace(found, end_to_end=None) for found in table) for table in of_tables[1:])
-    return Evaluation(own, others, tuple(unscored), slower, measured_to, preparation_s)
+    return Evaluation(own, others, tuple(unscored), slower, measured_from, measured_to, preparation_s)
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def _in_order(shapes: Iterable[_Shape]) -> tuple[_Shape, ...]:
     return tuple(sorted(shapes, key=lambda shape: shape.context.mode != "graph"))
 
 
-def _shape(device: LiveDevice, context: SelectionContext, tables: Sequence[Snapshot], table_id: str) -> _Shape:
+def _shape(device: LiveDevice, context: SelectionContext, tables: Sequence[Snapshot]) -> _Shape:
     """All legal kernels and the public call; what is chosen reaches the final rounds whatever the screening says."""
     placed = context.with_device(device.spec)
     plans = tuple(table.select(placed) for table in tables)
@@ -166,8 +168,19 @@ def _shape(device: LiveDevice, context: SelectionContext, tables: Sequence[Snaps
         if candidate.kernel_id != PUBLIC_CALL
         for _, configuration in sorted({_OWN_CHOICE: {}, **shipped.get(candidate.kernel_id, {})}.items())
     ]
-    public = Candidate(PUBLIC_CALL, {"table": table_id}, is_anchor=True)
+    public = Candidate(PUBLIC_CALL, _served_by(tables[0], placed, plans[0]), is_anchor=True)
     return _Shape(context, plans, device.contest(context, [*entered, public]))
+
+
+def _served_by(snapshot: Snapshot, context: SelectionContext, plan: ExecutionPlan) -> Configuration:
+    """What tells public calls of one context apart: the plan, who selects it, and whether each call is asked by guards.
+    What looking up costs beside differs between tables by nanoseconds."""
+    guards: tuple[Limit, ...] = ()
+    if plan.entry is not None and context.device is not None and (table := snapshot.tables.of(context.device)):
+        static_key, leaf = plan.entry
+        guards = table.entries[context.operation][static_key].leaves[leaf][0].guards
+    choice = describe_choice(choice_of(plan.kernel_id, plan.configuration))
+    return {"source": plan.source, "serves": choice, "guarded": bool(guards)}
 
 
 def _shipped(snapshot: Snapshot, context: SelectionContext) -> dict[str, dict[str, Configuration]]:

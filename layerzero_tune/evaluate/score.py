@@ -87,6 +87,6 @@ def confirms_slower(rows: Sequence[Measurement], chosen: str) -> bool:
 
 
 def _name(row: Measurement) -> str:
-    if row.kernel_id == PUBLIC_CALL:  # configured by the table that it goes through
+    if row.kernel_id == PUBLIC_CALL:  # its configuration says what serves it
         return PUBLIC_CALL
     return describe_choice((row.kernel_id, canonical_json(dict(row.configuration))))

@@ -47,7 +47,7 @@ def test_an_evaluation_measures_and_scores_the_shipped_configuration(snapshot: S
     device = ClockedDevice([DEFAULT, PASSES.kernel_id, PUBLIC_CALL])
     contexts: list[SelectionContext] = [norm(20), norm(5000)]
     store = ResultsStore(tmp_path / "held-out")
-    hit, miss = evaluate(device, snapshot, contexts, store, "a" * 32).scores
+    hit, miss = evaluate(device, snapshot, contexts, store).scores
     best = f'{PASSES.kernel_id} {{"order":"rows","passes":4}}'
     assert (hit.hit, hit.chosen, hit.best, hit.efficiency) == (True, best, best, 1.0)
     assert (miss.hit, miss.chosen, miss.best) == (False, DEFAULT, best)
@@ -64,7 +64,7 @@ def test_a_choice_whose_configuration_the_table_does_not_ship_is_timed_too(
     monkeypatch.delenv("LAYERZERO_TABLES")
     without = Snapshot(Registry(KERNELS), CounterGroup())
     device = ClockedDevice([DEFAULT, PASSES.kernel_id, PUBLIC_CALL])
-    found = evaluate(device, without, [norm(20)], ResultsStore(tmp_path / "held-out"), "a" * 32, [snapshot])
+    found = evaluate(device, without, [norm(20)], ResultsStore(tmp_path / "held-out"), [snapshot])
     assert [score.chosen for score in found.scores] == [DEFAULT]
     assert [score.chosen for score in found.beside[0]] == [f'{PASSES.kernel_id} {{"order":"rows","passes":4}}']
     assert not found.unscored

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from layerzero_runtime.context import SelectionContext
 from layerzero_runtime.counters import CounterGroup
 from layerzero_runtime.kernels import builtin_kernels
 from layerzero_runtime.libraries import library_version
@@ -53,28 +52,28 @@ class ScriptedDevice(LiveDevice):
         return rows_of(contest, outcome, BUILTIN, DEVICE), outcome
 
 
-@pytest.fixture
-def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Snapshot:
-    """A snapshot with a table that gives `fused` for norms of 1 to 64 rows."""
-
-    def model(context: SelectionContext) -> Times:
-        return {DEFAULT: 2000.0, FUSED: 1000.0}
-
-    rows = [
+def current_rows(times: Times) -> list[Measurement]:
+    """Results for norms of 1 to 64 rows, of these versions and sources, so that no entry is stale."""
+    return [
         replace(
             row,
             versions={"torch": library_version("torch") or ""},
             source_hash=kernel_source_hash(BUILTIN[row.kernel_id]),
         )
-        for row in measured(grid(norm, (1, 8, 64), (512, 1024)), model)
+        for row in measured(grid(norm, (1, 8, 64), (512, 1024)), lambda _: times)
     ]
-    emit(compiled(rows)).write(tmp_path / "tables")
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Snapshot:
+    """A snapshot with a table that gives `fused` for norms of 1 to 64 rows."""
+    emit(compiled(current_rows({DEFAULT: 2000.0, FUSED: 1000.0}))).write(tmp_path / "tables")
     monkeypatch.setenv("LAYERZERO_TABLES", str(tmp_path / "tables"))
     return Snapshot(Registry(builtin_kernels()), CounterGroup())
 
 
 def evaluated(device: ScriptedDevice, snapshot: Snapshot, results: Path) -> Evaluation:
-    return evaluate(device, snapshot, [norm(3), norm(20), norm(5000)], ResultsStore(results), "a" * 32)
+    return evaluate(device, snapshot, [norm(3), norm(20), norm(5000)], ResultsStore(results))
 
 
 def test_every_shape_is_measured_and_scored(snapshot: Snapshot, tmp_path: Path) -> None:
@@ -109,9 +108,18 @@ def test_contests_that_are_held_are_not_measured_again(snapshot: Snapshot, tmp_p
     again = ScriptedDevice({}, {})
     assert evaluated(again, snapshot, tmp_path / "held-out") == first
     assert again.measured == []
-    other = ScriptedDevice(times, {})
-    evaluate(other, snapshot, [norm(3)], ResultsStore(tmp_path / "held-out"), "b" * 32)
-    assert len(other.measured) == 1, "the public call through another table is another job"
+
+
+@pytest.mark.parametrize(("fused", "measured_again"), [(1500.0, 0), (3000.0, 2)])
+def test_of_another_table_those_shapes_are_measured_at_which_another_plan_serves(
+    snapshot: Snapshot, tmp_path: Path, fused: float, measured_again: int
+) -> None:
+    times: Times = {DEFAULT: 2000.0, FUSED: 1000.0}
+    evaluated(ScriptedDevice(times, {}), snapshot, tmp_path / "held-out")
+    emit(compiled(current_rows({DEFAULT: 2000.0, FUSED: fused}))).write(tmp_path / "tables")
+    device = ScriptedDevice(times, {})
+    evaluated(device, Snapshot(Registry(builtin_kernels()), CounterGroup()), tmp_path / "held-out")
+    assert [contest.context for contest in device.measured] == [norm(3), norm(20)][:measured_again]
 
 
 @pytest.mark.parametrize(("second_time", "slower"), [(1100.0, 2), (1010.0, 0)])
@@ -148,7 +156,7 @@ def test_another_table_meets_the_first_in_the_same_contests(
     without = Snapshot(Registry(builtin_kernels()), CounterGroup())
     device = ScriptedDevice({DEFAULT: 2000.0, FUSED: 1000.0}, {})
     contexts = [norm(3), norm(20), norm(5000)]
-    found = evaluate(device, snapshot, contexts, ResultsStore(tmp_path / "held-out"), "a" * 32, [without])
+    found = evaluate(device, snapshot, contexts, ResultsStore(tmp_path / "held-out"), [without])
     assert len(device.measured) == 3
     assert [(score.chosen, score.hit) for score in found.scores] == [(FUSED, True), (FUSED, True), (DEFAULT, False)]
     assert [(score.chosen, score.hit) for score in found.beside[0]] == [(DEFAULT, False)] * 3
@@ -174,14 +182,14 @@ def test_a_table_that_is_alone_misses_what_another_one_knows(snapshot: Snapshot,
 def test_graphs_come_first_and_scores_in_the_order_of_the_shapes(snapshot: Snapshot, tmp_path: Path) -> None:
     device = ScriptedDevice({DEFAULT: 2000.0, FUSED: 1000.0}, {})
     contexts = [norm(3), replace(norm(3), mode="graph"), norm(20)]
-    found = evaluate(device, snapshot, contexts, ResultsStore(tmp_path / "held-out"), "a" * 32)
+    found = evaluate(device, snapshot, contexts, ResultsStore(tmp_path / "held-out"))
     assert [contest.context.mode for contest in device.measured] == ["graph", "eager", "eager"]
     assert [score.context for score in found.scores] == contexts
 
 
 def test_a_choice_that_fails_once_is_measured_again(snapshot: Snapshot, tmp_path: Path) -> None:
     device = ScriptedDevice({DEFAULT: 2000.0, FUSED: "failed"}, {DEFAULT: 2000.0, FUSED: 1000.0})
-    found = evaluate(device, snapshot, [norm(20)], ResultsStore(tmp_path / "held-out"), "a" * 32)
+    found = evaluate(device, snapshot, [norm(20)], ResultsStore(tmp_path / "held-out"))
     assert [contest.repeat for contest in device.measured] == [0, 2]
     assert [score.speedup for score in found.scores] == [2.0]
 
@@ -196,6 +204,6 @@ def test_a_shape_is_taken_again_while_the_gpu_is_slowed_down(snapshot: Snapshot,
             return tuple(again), outcome
 
     device = Slowed({DEFAULT: 2000.0, FUSED: 1000.0}, {})
-    found = evaluate(device, snapshot, [norm(20)], ResultsStore(tmp_path / "held-out"), "a" * 32)
+    found = evaluate(device, snapshot, [norm(20)], ResultsStore(tmp_path / "held-out"))
     assert len(ResultsStore(tmp_path / "held-out").contest_ids()) == 2
     assert [score.efficiency for score in found.scores] == [1.0]
