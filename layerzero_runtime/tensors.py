@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from layerzero_runtime.context import DTYPES
@@ -120,6 +120,21 @@ def call_features(tensors: NamedTensors) -> dict[str, Any]:
         "requires_grad": gradients_needed(*tensors.values()),
         "requires_deterministic": determinism_required(),
     }
+
+
+def call_key(arguments: Sequence[Any]) -> Hashable:
+    """All that the context of a call on these arguments can depend on beside the operation and its features: two calls
+    of equal keys have equal contexts."""
+    torch = sys.modules["torch"]
+    kind = torch.Tensor
+    return (
+        torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        *[
+            (each.shape, each.stride(), each.dtype, each.device, each.requires_grad) if isinstance(each, kind) else each
+            for each in arguments
+        ],
+    )
 
 
 def gradients_needed(*tensors: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from layerzero_runtime.context import SelectionContext
@@ -13,18 +13,23 @@ from layerzero_runtime.selection.live_selector import Choice
 from layerzero_runtime.serving.published import PUBLISHED
 from layerzero_runtime.serving.stride_guards import guarded_by_strides
 from layerzero_runtime.tables.table import MISS, Table, TableEntry, TableStep
-from layerzero_runtime.tensors import FIELD_READERS
+from layerzero_runtime.tensors import FIELD_READERS, call_key
 
 if TYPE_CHECKING:
+    from layerzero_runtime.selection.selector import Selection
     from layerzero_runtime.snapshot import Snapshot
+
+# Of a route, how many calls that no leaf serves are remembered: those of the layers of a model repeat each other's.
+MAX_SETTLED = 1024
 
 
 class Route:
     """Serve a call with `route.functions[route.decide(*sizes)](*arguments)`.
 
     `functions` has one function per leaf and the miss last, where MISS (-1) finds it. A leaf's function prepares its
-    plan on the first call and then replaces itself; where a leaf has guards, it checks them on every call. Where rules
-    of the policy bear on the route's calls (`is_governed`), every call is described and selected by itself.
+    plan on the first call and then replaces itself; where a leaf has guards, it checks them on every call. A miss is
+    described and selected by itself, as is every call where rules of the policy bear on the route's (`is_governed`);
+    what served it serves all calls like it from then on.
 
     What a function raises is for `recover` to judge.
     """
@@ -32,6 +37,7 @@ class Route:
     __slots__ = (
         "_features",
         "_guarded_steps",
+        "_settled",
         "_snapshot",
         "_table",
         "calls",
@@ -58,6 +64,8 @@ class Route:
         self.operation = operation
         # Of each leaf in use that has guards, its steps.
         self._guarded_steps: dict[int, tuple[tuple[TableStep, KernelFunction], ...]] = {}
+        # Of calls that were selected by themselves, what serves all that are like them.
+        self._settled: dict[Hashable, KernelFunction] = {}
         self.calls, self.misses = counters
         self.count_call = self.calls.raise_by_one
         leaves = () if entry is None or is_governed else entry.leaves
@@ -78,10 +86,14 @@ class Route:
         """What serves calls of this leaf that have all sizes and strides of these arguments, and whether it depends on
         the strides: the leaf's guards are settled by them."""
         steps = self._guarded_steps.get(leaf)
-        if steps is None:
+        if steps is not None:
+            context = self.describe(arguments)
+            serving = next((function for step, function in steps if step.accepts(context)), None)
+            if serving is not None:
+                return serving, True
+        elif self.functions[leaf] != self._described:
             return self.functions[leaf], False
-        context = self.describe(arguments)
-        return next((function for step, function in steps if step.accepts(context)), self._described), True
+        return self._settled.get(call_key(arguments), self._described), True
 
     def _first_use(self, leaf: int, chain: tuple[TableStep, ...]) -> KernelFunction:
         def first_use(*arguments: Any) -> Any:
@@ -180,6 +192,10 @@ class Route:
 
     def _described(self, *arguments: Any) -> Any:
         """Serve a call that has to be selected by itself: a miss, or one that rules of the policy bear on."""
+        key = call_key(arguments)
+        settled = self._settled.get(key)
+        if settled is not None:
+            return settled(*arguments)
         context = self.describe(arguments)
         selection = self._snapshot.choose(self.operation, context, to_run=True)
         if selection.source == "live":
@@ -188,7 +204,32 @@ class Route:
             self._snapshot.record_miss(context)
         else:
             self._snapshot.record_hit(context)
-        return self._snapshot.serve(selection.choice, self.operation, context, arguments)
+        result = self._snapshot.serve(selection.choice, self.operation, context, arguments)
+        self._settle(key, selection, context)
+        return result
+
+    def _settle(self, key: Hashable, selection: Selection, context: SelectionContext) -> None:
+        """Have what served a call serve those like it, unless each of them has to be looked at."""
+        snapshot, choice = self._snapshot, selection.choice
+        if choice.kernel.kernel_id in snapshot.half_open or not snapshot.is_ready(choice, self.operation, context):
+            return
+        prepared = snapshot.prepare(choice, self.operation, context)
+        if snapshot.verification is not None or not prepared.proven:
+            return
+        record = snapshot.record_miss if selection.source == "live" else snapshot.record_hit
+        count_miss, count_cached = self.misses.raise_by_one, snapshot.live_cache.hits.raise_by_one
+        function, is_miss = prepared.function, selection.source == "live"
+
+        def settled(*arguments: Any) -> Any:
+            if is_miss:
+                count_miss()
+                count_cached()
+            record(context)
+            return function(*arguments)
+
+        if len(self._settled) >= MAX_SETTLED:
+            self._settled = {}
+        self._settled[key] = settled
 
     def _log_first_miss(self, context: SelectionContext, reason: str | None, kernel_id: str) -> None:
         import json
