@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -156,13 +157,16 @@ class SelectionContext:
             set_field(self, "seq_len_k", self.seq_len_q)
         if self.v_head_dim is None:
             set_field(self, "v_head_dim", self.head_dim)
+        self._check_groups()
+        if self.scale is not None and self.head_dim is not None and is_usual_scale(self.scale, self.head_dim):
+            set_field(self, "scale", None)
+
+    def _check_groups(self) -> None:
         if self.num_heads is not None and self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
             raise ContextError(
                 f"num_heads is {self.num_heads}, which is not a multiple of num_kv_heads {self.num_kv_heads}; "
                 "grouped-query attention needs whole groups"
             )
-        if self.scale is not None and self.head_dim is not None and is_usual_scale(self.scale, self.head_dim):
-            set_field(self, "scale", None)
 
     @classmethod
     def from_tensors(cls, operation: str, *arguments: Any, **features: Any) -> SelectionContext:
@@ -268,7 +272,26 @@ class SelectionContext:
     def with_device(self, device: DeviceSpec) -> SelectionContext:
         return replace(self, device=device)
 
+    def resized(self, sizes: Mapping[str, int]) -> SelectionContext:
+        """This call with other sizes, by the names of fields that it has. What else it says has been checked, and is
+        taken over as it is: a compilation asks for half a million of them.
 
+        Raises:
+            ContextError: a size is below 1, or the heads form no whole groups.
+            ContextTypeError: a size is no integer.
+        """
+        for name, size in sizes.items():
+            check_size(name, size)
+        other = object.__new__(SelectionContext)
+        for name, put in _SLOTS:
+            put(other, getattr(self, name))
+        for name, size in sizes.items():
+            object.__setattr__(other, name, size)
+        other._check_groups()
+        return other
+
+
+_SLOTS = tuple((f.name, vars(SelectionContext)[f.name].__set__) for f in fields(SelectionContext))
 FIELD_NAMES = tuple(f.name for f in fields(SelectionContext) if f.name != "device")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -148,7 +148,7 @@ class Operation:
         changes: dict[str, Any] = {}
         for axis, size in zip(self.axes, sizes, strict=True):
             changes |= {axis.name: size} if axis.fields is None else axis.fields(context, size)
-        return replace(context, **changes)
+        return context.resized(changes)
 
     def axes_of(self, context: SelectionContext) -> tuple[Axis, ...]:
         """The axes that are free under the context's static features."""

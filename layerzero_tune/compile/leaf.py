@@ -101,16 +101,19 @@ class LeafBuilder:
         """What serves at each of these sizes in a bucket that gives each of the choices: the choice itself, where its
         limits allow that as far as sizes determine it, and where its configuration is expected to serve; the default,
         where a guard turns it away; else nothing."""
-        limits = {choice: size_limits(self.kernels[choice[0]], self.operation) for choice in choices}
+        # Configurations of a kernel share its limits.
+        limits = {kernel_id: size_limits(self.kernels[kernel_id], self.operation) for kernel_id, _ in choices}
         scopes = {
             choice: scope_of(self.kernels[choice[0]], choice, self.tried, self.context.device) for choice in choices
         }
         asked = any(limits.values()) or any(scopes.values())
         contexts = [self.operation.with_sizes(self.context, sizes) if asked else self.context for sizes in places]
-        return [
-            [self._serving(choice, limits[choice], scopes[choice], context) for choice in choices]
-            for context in contexts
-        ]
+
+        def line(context: SelectionContext) -> Sequence[Choice | None]:
+            violated = {kernel_id: _violated(bounds, context) for kernel_id, bounds in limits.items()}
+            return [self._serving(choice, violated[choice[0]], scopes[choice], context) for choice in choices]
+
+        return [line(context) for context in contexts]
 
     def passes(self, choice: Choice, context: SelectionContext) -> bool:
         """Whether a choice's limits allow a call as far as its sizes do not tell."""
@@ -119,9 +122,8 @@ class LeafBuilder:
         return all(limit in told or limit.reject(context) is None for limit in kernel.spec.limits)
 
     def _serving(
-        self, choice: Choice, limits: Sequence[Limit], scope: Scope | None, context: SelectionContext
+        self, choice: Choice, violated: Limit | None, scope: Scope | None, context: SelectionContext
     ) -> Choice | None:
-        violated = next((limit for limit in limits if limit.reject(context) is not None), None)
         if violated is None:
             return choice if scope is None or scope.holds(context) else None
         return None if violated.kind in RANGES else self.default
@@ -132,3 +134,7 @@ class LeafBuilder:
     def _default_stands_in(self, verdicts: Sequence[Verdict]) -> bool:
         """Whether the default may serve where a choice is illegal: it has a time wherever these cells were measured."""
         return self.default_is_measured and all(self.default in verdict.standings for verdict in verdicts)
+
+
+def _violated(limits: Sequence[Limit], context: SelectionContext) -> Limit | None:
+    return next((limit for limit in limits if limit.reject(context) is not None), None)

@@ -19,15 +19,15 @@ def local_planes(
     """The weighted least squares planes: their heights at the places, (places,), and slopes, (places,) for each axis.
 
     `weights` (cells, places) add up to 1 over the cells, `offsets` (cells, places) for each axis lead from the places
-    to the cells, `values` (cells,) are those at the cells. `ridge` (places,) is added to the variance of each axis (in
-    squared units of an offset), which makes the slopes small where the offsets hardly tell; it must be above 0, so
-    that there is always a solution (Hoerl and Kennard, 1970; locally weighted: Cleveland and Devlin, 1988).
+    to the cells, `values` (cells, places) are those at the cells. `ridge` (places,) is added to the variance of each
+    axis (in squared units of an offset), which makes the slopes small where the offsets hardly tell; it must be above
+    0, so that there is always a solution (Hoerl and Kennard, 1970; locally weighted: Cleveland and Devlin, 1988).
     """
     axes = range(len(offsets))
     center = [total(weights * offset) for offset in offsets]
-    level = total(weights * values[:, None])
+    level = total(weights * values)
     steps = [offset - middle for offset, middle in zip(offsets, center, strict=True)]
-    heights = values[:, None] - level
+    heights = values - level
     # The same on either side of the diagonal, to the last bit.
     products = {
         (row, column): total(weights * (steps[row] * steps[column])) for row in axes for column in axes[: row + 1]

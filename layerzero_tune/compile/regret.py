@@ -162,14 +162,19 @@ class RegretModel:
         offsets, distances = [offset[rows] for offset in offsets], distances[rows]
         nearest = distances[tried].min(axis=0)
         shares = self._shares(distances)
+        # Of each place the cells that say something of it, in their order: most lie beyond its reach.
+        speaking = shares > 0.0
+        near = np.argsort(~speaking, axis=0, kind="stable")[: int(speaking.sum(axis=0).max())]
+        shares, *offsets = (np.take_along_axis(values, near, axis=0) for values in (shares, *offsets))
+        ratios, variances = ratios[near], variances[near]
         sums = total(shares)
         weights = shares / sums
         height, slopes = local_planes(weights, offsets, ratios, _RIDGE / sums)
         foreseen = sum_of([slope * offset for slope, offset in zip(slopes, offsets, strict=True)])
-        residuals = ratios[:, None] - height - foreseen
+        residuals = ratios - height - foreseen
         downside = total(weights * np.maximum(residuals, 0.0) ** 2)
         spread = total(weights * residuals**2)
-        noise = total(weights * variances[:, None])
+        noise = total(weights * variances)
         change = (_UNFORESEEN * self._roughness(choice) * nearest) ** 2
         return Estimates(
             _rounded(height),

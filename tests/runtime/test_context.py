@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import fields, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ SIZES = (
     "rows",
     "hidden_size",
 )
-ATTENTION = {
+ATTENTION: dict[str, Any] = {
     "operation": "attention.causal",
     "dtype": "bfloat16",
     "batch_size": 2,
@@ -36,6 +37,28 @@ ATTENTION = {
     "num_kv_heads": 2,
     "head_dim": 64,
 }
+
+
+@given(st.dictionaries(st.sampled_from(("batch_size", "seq_len_q", "seq_len_k", "num_heads")), st.integers(1, 10**6)))
+def test_a_resized_call_is_that_call_described_with_other_sizes(sizes: dict[str, int]) -> None:
+    device = DeviceSpec("cpu", "Some CPU")
+    given = ATTENTION | {"scale": 0.3, "is_contiguous": False, "device": device}
+    call = Context(**given)
+    try:
+        changes: dict[str, Any] = {**sizes}
+        expected = replace(call, **changes)
+    except ContextError as error:
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            call.resized(sizes)
+    else:
+        assert call.resized(sizes) == expected
+        assert call.resized(sizes).device is device
+
+
+@pytest.mark.parametrize(("size", "kind"), [(0, ContextError), (-3, ContextError), (1.5, ContextTypeError)])
+def test_a_size_that_no_call_has_is_refused(size: Any, kind: type[LayerZeroError]) -> None:
+    with pytest.raises(kind, match=f"seq_len_k .*{size}"):
+        Context(**ATTENTION).resized({"seq_len_k": size})
 
 
 def attention(**changes: Any) -> Context:

@@ -49,7 +49,7 @@ def expected_best(tuned: Sequence[Verdict], at: Verdict, features: Features) -> 
         weights = np.maximum(1.0 - distances / reach, 0.0)
         total = weights.sum(axis=0)
         heights, _ = local_planes(
-            weights / total[:, None], offsets, np.array([ratio for _, ratio in cells]), 0.1 / total
+            weights / total[:, None], offsets, np.array([[ratio] for _, ratio in cells]), 0.1 / total
         )
         found[choice] = float(heights[0])
     return min(found, key=lambda choice: (found[choice], choice))
