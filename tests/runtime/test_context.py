@@ -42,8 +42,8 @@ ATTENTION: dict[str, Any] = {
 @given(st.dictionaries(st.sampled_from(("batch_size", "seq_len_q", "seq_len_k", "num_heads")), st.integers(1, 10**6)))
 def test_a_resized_call_is_that_call_described_with_other_sizes(sizes: dict[str, int]) -> None:
     device = DeviceSpec("cpu", "Some CPU")
-    given = ATTENTION | {"scale": 0.3, "is_contiguous": False, "device": device}
-    call = Context(**given)
+    fields_given = ATTENTION | {"scale": 0.3, "is_contiguous": False, "device": device}
+    call = Context(**fields_given)
     try:
         changes: dict[str, Any] = {**sizes}
         expected = replace(call, **changes)
