@@ -211,14 +211,16 @@ class Route:
     def _settle(self, key: Hashable, selection: Selection, context: SelectionContext) -> None:
         """Have what served a call serve those like it, unless each of them has to be looked at."""
         snapshot, choice = self._snapshot, selection.choice
-        if choice.kernel.kernel_id in snapshot.half_open or not snapshot.is_ready(choice, self.operation, context):
+        if snapshot.verification is not None or choice.kernel.kernel_id in snapshot.half_open:
+            return
+        if not snapshot.is_ready(choice, self.operation, context):
             return
         prepared = snapshot.prepare(choice, self.operation, context)
-        if snapshot.verification is not None or not prepared.proven:
+        if not prepared.proven:
             return
-        record = snapshot.record_miss if selection.source == "live" else snapshot.record_hit
-        count_miss, count_cached = self.misses.raise_by_one, snapshot.live_cache.hits.raise_by_one
         function, is_miss = prepared.function, selection.source == "live"
+        record = snapshot.record_miss if is_miss else snapshot.record_hit
+        count_miss, count_cached = self.misses.raise_by_one, snapshot.live_cache.hits.raise_by_one
 
         def settled(*arguments: Any) -> Any:
             if is_miss:

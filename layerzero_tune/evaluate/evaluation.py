@@ -10,8 +10,8 @@ from layerzero_runtime.errors import ResultsError
 from layerzero_runtime.kernel import Configuration
 from layerzero_runtime.operations import operation_named
 from layerzero_runtime.plan import ExecutionPlan
-from layerzero_runtime.selection.limits import Limit
 from layerzero_runtime.snapshot import Snapshot
+from layerzero_runtime.tables.table import TableEntry
 from layerzero_tune.compile.judge import describe_choice
 from layerzero_tune.evaluate.public_calls import PUBLIC_CALL
 from layerzero_tune.evaluate.score import Score, confirms_slower, has_time, score
@@ -153,7 +153,8 @@ def _shape(device: LiveDevice, context: SelectionContext, tables: Sequence[Snaps
     """All legal kernels and the public call; what is chosen reaches the final rounds whatever the screening says."""
     placed = context.with_device(device.spec)
     plans = tuple(table.select(placed) for table in tables)
-    shipped = _shipped(tables[0], placed)
+    entry = _entry(tables[0], placed)
+    shipped = _shipped(entry)
     for plan in plans:  # on a miss it may have the configuration of another static key
         shipped.setdefault(plan.kernel_id, {})[canonical_json(dict(plan.configuration))] = plan.configuration
     chosen = {choice_of(plan.kernel_id, plan.configuration) for plan in plans}
@@ -168,26 +169,26 @@ def _shape(device: LiveDevice, context: SelectionContext, tables: Sequence[Snaps
         if candidate.kernel_id != PUBLIC_CALL
         for _, configuration in sorted({_OWN_CHOICE: {}, **shipped.get(candidate.kernel_id, {})}.items())
     ]
-    public = Candidate(PUBLIC_CALL, _served_by(tables[0], placed, plans[0]), is_anchor=True)
+    public = Candidate(PUBLIC_CALL, _served_by(plans[0], entry), is_anchor=True)
     return _Shape(context, plans, device.contest(context, [*entered, public]))
 
 
-def _served_by(snapshot: Snapshot, context: SelectionContext, plan: ExecutionPlan) -> Configuration:
+def _entry(snapshot: Snapshot, context: SelectionContext) -> TableEntry | None:
+    """What the table has for the context's static key."""
+    table = None if context.device is None else snapshot.tables.of(context.device)
+    return None if table is None else table.find(operation_named(context.operation), context)[0]
+
+
+def _served_by(plan: ExecutionPlan, entry: TableEntry | None) -> Configuration:
     """What tells public calls of one context apart: the plan, who selects it, and whether each call is asked by guards.
     What looking up costs beside differs between tables by nanoseconds."""
-    guards: tuple[Limit, ...] = ()
-    if plan.entry is not None and context.device is not None and (table := snapshot.tables.of(context.device)):
-        static_key, leaf = plan.entry
-        guards = table.entries[context.operation][static_key].leaves[leaf][0].guards
+    is_guarded = entry is not None and plan.entry is not None and bool(entry.leaves[plan.entry[1]][0].guards)
     choice = describe_choice(choice_of(plan.kernel_id, plan.configuration))
-    return {"source": plan.source, "serves": choice, "guarded": bool(guards)}
+    return {"source": plan.source, "serves": choice, "guarded": is_guarded}
 
 
-def _shipped(snapshot: Snapshot, context: SelectionContext) -> dict[str, dict[str, Configuration]]:
-    """By kernel and text, the configurations that the table has for the context's static key."""
-    operation = operation_named(context.operation)
-    table = None if context.device is None else snapshot.tables.of(context.device)
-    entry = None if table is None else table.entries.get(operation.name, {}).get(operation.static_key(context))
+def _shipped(entry: TableEntry | None) -> dict[str, dict[str, Configuration]]:
+    """By kernel and text, the configurations of an entry."""
     found: dict[str, dict[str, Configuration]] = {}
     for chain in () if entry is None else entry.leaves:
         for step in chain:
