@@ -11,10 +11,11 @@ from layerzero_runtime.device import DeviceSpec, detect_device
 from layerzero_runtime.errors import ContextError
 from layerzero_tune.measure.clock import Clock, WallClock
 from layerzero_tune.measure.contention import ProcessorTime
+from layerzero_tune.measure.core_speed import CoreSpeed, serial_loop
 from layerzero_tune.measure.cuda_clock import EagerClock, GraphClock
 from layerzero_tune.measure.full_speed import Patience, Speed
 from layerzero_tune.measure.gpu_state import GpuWatch
-from layerzero_tune.measure.parallel_speed import ParallelSpeed, parallel_loop
+from layerzero_tune.measure.processor_speed import ProcessorSpeed, parallel_loop
 
 # Of a GPU's memory: a contest of the longest calls takes about half.
 _KEPT_SHARE = 0.25
@@ -32,6 +33,8 @@ class Bench:
             free: the host's part of a GPU's calls takes one core, kernels of a CPU take all.
         gpu: the watch over the state of a GPU, None for a CPU.
         patience: how long a contest waits for the speed; that of a CPU remembers what waiting was worth.
+        core: the speed of the core that makes the calls, where a GPU's calls are timed with the host's part of them.
+        core_patience: how long a contest waits for that.
     """
 
     name: str
@@ -42,6 +45,8 @@ class Bench:
     tuner: int | None = None
     gpu: GpuWatch | None = None
     patience: Patience = field(default_factory=Patience)
+    core: Speed | None = None
+    core_patience: Patience = field(default_factory=Patience)
 
     @classmethod
     def of(cls, device: str, mode: str, tuner: int | None = None) -> Bench:
@@ -58,7 +63,8 @@ class Bench:
             name, watch = f"cuda:{index}", _gpu_watch(index)
             if mode == "graph":
                 return cls(name, spec, GraphClock(index), watch, is_shared=False, gpu=watch)
-            return cls(name, spec, EagerClock(index), watch, tuner=tuner, gpu=watch)
+            clock, (core, patience) = EagerClock(index), _core()
+            return cls(name, spec, clock, watch, tuner=tuner, gpu=watch, core=core, core_patience=patience)
         if mode != "eager":
             raise ContextError(f"mode is {mode!r}: CPUs have 'eager' only; measure graphs on a CUDA device")
         return cls("cpu", spec, WallClock(), _parallel_speed(), patience=_patience_with_cores())
@@ -86,13 +92,19 @@ class Bench:
 
 
 @cache
-def _parallel_speed() -> ParallelSpeed:
-    return ParallelSpeed(parallel_loop())
+def _parallel_speed() -> ProcessorSpeed:
+    return ProcessorSpeed(parallel_loop())
 
 
 @cache
 def _patience_with_cores() -> Patience:
     return Patience()
+
+
+@cache
+def _core() -> tuple[CoreSpeed, Patience]:
+    """The speed of a core, with a patience that remembers what waiting for it was worth."""
+    return CoreSpeed(serial_loop()), Patience()
 
 
 @cache

@@ -21,6 +21,7 @@ from layerzero_tune.measure.bench import Bench
 from layerzero_tune.measure.clock import BLOCKS, Rotation, TimedCalls, take_sample, warm_up
 from layerzero_tune.measure.contention import MAX_ATTEMPTS, MAX_SHARE, others_share
 from layerzero_tune.measure.contest import COMPILING_CALL, LOAD, Candidate, Contest, ContestOutcome, JobOutcome
+from layerzero_tune.measure.core_speed import HOST_BOUND_NS
 from layerzero_tune.measure.correctness import Check, judge, tolerances
 from layerzero_tune.measure.entrants import Entrants, Progress
 from layerzero_tune.measure.failures import Result, attempt
@@ -76,6 +77,7 @@ class _ContestRun:
     """One run of a contest."""
 
     full_speed: FullSpeed
+    full_core_speed: FullSpeed | None
     timed: dict[int, TimedCalls]
 
     def __init__(
@@ -199,16 +201,21 @@ class _ContestRun:
             return
         for _ in range(MAX_ATTEMPTS):
             waiting = partial(self.progress, None, "waiting for the machine")
-            self.full_speed = FullSpeed(self.bench.speed, waiting, self.bench.patience)
+            speed = self.full_speed = FullSpeed(self.bench.speed, waiting, self.bench.patience)
+            core = self.full_core_speed = self._core_speed(waiting)
             start = self.bench.now()
-            self.full_speed.wait()
+            speed.wait()
             self.gpu_states.clear()
             self._time(Rotation(sets), source)
             others = others_share(start, self.bench.now()) if self.bench.is_shared else 0.0
-            self.contention = max(others, self.full_speed.lost)
+            self.contention = max(others, speed.lost, core.lost if core else 0.0)
             if others <= MAX_SHARE:
                 break
         self._verify(self.entrants.functions, source)
+
+    def _core_speed(self, waiting: Callable[[], None]) -> FullSpeed | None:
+        core = self.bench.core
+        return None if core is None else FullSpeed(core, waiting, self.bench.core_patience)
 
     def _time(self, rotation: Rotation, source: RandomTensors) -> None:
         self.timed = {}
@@ -253,6 +260,13 @@ class _ContestRun:
             self.gpu_states.append(replace(state, slowed=(OWN_LOAD,)) if is_own_load else state)
         return found
 
+    def _timed_step(self, index: int, name: str, call_ns: float, measure: Callable[[], float]) -> float | None:
+        """As `Entrants.step`, on a core at full speed where a call is so short that the host's part decides."""
+        step = partial(self.entrants.step, index, name, measure)
+        if self.full_core_speed is None or call_ns > HOST_BOUND_NS:
+            return step()
+        return self.full_core_speed.take(step)
+
     @property
     def gpu_conditions(self) -> GpuConditions | None:
         """The state of the GPU over all parts that were kept, None for a CPU or where nothing was timed."""
@@ -277,7 +291,7 @@ class _ContestRun:
         for turn in range(BLOCKS):
             for index in self._shuffled(index for index in times if turn < turns[index]):
                 calls = max(1, round(screen_ns / BLOCKS / call_ns[index]))
-                time = self.entrants.step(index, "screening", partial(self.timed[index], calls))
+                time = self._timed_step(index, "screening", call_ns[index], partial(self.timed[index], calls))
                 if time is not None:
                     times[index].append(time)
         return {index: found for index, found in times.items() if index in self.entrants.functions}
@@ -294,7 +308,7 @@ class _ContestRun:
         times: dict[int, float] = {}
         for index in self._shuffled(entered):
             measure = partial(take_sample, self.timed[index], call_ns[index], self.policy.round_ms)
-            time = self.entrants.step(index, f"round {number}", measure)
+            time = self._timed_step(index, f"round {number}", call_ns[index], measure)
             if time is not None:
                 times[index] = time
         return times

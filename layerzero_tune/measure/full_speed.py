@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import Protocol, TypeVar
 
 from layerzero_runtime.errors import ContextError
@@ -33,7 +33,7 @@ class Speed(Protocol):
 
     Attributes:
         is_of_processors: whether other processes that use this machine's processors can take it.
-        look_s: how often to look whether it is back.
+        look_s: how often to look whether it is back, the length of a pause.
     """
 
     is_of_processors: bool
@@ -44,6 +44,9 @@ class Speed(Protocol):
 
     def is_of_load(self) -> bool:
         """Whether what was missing at the last look is missing for the power that the device draws."""
+
+    def pause(self) -> None:
+        """Let the time between two looks pass, and do what may bring the speed back."""
 
 
 @dataclass
@@ -107,7 +110,7 @@ class FullSpeed:
             self._waiting()
             self._patience_s -= self._speed.look_s
             start = ProcessorTime.now()
-            sleep(self._speed.look_s)
+            self._speed.pause()
             if self._speed.is_of_processors and others_share(start, ProcessorTime.now()) > MAX_SHARE:
                 self._patience_s = 0.0
                 return

@@ -6,6 +6,7 @@ import ctypes
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from time import sleep
 from typing import Any, Self, TypeVar
 
 from layerzero_runtime.devices.nvml import load_library
@@ -156,6 +157,9 @@ class GpuWatch:
 
     def is_of_load(self) -> bool:
         return self.last.slowed == (POWER_CAP,)
+
+    def pause(self) -> None:
+        sleep(self.look_s)
 
     def _number(self, name: str, *arguments: int) -> int | None:
         found = ctypes.c_uint()

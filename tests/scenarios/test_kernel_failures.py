@@ -21,7 +21,7 @@ from layerzero_runtime.selection.live_cache import LiveCache
 from layerzero_runtime.serving.prepared import PreparedKernels
 from layerzero_tune.measure import bench, contest_run
 from layerzero_tune.measure.clock import time_calls
-from layerzero_tune.measure.parallel_speed import ParallelSpeed
+from layerzero_tune.measure.processor_speed import ProcessorSpeed
 from layerzero_tune.worker import WorkerProcess
 from layerzero_tune.worker.kernels import load_kernels
 from layerzero_tune.worker.time_limits import TimeLimits
@@ -201,7 +201,7 @@ def test_a_machine_that_slows_down_is_measured_again_and_says_so(monkeypatch: py
     """Processor time that others take, or the hypervisor, is the slowdown that a CPU shows."""
     shares = iter([0.6, 0.3, 0.01])
     monkeypatch.setattr(contest_run, "others_share", lambda start, end: next(shares))
-    monkeypatch.setattr(bench, "_parallel_speed", lambda: ParallelSpeed(lambda: 1.0))
+    monkeypatch.setattr(bench, "_parallel_speed", lambda: ProcessorSpeed(lambda: 1.0))
     steps: list[tuple[int | None, str]] = []
     outcome = contest_run.measure_contest(
         contest("torch.rms_norm", "torch.rms_norm.fused"),

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from layerzero_runtime.device import DeviceSpec, detect_device
 from layerzero_runtime.errors import ContextError
-from layerzero_tune.measure import bench, contention, contest_run, full_speed
+from layerzero_tune.measure import bench, contention, contest_run, full_speed, processor_speed
 from layerzero_tune.measure.contention import MAX_ATTEMPTS, ProcessorTime, others_share
 from layerzero_tune.measure.full_speed import PATIENCE_S, PATIENCE_VARIABLE, FullSpeed, Patience
 from layerzero_tune.measure.gpu_state import GpuWatch
-from layerzero_tune.measure.parallel_speed import WINDOW_S, ParallelSpeed, parallel_loop
+from layerzero_tune.measure.processor_speed import WINDOW_S, ProcessorSpeed, parallel_loop
 from layerzero_tune.worker.kernels import load_kernels
 from layerzero_tune.worker.main import answer
 from layerzero_tune.worker.progress_board import ProgressBoard
@@ -154,7 +154,7 @@ def test_a_contest_beside_siblings_counts_them_where_its_bench_says_so(monkeypat
         return ProcessorTime(None, 0.0, 0.0)
 
     here = bench.Bench.of("cpu", "eager")
-    beside = replace(here, speed=ParallelSpeed(lambda: 1.0), tuner=os.getppid())
+    beside = replace(here, speed=ProcessorSpeed(lambda: 1.0), tuner=os.getppid())
     monkeypatch.setattr(bench.Bench, "of", lambda *arguments: beside if arguments[2] == os.getppid() else here)
     monkeypatch.setattr(ProcessorTime, "now", now)
     board = ProgressBoard.create()
@@ -175,7 +175,7 @@ def test_a_disturbed_contest_is_timed_again(monkeypatch: pytest.MonkeyPatch, fou
         return seen[-1]
 
     monkeypatch.setattr(contest_run, "others_share", share)
-    monkeypatch.setattr(bench, "_parallel_speed", lambda: ParallelSpeed(lambda: 1.0))
+    monkeypatch.setattr(bench, "_parallel_speed", lambda: ProcessorSpeed(lambda: 1.0))
     outcome = contest_run.measure_contest(contest("torch.rms_norm", "torch.rms_norm.fused"), load_kernels())
     assert len(seen) == attempts
     assert outcome.contention == seen[-1]
@@ -189,7 +189,7 @@ class Machine:
     def __init__(self, times: Sequence[float]) -> None:
         self.times = list(times)
         self.now = 0.0
-        self.speed = ParallelSpeed(self.take, lambda: self.now)
+        self.speed = ProcessorSpeed(self.take, lambda: self.now)
 
     def take(self) -> float:
         self.now += 1.0
@@ -228,7 +228,7 @@ def parts_of(machine: Machine, count: int, patience: Patience | None = None) -> 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(full_speed, "others_share", lambda start, end: 0.0)
-    monkeypatch.setattr(full_speed, "sleep", lambda seconds: None)
+    monkeypatch.setattr(processor_speed, "sleep", lambda seconds: None)
 
 
 @pytest.mark.usefixtures("quiet")
@@ -316,7 +316,7 @@ def test_nobody_waits_for_other_processes(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_gpu_that_is_slow_is_waited_for_whatever_the_processors_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(full_speed, "others_share", lambda start, end: 0.5)
-    monkeypatch.setattr(full_speed, "sleep", lambda seconds: None)
+    monkeypatch.setattr(processor_speed, "sleep", lambda seconds: None)
     machine = Machine([8.0, 10.0, 10.0, 8.0, 8.0])
     monkeypatch.setattr(machine.speed, "is_of_processors", GpuWatch.is_of_processors, raising=False)
     taken, speed = parts_of(machine, 1)

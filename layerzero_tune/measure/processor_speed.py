@@ -1,8 +1,9 @@
-"""How well the cores work together: a virtual machine may have them moved apart for minutes, and back.
+"""How fast the processors are now, by a small loop: a virtual machine's change with its neighbours, and no counter of
+the system tells.
 
-On a virtual machine with 2 cores of an EPYC, PyTorch's parallel loops then took 1.3 times as long, those that share
-their data up to 5 times, and serial ones the same; no counter of the system told. Kernels differ in how many such loops
-they have, so that their ratios are of another machine.
+How well the cores work together: they may be moved apart for minutes, and back. On a virtual machine with 2 cores of an
+EPYC, PyTorch's parallel loops then took 1.3 times as long, those that share their data up to 5 times, and serial ones
+the same. Kernels differ in how many such loops they have, so that their ratios are of another machine.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from collections.abc import Callable
-from time import monotonic, perf_counter_ns
+from time import monotonic, perf_counter_ns, sleep
 
 # What may be missing from the best speed: on the machine above the speed varied by 3% around its best, and by 1% around
 # 0.76 of it while the cores were apart.
@@ -22,8 +23,8 @@ _GRAIN = 32768
 _BLOCKS, _CALLS = 9, 50
 
 
-class ParallelSpeed:
-    """The time of a small parallel loop, against its best of the last `WINDOW_S`.
+class ProcessorSpeed:
+    """The time of a small loop, against its best of the last `WINDOW_S`.
 
     `measure` gives the loop's time in any unit, `now` the time in s.
     """
@@ -48,19 +49,27 @@ class ParallelSpeed:
     def is_of_load(self) -> bool:
         return False
 
+    def pause(self) -> None:
+        sleep(self.look_s)
+
 
 def parallel_loop() -> Callable[[], float]:
-    """A loop on all of torch's threads; the function gives its time in ns, the median of some blocks of calls, in a few
-    ms."""
+    """A loop on all of torch's threads; the function gives the time of a call in ns, in a few ms."""
     import torch
 
-    count = _GRAIN * torch.get_num_threads()
-    first, second, total = torch.rand(count), torch.rand(count), torch.empty(count)
+    return additions(_GRAIN * torch.get_num_threads(), _CALLS, _BLOCKS)
+
+
+def additions(elements: int, calls: int, blocks: int) -> Callable[[], float]:
+    """The time of one of torch's additions of so many elements on the CPU, in ns: the median of blocks of calls."""
+    import torch
+
+    first, second, total = torch.rand(elements), torch.rand(elements), torch.empty(elements)
 
     def block() -> float:
         start = perf_counter_ns()
-        for _ in range(_CALLS):
+        for _ in range(calls):
             torch.add(first, second, out=total)
-        return (perf_counter_ns() - start) / _CALLS
+        return (perf_counter_ns() - start) / calls
 
-    return lambda: statistics.median(block() for _ in range(_BLOCKS))
+    return lambda: statistics.median(block() for _ in range(blocks))

@@ -1,0 +1,67 @@
+"""How fast the core is that makes a GPU's calls: what an eager call costs is often the host's part of it.
+
+On virtual machines with an H100 and 16 hardware threads of a Xeon such calls had two states, for 10 ms or for seconds
+(torch 2.11, 2026-11-26 to 28; no counter of the system told): torch's RMSNorm took 10 to 12 us or 16 to 18, its
+attention 20 or 32, FlashAttention-4 15 or 24, in about half of the contests the one and in half the other. What the GPU
+bounds takes the same time in both, so that ratios were of one state or of the other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from time import monotonic
+
+from layerzero_tune.measure.processor_speed import ProcessorSpeed, additions
+
+# In ns: calls that take longer are bound by the GPU. The host's part is below 150 us for all libraries that are called.
+HOST_BOUND_NS = 200_000.0
+# The loop takes 0.2 ms: it is looked at behind each sample, of some ms.
+_CALLS, _BLOCKS = 20, 5
+
+
+class CoreSpeed(ProcessorSpeed):
+    """The time of a small serial loop, against its best of all cores that this thread may use.
+
+    While the speed is missing the thread moves from one of them to the next: who shares one of them with it, on this
+    machine or beside it, does not share all.
+    """
+
+    is_of_processors = False
+    look_s = 0.002
+
+    def __init__(self, measure: Callable[[], float], now: Callable[[], float] = monotonic) -> None:
+        super().__init__(measure, now)
+        cores = _usable_cores()
+        self._next_core = itertools.cycle(cores)
+        for _ in cores:
+            self.pause()
+            self.lost()
+
+    def pause(self) -> None:
+        """Move, and let the core get up to its speed: one that was idle is slow for a moment."""
+        _move(next(self._next_core))
+        until = self._now() + self.look_s
+        while self._now() < until:
+            self._measure()
+
+
+def serial_loop() -> Callable[[], float]:
+    """A loop on one core; the function gives the time of a call in ns."""
+    return additions(1, _CALLS, _BLOCKS)
+
+
+def _usable_cores() -> tuple[int | None, ...]:
+    """Where the system cannot tell them there is one, without a number."""
+    return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else (None,)
+
+
+def _move(core: int | None) -> None:
+    """Put this thread on a core. The scheduler leaves it there while it is busy, and is free to move it."""
+    if core is None:
+        return
+    allowed = os.sched_getaffinity(0)
+    if core in allowed:
+        os.sched_setaffinity(0, {core})
+        os.sched_setaffinity(0, allowed)
