@@ -30,6 +30,8 @@ class CoreSpeed(ProcessorSpeed):
 
     is_of_processors = False
     look_s = 0.002
+    # The states are a third apart; what a core's clock gains while others rest is no more than this.
+    max_loss = 0.2
 
     def __init__(self, measure: Callable[[], float], now: Callable[[], float] = monotonic) -> None:
         super().__init__(measure, now)

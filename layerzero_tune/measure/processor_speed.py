@@ -27,24 +27,32 @@ class ProcessorSpeed:
     """The time of a small loop, against its best of the last `WINDOW_S`.
 
     `measure` gives the loop's time in any unit, `now` the time in s.
+
+    Attributes:
+        max_loss: the share that may be missing from the best.
     """
 
     is_of_processors = True
     look_s = 0.25
+    max_loss = MAX_LOSS
 
     def __init__(self, measure: Callable[[], float], now: Callable[[], float] = monotonic) -> None:
         self._measure = measure
         self._now = now
+        # When which time was seen, each shorter than all that were seen after it.
         self._seen: deque[tuple[float, float]] = deque()
 
     def lost(self) -> float:
         """The share of the best speed that is missing now, 0 if that is no more than usual."""
         now, time = self._now(), self._measure()
+        while self._seen and self._seen[-1][1] >= time:
+            self._seen.pop()
         self._seen.append((now, time))
         while self._seen[0][0] < now - WINDOW_S:
             self._seen.popleft()
-        lost = 1.0 - min(time for _, time in self._seen) / time
-        return lost if lost > MAX_LOSS else 0.0
+        best = self._seen[0][1]
+        lost = 1.0 - best / time
+        return lost if lost > self.max_loss else 0.0
 
     def is_of_load(self) -> bool:
         return False

@@ -22,7 +22,7 @@ from layerzero_tune.measure import bench, contention, contest_run, full_speed, p
 from layerzero_tune.measure.contention import MAX_ATTEMPTS, ProcessorTime, others_share
 from layerzero_tune.measure.full_speed import PATIENCE_S, PATIENCE_VARIABLE, FullSpeed, Patience
 from layerzero_tune.measure.gpu_state import GpuWatch
-from layerzero_tune.measure.processor_speed import WINDOW_S, ProcessorSpeed, parallel_loop
+from layerzero_tune.measure.processor_speed import MAX_LOSS, WINDOW_S, ProcessorSpeed, parallel_loop
 from layerzero_tune.worker.kernels import load_kernels
 from layerzero_tune.worker.main import answer
 from layerzero_tune.worker.progress_board import ProgressBoard
@@ -206,6 +206,18 @@ def test_a_speed_that_stays_is_the_machines_own() -> None:
     lost = [machine.speed.lost() for _ in range(int(WINDOW_S) + 3)]
     assert lost[1] == lost[int(WINDOW_S) - 1] == pytest.approx(0.2)
     assert lost[-1] == 0.0
+
+
+@given(st.lists(st.tuples(st.sampled_from([1.0, 100.0, WINDOW_S]), st.floats(1.0, 4.0)), min_size=1, max_size=30))
+def test_the_best_is_of_all_looks_of_the_window(looks: list[tuple[float, float]]) -> None:
+    seen: list[tuple[float, float]] = []
+    now = 0.0
+    speed = ProcessorSpeed(lambda: seen[-1][1], lambda: now)
+    for wait, time in looks:
+        now += wait
+        seen.append((now, time))
+        lost = 1.0 - min(old for moment, old in seen if moment >= now - WINDOW_S) / time
+        assert speed.lost() == (lost if lost > MAX_LOSS else 0.0)
 
 
 def parts_of(machine: Machine, count: int, patience: Patience | None = None) -> tuple[list[int], FullSpeed]:

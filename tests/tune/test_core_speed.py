@@ -77,11 +77,11 @@ def test_where_no_core_has_the_speed_the_contest_goes_on_and_says_so(monkeypatch
     host = Host(monkeypatch, {0: 0.2, 1: 0.2})
     patience = Patience()
     speed = full(host, patience)
-    host.times |= {0: 0.25, 1: 0.25}
+    host.times |= {0: 0.3, 1: 0.3}
     began = host.now
     assert len(taken_on(host, speed)) == 2
     assert host.now - began == pytest.approx(PATIENCE_S, rel=0.3)
-    assert speed.lost == pytest.approx(0.2)
+    assert speed.lost == pytest.approx(1 / 3)
     assert patience.seconds == PATIENCE_S / 2
     assert len(taken_on(host, speed)) == 1
 
@@ -151,12 +151,12 @@ def test_every_sample_of_short_calls_is_watched(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_contest_says_which_speed_of_a_core_it_lacked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAYERZERO_PATIENCE", "0")
-    assert measured_on(Host(monkeypatch, {0: 0.2, 1: 0.25}), monkeypatch)[0].contention == pytest.approx(0.2)
+    assert measured_on(Host(monkeypatch, {0: 0.2, 1: 0.3}), monkeypatch)[0].contention == pytest.approx(1 / 3)
 
 
 def test_long_calls_are_the_same_on_any_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAYERZERO_PATIENCE", "0")
     monkeypatch.setattr(contest_run, "HOST_BOUND_NS", 1.0)
-    outcome, steps = measured_on(Host(monkeypatch, {0: 0.2, 1: 0.25}), monkeypatch)
+    outcome, steps = measured_on(Host(monkeypatch, {0: 0.2, 1: 0.3}), monkeypatch)
     assert outcome.contention == 0.0
     assert "waiting for the machine" not in steps
