@@ -213,10 +213,10 @@ def test_the_best_is_of_all_looks_of_the_window(looks: list[tuple[float, float]]
     seen: list[tuple[float, float]] = []
     now = 0.0
     speed = ProcessorSpeed(lambda: seen[-1][1], lambda: now)
-    for wait, time in looks:
+    for wait, took in looks:
         now += wait
-        seen.append((now, time))
-        lost = 1.0 - min(old for moment, old in seen if moment >= now - WINDOW_S) / time
+        seen.append((now, took))
+        lost = 1.0 - min(old for moment, old in seen if moment >= now - WINDOW_S) / took
         assert speed.lost() == (lost if lost > MAX_LOSS else 0.0)
 
 
