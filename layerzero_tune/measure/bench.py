@@ -34,7 +34,6 @@ class Bench:
         gpu: the watch over the state of a GPU, None for a CPU.
         patience: how long a contest waits for the speed; that of a CPU remembers what waiting was worth.
         core: the speed of the core that makes the calls, where a GPU's calls are timed with the host's part of them.
-        core_patience: how long a contest waits for that.
     """
 
     name: str
@@ -45,8 +44,7 @@ class Bench:
     tuner: int | None = None
     gpu: GpuWatch | None = None
     patience: Patience = field(default_factory=Patience)
-    core: Speed | None = None
-    core_patience: Patience = field(default_factory=Patience)
+    core: CoreSpeed | None = None
 
     @classmethod
     def of(cls, device: str, mode: str, tuner: int | None = None) -> Bench:
@@ -63,8 +61,7 @@ class Bench:
             name, watch = f"cuda:{index}", _gpu_watch(index)
             if mode == "graph":
                 return cls(name, spec, GraphClock(index), watch, is_shared=False, gpu=watch)
-            clock, (core, patience) = EagerClock(index), _core()
-            return cls(name, spec, clock, watch, tuner=tuner, gpu=watch, core=core, core_patience=patience)
+            return cls(name, spec, EagerClock(index), watch, tuner=tuner, gpu=watch, core=_core_speed())
         if mode != "eager":
             raise ContextError(f"mode is {mode!r}: CPUs have 'eager' only; measure graphs on a CUDA device")
         return cls("cpu", spec, WallClock(), _parallel_speed(), patience=_patience_with_cores())
@@ -102,9 +99,8 @@ def _patience_with_cores() -> Patience:
 
 
 @cache
-def _core() -> tuple[CoreSpeed, Patience]:
-    """The speed of a core, with a patience that remembers what waiting for it was worth."""
-    return CoreSpeed(serial_loop()), Patience()
+def _core_speed() -> CoreSpeed:
+    return CoreSpeed(serial_loop())
 
 
 @cache

@@ -21,7 +21,7 @@ from layerzero_tune.measure.bench import Bench
 from layerzero_tune.measure.clock import BLOCKS, Rotation, TimedCalls, take_sample, warm_up
 from layerzero_tune.measure.contention import MAX_ATTEMPTS, MAX_SHARE, others_share
 from layerzero_tune.measure.contest import COMPILING_CALL, LOAD, Candidate, Contest, ContestOutcome, JobOutcome
-from layerzero_tune.measure.core_speed import HOST_BOUND_NS
+from layerzero_tune.measure.core_speed import CoreWatch
 from layerzero_tune.measure.correctness import Check, judge, tolerances
 from layerzero_tune.measure.entrants import Entrants, Progress
 from layerzero_tune.measure.failures import Result, attempt
@@ -77,7 +77,7 @@ class _ContestRun:
     """One run of a contest."""
 
     full_speed: FullSpeed
-    full_core_speed: FullSpeed | None
+    core: CoreWatch | None
     timed: dict[int, TimedCalls]
 
     def __init__(
@@ -202,7 +202,7 @@ class _ContestRun:
         for _ in range(MAX_ATTEMPTS):
             waiting = partial(self.progress, None, "waiting for the machine")
             speed = self.full_speed = FullSpeed(self.bench.speed, waiting, self.bench.patience)
-            core = self.full_core_speed = self._core_speed(waiting)
+            core = self.core = None if self.bench.core is None else CoreWatch(self.bench.core, waiting)
             start = self.bench.now()
             speed.wait()
             self.gpu_states.clear()
@@ -212,10 +212,6 @@ class _ContestRun:
             if others <= MAX_SHARE:
                 break
         self._verify(self.entrants.functions, source)
-
-    def _core_speed(self, waiting: Callable[[], None]) -> FullSpeed | None:
-        core = self.bench.core
-        return None if core is None else FullSpeed(core, waiting, self.bench.core_patience)
 
     def _time(self, rotation: Rotation, source: RandomTensors) -> None:
         self.timed = {}
@@ -263,14 +259,13 @@ class _ContestRun:
     def _timed_step(self, index: int, name: str, call_ns: float, measure: Callable[[], float]) -> float | None:
         """As `Entrants.step`, on a core at full speed where a call is so short that the host's part decides."""
         step = partial(self.entrants.step, index, name, measure)
-        if self.full_core_speed is None or call_ns > HOST_BOUND_NS:
-            return step()
-        return self.full_core_speed.take(step)
+        return step() if self.core is None else self.core.take(call_ns, step)
 
     @property
     def gpu_conditions(self) -> GpuConditions | None:
-        """The state of the GPU over all parts that were kept, None for a CPU or where nothing was timed."""
-        return GpuConditions.of(self.gpu_states) if self.gpu_states else None
+        """The state of the GPU, and of the core that calls it, over all parts that were kept; None for a CPU or where
+        nothing was timed."""
+        return GpuConditions.of(self.gpu_states, self.core.seen_ns if self.core else ()) if self.gpu_states else None
 
     def _slower(self, call_ns: Mapping[int, float], times: float) -> frozenset[int]:
         """The candidates that were so many times slower than the best in their first call and while they warmed up."""

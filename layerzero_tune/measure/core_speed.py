@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from time import monotonic
 
+from layerzero_tune.measure.full_speed import FullSpeed, Part, Patience
 from layerzero_tune.measure.processor_speed import ProcessorSpeed, additions
 
 # In ns: calls that take longer are bound by the GPU. The host's part is below 150 us for all libraries that are called.
@@ -26,6 +27,9 @@ class CoreSpeed(ProcessorSpeed):
 
     While the speed is missing the thread moves from one of them to the next: who shares one of them with it, on this
     machine or beside it, does not share all.
+
+    Attributes:
+        patience: how long a contest waits for the speed.
     """
 
     is_of_processors = False
@@ -35,6 +39,7 @@ class CoreSpeed(ProcessorSpeed):
 
     def __init__(self, measure: Callable[[], float], now: Callable[[], float] = monotonic) -> None:
         super().__init__(measure, now)
+        self.patience = Patience()
         cores = _usable_cores()
         self._next_core = itertools.cycle(cores)
         for _ in cores:
@@ -47,6 +52,32 @@ class CoreSpeed(ProcessorSpeed):
         until = self._now() + self.look_s
         while self._now() < until:
             self._measure()
+
+
+class CoreWatch:
+    """Takes the samples of one contest on a core at full speed.
+
+    Attributes:
+        seen_ns: the loop's time behind each sample that was kept.
+    """
+
+    def __init__(self, speed: CoreSpeed, waiting: Callable[[], None]) -> None:
+        self.seen_ns: list[float] = []
+        self._speed = speed
+        self._full_speed = FullSpeed(speed, waiting, speed.patience)
+
+    @property
+    def lost(self) -> float:
+        """As of `FullSpeed`."""
+        return self._full_speed.lost
+
+    def take(self, call_ns: float, sample: Callable[[], Part]) -> Part:
+        """What the sample gives, of calls that take about so long, taken again while a core that decides is slow."""
+        if call_ns > HOST_BOUND_NS:
+            return sample()
+        found = self._full_speed.take(sample)
+        self.seen_ns.append(self._speed.last)
+        return found
 
 
 def serial_loop() -> Callable[[], float]:

@@ -62,6 +62,7 @@ class GpuConditions:
 
     Attributes:
         slowed: the reasons of all states: those that are kept although the GPU was slowed down.
+        core_ns: the time of the loop by which the core is watched that makes the calls; None where it was not watched.
     """
 
     clock_mhz: float | None
@@ -73,10 +74,11 @@ class GpuConditions:
     power_w: float | None
     highest_power_w: float | None
     slowed: tuple[str, ...] = ()
+    core_ns: float | None = None
 
     @classmethod
-    def of(cls, states: Sequence[GpuState]) -> Self:
-        """Those of at least one state."""
+    def of(cls, states: Sequence[GpuState], core_ns: Sequence[float] = ()) -> Self:
+        """Those of at least one state, and of the looks at the core."""
         clocks = _told(state.clock_mhz for state in states)
         memory_clocks = _told(state.memory_clock_mhz for state in states)
         temperatures = _told(state.temperature_c for state in states)
@@ -91,6 +93,7 @@ class GpuConditions:
             _median(powers),
             max(powers, default=None),
             tuple(dict.fromkeys(reason for state in states for reason in state.slowed)),
+            _median(core_ns),
         )
 
     def to_dict(self) -> dict[str, Any]:

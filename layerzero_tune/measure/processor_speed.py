@@ -30,6 +30,7 @@ class ProcessorSpeed:
 
     Attributes:
         max_loss: the share that may be missing from the best.
+        last: the time at the last look.
     """
 
     is_of_processors = True
@@ -37,6 +38,7 @@ class ProcessorSpeed:
     max_loss = MAX_LOSS
 
     def __init__(self, measure: Callable[[], float], now: Callable[[], float] = monotonic) -> None:
+        self.last = 0.0
         self._measure = measure
         self._now = now
         # When which time was seen, each shorter than all that were seen after it.
@@ -45,6 +47,7 @@ class ProcessorSpeed:
     def lost(self) -> float:
         """The share of the best speed that is missing now, 0 if that is no more than usual."""
         now, time = self._now(), self._measure()
+        self.last = time
         while self._seen and self._seen[-1][1] >= time:
             self._seen.pop()
         self._seen.append((now, time))

@@ -68,6 +68,13 @@ def test_what_cannot_be_captured_says_so_and_the_others_get_their_times() -> Non
     assert [job.status for job in outcomes] == ["ok", "ok"]
 
 
+def test_short_eager_calls_say_how_fast_their_core_was() -> None:
+    for context, is_watched in ((SMALL, True), (LARGE, False), (replace(SMALL, mode="graph"), False)):
+        gpu = measure_contest(contest(*NAMES, context=context, policy=BRIEF), KERNELS, device="cuda:0").gpu
+        assert gpu is not None
+        assert (gpu.core_ns is not None) == is_watched
+
+
 def test_rows_have_the_state_of_the_gpu() -> None:
     outcome = measure_contest(
         contest(*NAMES, context=replace(LARGE, mode="graph"), policy=BRIEF), KERNELS, device="cuda:0"

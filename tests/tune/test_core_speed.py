@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 
 from layerzero_runtime.device import DeviceSpec, detect_device
-from layerzero_tune.measure import bench, contest_run
+from layerzero_tune.measure import bench, contest_run, core_speed
 from layerzero_tune.measure.contest import ContestOutcome
 from layerzero_tune.measure.core_speed import CoreSpeed, serial_loop
 from layerzero_tune.measure.full_speed import PATIENCE_S, FullSpeed, Patience
+from layerzero_tune.measure.gpu_state import GpuWatch
 from layerzero_tune.measure.processor_speed import ProcessorSpeed
 from layerzero_tune.worker.kernels import load_kernels
 from tests.tune.contests import contest
@@ -118,7 +119,8 @@ def test_calls_that_the_host_makes_one_by_one_are_watched(
 
 def measured_on(host: Host, monkeypatch: pytest.MonkeyPatch) -> tuple[ContestOutcome, list[str]]:
     """A contest whose calls a core of the host makes, and its steps."""
-    here = replace(bench.Bench.of("cpu", "eager"), speed=ProcessorSpeed(lambda: 1.0), core=host.speed())
+    cpu, idle = bench.Bench.of("cpu", "eager"), ProcessorSpeed(lambda: 1.0)
+    here = replace(cpu, speed=idle, gpu=GpuWatch("GPU-0"), core=host.speed())
     monkeypatch.setattr(bench.Bench, "of", lambda *arguments: here)
     monkeypatch.setattr(contest_run, "others_share", lambda start, end: 0.0)
     steps: list[str] = []
@@ -147,6 +149,8 @@ def test_every_sample_of_short_calls_is_watched(monkeypatch: pytest.MonkeyPatch)
     assert steps.count("screening") > 2
     assert [steps.count(f"round {number}") for number in range(1, 5)] == [1] * 4
     assert len(looks) == 2 + steps.count("screening") + 4 + 2
+    assert outcome.gpu is not None
+    assert outcome.gpu.core_ns == 0.2
 
 
 def test_a_contest_says_which_speed_of_a_core_it_lacked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +160,9 @@ def test_a_contest_says_which_speed_of_a_core_it_lacked(monkeypatch: pytest.Monk
 
 def test_long_calls_are_the_same_on_any_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAYERZERO_PATIENCE", "0")
-    monkeypatch.setattr(contest_run, "HOST_BOUND_NS", 1.0)
+    monkeypatch.setattr(core_speed, "HOST_BOUND_NS", 1.0)
     outcome, steps = measured_on(Host(monkeypatch, {0: 0.2, 1: 0.3}), monkeypatch)
     assert outcome.contention == 0.0
     assert "waiting for the machine" not in steps
+    assert outcome.gpu is not None
+    assert outcome.gpu.core_ns is None

@@ -84,6 +84,7 @@ def test_rows_keep_the_state_of_the_gpu_over_the_rounds(watched_gpu: GpuWatch, t
         "power_w": 601.5,
         "highest_power_w": 603.0,
         "slowed": [],
+        "core_ns": None,
     }
     rows = rows_of(point, outcome, KERNELS, DeviceSpec(platform="cpu", name="Some CPU"))
     assert [row.gpu for row in rows] == [expected, expected]
