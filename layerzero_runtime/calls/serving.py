@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from layerzero_runtime.operation import Operation
 from layerzero_runtime.serving.execution import current_mode
 from layerzero_runtime.serving.published import PUBLISHED
 from layerzero_runtime.snapshot import Snapshot
-from layerzero_runtime.tensors import gradients_needed
+from layerzero_runtime.tensors import call_key, gradients_needed
 
 # Types of devices, as torch names them, that `detect_device` knows.
 DESCRIBED_DEVICES = ("cpu", "cuda")
@@ -53,18 +53,37 @@ def serve(
                 return outputs if len(outputs) > 1 else outputs[0]
         default = snapshot.default(operation, {**features, **(default_features or {})})
         return default.function(*arguments)
+    call: Hashable = None
     if PUBLISHED.special:
         # Only here: what the public functions serve by themselves is eager calls alone.
         features, keep = {**features, "mode": current_mode()}, None
+    else:
+        # All that what serves the call can depend on.
+        call = (operation.name, call_key(arguments), *features.items())
+        try:
+            served = snapshot.seen.whole.get(call)
+        except TypeError:  # an argument is of a type that none can have
+            call = served = None
+        if served is not None:
+            function, count_call, recover = served
+            count_call()
+            try:
+                return function(*arguments)
+            except Exception as error:  # noqa: BLE001 - recover judges it
+                return recover(error, arguments)
     context = operation.describe(*arguments, **features)
     route = snapshot.route(operation, context, features)
     route.count_call()
+    leaf = route.decide(*operation.sizes(context))
     try:
-        result = route.functions[route.decide(*operation.sizes(context))](*arguments)
+        result = route.functions[leaf](*arguments)
     except Exception as error:  # noqa: BLE001 - recover judges it
         return route.recover(error, arguments)
     if keep is not None and not context.requires_grad and not context.requires_deterministic:
         keep(snapshot.seen, route)
+    elif call is not None:
+        function, _ = route.settled(leaf, arguments)
+        snapshot.seen.keep_whole(call, (function, route.count_call, route.recover))
     return result
 
 
