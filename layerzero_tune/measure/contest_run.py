@@ -201,8 +201,9 @@ class _ContestRun:
             return
         for _ in range(MAX_ATTEMPTS):
             waiting = partial(self.progress, None, "waiting for the machine")
-            speed = self.full_speed = FullSpeed(self.bench.speed, waiting, self.bench.patience)
             core = self.core = None if self.bench.core is None else CoreWatch(self.bench.core, waiting)
+            in_parts_s = (lambda: 0.0) if core is None else partial(getattr, core, "waited_s")
+            speed = self.full_speed = FullSpeed(self.bench.speed, waiting, self.bench.patience, in_parts_s)
             start = self.bench.now()
             speed.wait()
             self.gpu_states.clear()
@@ -249,7 +250,9 @@ class _ContestRun:
 
     def _at_full_speed(self, part: Callable[[], Result]) -> Result:
         """What the part gives at full speed; of a GPU, the state in which it was taken is kept."""
-        found = self.full_speed.take(part)
+        found = self.full_speed.take(part if self.core is None else self.core.part(part))
+        if self.core is not None:
+            self.core.keep_part()
         if self.bench.gpu is not None:
             is_own_load = self.full_speed.is_own_load and self.bench.gpu.is_of_load()
             state = self.bench.gpu.last

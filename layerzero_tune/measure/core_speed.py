@@ -11,9 +11,11 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 
-from layerzero_tune.measure.full_speed import FullSpeed, Part, Patience
+from layerzero_tune.measure.failures import Result
+from layerzero_tune.measure.full_speed import FullSpeed, Patience
 from layerzero_tune.measure.processor_speed import ProcessorSpeed, additions
 
 # In ns: calls that take longer are bound by the GPU. The host's part is below 150 us for all libraries that are called.
@@ -34,7 +36,8 @@ class CoreSpeed(ProcessorSpeed):
 
     is_of_processors = False
     look_s = 0.002
-    # The states are a third apart; what a core's clock gains while others rest is no more than this.
+    # In the slow state calls take half as long again, which is a third of the speed; what a core's clock gains while
+    # others rest is less than this.
     max_loss = 0.2
 
     def __init__(self, measure: Callable[[], float], now: Callable[[], float] = monotonic) -> None:
@@ -58,26 +61,46 @@ class CoreWatch:
     """Takes the samples of one contest on a core at full speed.
 
     Attributes:
-        seen_ns: the loop's time behind each sample that was kept.
+        lost: as of `FullSpeed`, of the parts of the contest that were kept.
+        seen_ns: the loop's time behind each sample of these parts.
     """
 
     def __init__(self, speed: CoreSpeed, waiting: Callable[[], None]) -> None:
+        self.lost = 0.0
         self.seen_ns: list[float] = []
+        self._of_part_ns: list[float] = []
         self._speed = speed
         self._full_speed = FullSpeed(speed, waiting, speed.patience)
 
     @property
-    def lost(self) -> float:
+    def waited_s(self) -> float:
         """As of `FullSpeed`."""
-        return self._full_speed.lost
+        return self._full_speed.waited_s
 
-    def take(self, call_ns: float, sample: Callable[[], Part]) -> Part:
-        """What the sample gives, of calls that take about so long, taken again while a core that decides is slow."""
+    def take(self, call_ns: float, sample: Callable[[], float | None]) -> float | None:
+        """What the sample gives, of calls that take about so long, taken again while a core that decides is slow; None
+        where it failed."""
         if call_ns > HOST_BOUND_NS:
             return sample()
         found = self._full_speed.take(sample)
-        self.seen_ns.append(self._speed.last)
+        if found is not None:
+            self._of_part_ns.append(self._speed.last)
         return found
+
+    def part(self, part: Callable[[], Result]) -> Callable[[], Result]:
+        """A part that can be taken again: of what it takes the last time counts, once that is kept."""
+
+        def begun() -> Result:
+            self._full_speed.lost = 0.0
+            self._of_part_ns.clear()
+            return part()
+
+        return begun
+
+    def keep_part(self) -> None:
+        """What the part took the last time is kept."""
+        self.lost = max(self.lost, self._full_speed.lost)
+        self.seen_ns += self._of_part_ns
 
 
 def serial_loop() -> Callable[[], float]:
@@ -86,8 +109,13 @@ def serial_loop() -> Callable[[], float]:
 
 
 def _usable_cores() -> tuple[int | None, ...]:
-    """Where the system cannot tell them there is one, without a number."""
-    return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else (None,)
+    """In ascending order from one that depends on the process: those that measure on several GPUs do not move in step.
+    Where the system cannot tell them there is one, without a number."""
+    if not hasattr(os, "sched_getaffinity"):
+        return (None,)
+    cores = sorted(os.sched_getaffinity(0))
+    first = os.getpid() % len(cores)
+    return (*cores[first:], *cores[:first])
 
 
 def _move(core: int | None) -> None:
@@ -95,6 +123,8 @@ def _move(core: int | None) -> None:
     if core is None:
         return
     allowed = os.sched_getaffinity(0)
-    if core in allowed:
+    if core not in allowed:
+        return
+    with suppress(OSError):  # it may not be used any more: the thread stays where it is
         os.sched_setaffinity(0, {core})
-        os.sched_setaffinity(0, allowed)
+    os.sched_setaffinity(0, allowed)

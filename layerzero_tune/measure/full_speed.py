@@ -89,11 +89,24 @@ class FullSpeed:
             patience left; 0 where there is none.
         is_own_load: whether the contest's own calls hold the device at the limit of its power. What that limit alone
             takes does not count as lost then, and is not taken again.
+        waited_s: how long it has waited.
+
+    Args:
+        waiting: is called before each pause.
+        waited_in_parts_s: how long the parts have waited for something else, which costs no patience.
     """
 
-    def __init__(self, speed: Speed, waiting: Callable[[], None], patience: Patience) -> None:
+    def __init__(
+        self,
+        speed: Speed,
+        waiting: Callable[[], None],
+        patience: Patience,
+        waited_in_parts_s: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         self.lost = 0.0
         self.is_own_load = False
+        self.waited_s = 0.0
+        self._waited_in_parts_s = waited_in_parts_s
         self._speed = speed
         self._waiting = waiting
         self._patience = patience
@@ -109,12 +122,23 @@ class FullSpeed:
                 return
             self._waiting()
             self._patience_s -= self._speed.look_s
-            start = ProcessorTime.now()
-            self._speed.pause()
-            if self._speed.is_of_processors and others_share(start, ProcessorTime.now()) > MAX_SHARE:
+            if self._pause() > MAX_SHARE:
                 self._patience_s = 0.0
                 return
         self._patience.in_vain += not self._was_full
+
+    def _pause(self) -> float:
+        """The share of the processors that others took meanwhile, where it is they that can take the speed."""
+        began = perf_counter()
+        if self._speed.is_of_processors:
+            start = ProcessorTime.now()
+            self._speed.pause()
+            share = others_share(start, ProcessorTime.now())
+        else:
+            self._speed.pause()
+            share = 0.0
+        self.waited_s += perf_counter() - began
+        return share
 
     def _look(self) -> float:
         """The share of the speed that is missing now."""
@@ -127,12 +151,14 @@ class FullSpeed:
 
     def take(self, part: Callable[[], Part]) -> Part:
         """What the part gives, taken again where the speed was lost meanwhile, as long as the patience lasts and unless
-        the contest is what takes it."""
+        the contest is what takes it. A part that gives None has failed, and is not taken again."""
         own_loads = 0
         while True:
-            start = perf_counter()
+            start, waited_s = perf_counter(), self._waited_in_parts_s()
             found = part()
-            taken_s = perf_counter() - start
+            if found is None:
+                return found
+            taken_s = perf_counter() - start - (self._waited_in_parts_s() - waited_s)
             was_full, lost = self._is_full, self._look()
             if not lost:
                 return found

@@ -59,8 +59,8 @@ class Measurement:
         policy: `MeasurementPolicy.to_dict()`.
         measured_at: UTC time at which the contest ended, ISO 8601 with seconds.
         contention: share of the machine's processor time that other processes took while the contest was timed, those
-            of the same run beyond the cores that were free, or of its speed that was missing before or after, other
-            than by the power that the timed calls draw.
+            of the same run beyond the cores that were free, or of its speed, or that of the core that makes a GPU's
+            calls, that was missing before or after, other than by the power that the timed calls draw.
         gpu: `GpuConditions.to_dict()` of the contest, None for a CPU.
     """
 

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
+import torch
 
 from layerzero_runtime.device import DeviceSpec, detect_device
-from layerzero_tune.measure import bench, contest_run, core_speed
+from layerzero_tune.measure import bench, contest_run, core_speed, full_speed, processor_speed
 from layerzero_tune.measure.contest import ContestOutcome
-from layerzero_tune.measure.core_speed import CoreSpeed, serial_loop
+from layerzero_tune.measure.core_speed import CoreSpeed, CoreWatch, serial_loop
 from layerzero_tune.measure.full_speed import PATIENCE_S, FullSpeed, Patience
 from layerzero_tune.measure.gpu_state import GpuWatch
 from layerzero_tune.measure.processor_speed import ProcessorSpeed
@@ -28,6 +29,7 @@ class Host:
         self.core = min(times)
         self.now = 0.0
         self.been: list[int] = []
+        monkeypatch.setattr(os, "getpid", lambda: 0)
         monkeypatch.setattr(os, "sched_getaffinity", lambda thread: set(self.allowed))
         monkeypatch.setattr(os, "sched_setaffinity", self.put)
 
@@ -48,7 +50,12 @@ class Host:
 def taken_on(host: Host, speed: FullSpeed) -> list[int]:
     """The cores on which a part was taken until one was kept."""
     cores: list[int] = []
-    speed.take(lambda: cores.append(host.core))
+
+    def part() -> float:
+        cores.append(host.core)
+        return 1.0
+
+    assert speed.take(part) == 1.0
     return cores
 
 
@@ -87,6 +94,68 @@ def test_where_no_core_has_the_speed_the_contest_goes_on_and_says_so(monkeypatch
     assert len(taken_on(host, speed)) == 1
 
 
+@pytest.mark.parametrize(("time", "taken"), [(0.24, 1), (0.26, 2)])
+def test_a_fifth_may_be_missing(monkeypatch: pytest.MonkeyPatch, time: float, taken: int) -> None:
+    host = Host(monkeypatch, {0: 0.2, 1: time})
+    assert len(taken_on(host, full(host))) == taken
+
+
+def test_what_has_failed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(monkeypatch, {0: 0.2, 1: 0.3})
+    watch = CoreWatch(host.speed(), lambda: None)
+    began = host.now
+    assert watch.take(1.0, lambda: None) is None
+    assert (host.now, watch.seen_ns) == (began, [])
+
+
+def test_a_part_that_is_taken_again_counts_as_it_was_the_last_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAYERZERO_PATIENCE", "0")
+    host = Host(monkeypatch, {0: 0.2, 1: 0.3})
+    watch = CoreWatch(host.speed(), lambda: None)
+    part = watch.part(lambda: watch.take(1.0, lambda: 5.0))
+    part()
+    host.core = 0
+    part()
+    watch.keep_part()
+    assert (watch.lost, watch.seen_ns) == (0.0, [0.2])
+    host.core = 1
+    part()
+    watch.keep_part()
+    assert watch.lost == pytest.approx(1 / 3)
+    assert watch.seen_ns == [0.2, 0.3]
+
+
+def test_a_contest_that_waited_in_vain_makes_the_next_one_wait_half_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(monkeypatch, {0: 0.2, 1: 0.2})
+    speed = host.speed()
+    host.times |= {0: 0.3, 1: 0.3}
+    for share in (1.0, 0.5, 0.25):
+        began = host.now
+        CoreWatch(speed, lambda: None).take(1.0, lambda: 5.0)
+        assert host.now - began == pytest.approx(PATIENCE_S * share, rel=0.3)
+
+
+def test_waiting_for_a_core_costs_no_patience_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round in which a core was waited for all the time, and the GPU lost its speed once."""
+    clock, waited, times = [0.0], [0.0], [1.0, 2.0, 1.0, 2.0, 1.0, 1.0]
+    monkeypatch.setattr(full_speed, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(full_speed, "others_share", lambda start, end: 0.0)
+    monkeypatch.setattr(processor_speed, "sleep", lambda seconds: None)
+    gpu = ProcessorSpeed(lambda: times.pop(0))
+    gpu.lost()
+    speed = FullSpeed(gpu, lambda: None, Patience(), lambda: waited[0])
+    taken = []
+
+    def round_() -> int:
+        clock[0] += PATIENCE_S
+        waited[0] += PATIENCE_S
+        taken.append(clock[0])
+        return len(taken)
+
+    assert speed.take(round_) == 3
+    assert speed.lost == 0.0
+
+
 def test_a_thread_is_left_on_the_only_core_that_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     host = Host(monkeypatch, {0: 0.2, 1: 0.3})
     speed = host.speed()
@@ -100,10 +169,23 @@ def test_a_thread_is_left_on_the_only_core_that_it_may_use(monkeypatch: pytest.M
 
 def test_this_machine_has_a_speed_and_its_cores_are_left_as_they_were() -> None:
     before = os.sched_getaffinity(0)
-    speed = CoreSpeed(serial_loop())
+    loop = serial_loop()
+    assert 100.0 < loop() < 1e6
+    assert not torch.is_inference_mode_enabled()
+    speed = CoreSpeed(loop)
     assert 0.0 <= speed.lost() < 1.0
     assert not speed.is_of_load()
     assert os.sched_getaffinity(0) == before
+
+
+def test_the_loop_takes_the_same_time_wherever_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contests run under inference_mode, the first looks do not."""
+    modes: set[bool] = set()
+    monkeypatch.setattr(torch, "add", lambda *_, out: modes.add(torch.is_inference_mode_enabled()))
+    serial_loop()()
+    with torch.inference_mode():
+        serial_loop()()
+    assert modes == {True}
 
 
 @pytest.mark.parametrize(("mode", "watched"), [("eager", True), ("graph", False)])
