@@ -130,13 +130,9 @@ class FullSpeed:
     def _pause(self) -> float:
         """The share of the processors that others took meanwhile, where it is they that can take the speed."""
         began = perf_counter()
-        if self._speed.is_of_processors:
-            start = ProcessorTime.now()
-            self._speed.pause()
-            share = others_share(start, ProcessorTime.now())
-        else:
-            self._speed.pause()
-            share = 0.0
+        start = ProcessorTime.now() if self._speed.is_of_processors else None
+        self._speed.pause()
+        share = 0.0 if start is None else others_share(start, ProcessorTime.now())
         self.waited_s += perf_counter() - began
         return share
 
